@@ -1,0 +1,160 @@
+"What the notebooks' own tests cannot see: the notebooks, modules and pins belong together, and nothing of this machine is in them"
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
+numbered = {f.stem[3:]: f for f in notebooks if re.match(r"\d\d_", f.name)}
+order = {name: int(f.name[:2]) for name, f in numbered.items()}
+modules = {f.stem: f for f in sorted((root/"rlhf_nb").glob("*.py")) if f.stem not in ("__init__", "_modidx")}
+homes = {"gradio": {"app"}, "openai": {"judge"}, "matplotlib": {"analysis", "benchmark"}, "seaborn": {"analysis", "benchmark"}}
+machine_path = r"(?<![\w.:~-])/(tmp|root|home|work|Users|opt|mnt|private)/"
+registry = r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|[-]-(extra-)?index-url|[-]-find-links|PIP_(EXTRA_)?INDEX|PIP_[F]IND"
+each_notebook = pytest.mark.parametrize("nb", notebooks, ids=lambda f: f.stem)
+each_module = pytest.mark.parametrize("name", modules)
+
+
+def cells(f, kind="code"):
+    return [{**c, "source": "".join(c["source"])} for c in json.loads(f.read_text("utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def outputs(f):
+    return [o for c in cells(f) for o in c["outputs"]]
+
+
+def imports(source):
+    "(top package, module of ours or None) of each import, those inside functions too"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["rlhf_nb" if node.level else "", node.module]))
+            names = [f"{base}.{a.name}" for a in node.names]  # `from rlhf_nb import core` names a module last
+        else:
+            continue
+        for top, *rest in (n.split(".") for n in names):
+            yield top, rest[0] if top == "rlhf_nb" and rest and rest[0] in order else None
+
+
+@each_notebook
+def test_outputs(nb):
+    "Saved outputs, no error among them, no code that was run but not cleaned"
+    assert outputs(nb), "no saved output: run .ci/run_nbs.py on it"
+    assert not [o["evalue"] for o in outputs(nb) if o["output_type"] == "error"]
+    assert not [c["execution_count"] for c in cells(nb) if c["execution_count"]], "run nbdev_clean"
+
+
+@each_notebook
+def test_weight(nb):
+    assert nb.stat().st_size <= 300_000, f"{nb.stat().st_size:,} bytes; 300,000 is the most: smaller or fewer figures"
+
+
+@each_notebook
+def test_opens_in_colab(nb):
+    "A badge that opens this very notebook, and a first code cell that installs the package, in Colab only"
+    where = f"/blob/main/{nb.relative_to(root).as_posix()})"
+    assert any("colab-badge.svg" in c["source"] and where in c["source"] for c in cells(nb, "markdown")), f"no badge with {where}"
+    first = cells(nb)[0]["source"]
+    assert "if 'google.colab' in sys.modules:" in first and "pip" in first, f"the first code cell is:\n{first}"
+
+
+@each_notebook
+def test_notebook_imports(nb):
+    "Nothing of nbdev; a numbered notebook imports only modules of lower numbers (its own, where processes need it)"
+    code = "\n".join(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M) for c in cells(nb))
+    found = set(imports(code))
+    assert "nbdev" not in {top for top, _ in found}
+    me = int(nb.name[:2]) if nb in numbered.values() else 100
+    assert not [m for _, m in found if m and order[m] > me]
+
+
+def test_modules_and_notebooks():
+    "Each numbered notebook has its module, each module its notebook, and the index names no others"
+    assert len(set(order.values())) == len(numbered), "two notebooks with one number"
+    assert set(modules) == set(numbered)
+    for name, f in modules.items():
+        assert f"File to edit: ../nbs/{numbered[name].name}." in f.read_text("utf-8"), f.name
+    index = {}
+    exec((root/"rlhf_nb"/"_modidx.py").read_text("utf-8"), index)
+    assert {f"rlhf_nb.{m}" for m in modules} == set(index["d"]["syms"])
+
+
+@each_module
+def test_import_order(name):
+    "A module imports only modules of ours with lower numbers; heavy packages stay in the modules that exist for them"
+    found = set(imports(modules[name].read_text("utf-8")))
+    assert not [m for _, m in found if m and order[m] >= order[name]]
+    assert not [top for top, _ in found if top in homes and name not in homes[top]]
+    assert "nbdev" not in {top for top, _ in found}
+
+
+def test_import_order_sees():
+    "The check above is not blind"
+    source = "import rlhf_nb.core, torch\nfrom .core import x\ndef f():\n    from rlhf_nb import core\n    import gradio as gr"
+    assert sorted(imports(source), key=str) == sorted([("rlhf_nb", "core"), ("torch", None)] + 2*[("rlhf_nb", "core")] + [("gradio", None)], key=str)
+
+
+def test_nothing_of_this_machine():
+    "No absolute path and no package registry in what is committed; pictures in notebooks don't count"
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True).stdout
+    bad = []
+    for f in (root/n for n in names.splitlines() if (root/n).is_file()):
+        try:
+            text = f.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        text = re.sub(r'"image/\w+": ".*?"', "", text)
+        bad += [f"{f.relative_to(root)}: {m[0]}" for m in re.finditer(f"{machine_path}|{registry}", text)]
+    assert not bad
+
+
+def test_machine_path_sees():
+    for d in ("tmp", "home", "root"):
+        assert all(re.search(machine_path, s) for s in (f'open("/{d}/x")', f"at /{d}/me/x.py", f"'/{d}/'"))
+        assert not any(re.search(machine_path, s) for s in (f"https://a.org/{d}/x", f"./{d}/x", f"~/{d}/x", f"logs/{d}/x"))
+
+
+def test_pins():
+    "Every package of this environment has the version that the constraints name"
+    norm = lambda s: re.sub(r"[-_.]+", "-", s).lower()
+    lines = [l for l in (root/".ci"/"constraints.txt").read_text("utf-8").splitlines() if not l.startswith("#")]
+    assert not [l for l in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", l)]
+    pins = dict(l.split("==") for l in lines)
+    assert len(pins) == len(lines), "a package twice"
+    have = {norm(d.metadata["Name"]): d.version.split("+")[0] for d in distributions(path=[p for p in sys.path if p.startswith(sys.prefix)])}
+    assert have["torch"] == pins["torch"]
+    differ = {n: (v, pins.get(n)) for n, v in have.items() if n not in ("pip", "setuptools", "rlhf-nb") and pins.get(n) != v}
+    assert not differ, "installed and pinned"
+
+
+@pytest.fixture(scope="session")
+def fastcore2(tmp_path_factory):
+    "Environment variables that put a fastcore 2 in front of the one that nbdev needs"
+    folder = tmp_path_factory.mktemp("fastcore2")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "fastcore>=2,<3"], check=True)
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"}
+
+
+def test_fastcore_2(fastcore2):
+    "nbdev 2 needs fastcore 1; the library works with both"
+    code = f"import fastcore, {', '.join('rlhf_nb.'+m for m in modules)}; print(fastcore.__version__)"
+    out = subprocess.run([sys.executable, "-c", code], env=fastcore2, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("2.")
+
+
+def test_command_with_fastcore_2(fastcore2):
+    "`rlhf_nb config demo` shows each value with its comment, which comes through fastcore"
+    code = "import sys; sys.argv = ['rlhf_nb', 'config', 'demo']; from rlhf_nb.cli import main; main()"
+    if "cli" not in modules: code = "from rlhf_nb.core import *; print(config_yaml(load_config('demo')))"
+    out = subprocess.run([sys.executable, "-c", code], env=fastcore2, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "preset:" in out.stdout and "# Peak learning rate" in out.stdout
