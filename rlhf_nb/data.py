@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Turn', 'parse_turns', 'to_hh', 'to_messages', 'BadPair', 'split_pair', 'wilson', 'length_stats', 'DataReport',
            'Preferences', 'load_preferences', 'split_by_prompt', 'Splits', 'unique_prompts', 'encode_prompt',
-           'tokenize_prompts', 'tokenize_pairs', 'tokenize_sft', 'load_splits', 'n_updates', 'batches']
+           'tokenize_prompts', 'tokenize_pairs', 'tokenize_sft', 'load_splits', 'n_updates', 'batch_indices', 'batches']
 
 # %% ../nbs/02_data.ipynb #7ae80b09
 import gzip,json,logging,math,re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,42 +100,47 @@ def wilson(
 
 # %% ../nbs/02_data.ipynb #5a7d51c7
 def _encode(texts, tokenizer):
-    "Token ids of each text, no special tokens"
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+    "Token ids of each text, no special tokens; a text that comes again is tokenised once"
+    u = list(dict.fromkeys(texts))
+    ids = dict(zip(u, tokenizer(u, add_special_tokens=False, verbose=False).input_ids)) if u else {}
+    return [ids[o] for o in texts]
+
+_cols = 'prompt','chosen','rejected'
+
+def _sizes(pairs, tokenizer=None):
+    "Lengths of prompt, chosen and rejected, (n,3)"
+    enc = lambda ts: _encode(ts, tokenizer) if tokenizer is not None else [o.split() for o in ts]
+    return np.array([[len(o) for o in enc([p[k] for p in pairs])] for k in _cols]).T
 
 def length_stats(
-    pairs:list[dict],  # Pairs as `split_pair` makes them
-    tokenizer=None     # None: lengths in words
+    sizes,            # (n,3) lengths of prompt, chosen, rejected
+    unit:str='tokens' # What they count
 )->dict:
     "Lengths of prompts and responses, and how well length alone tells the chosen response"
-    size = lambda k: np.array([len(o) for o in ([p[k].split() for p in pairs] if tokenizer is None
-                                                else _encode([p[k] for p in pairs], tokenizer))])
-    n = {k:size(k) for k in ('prompt','chosen','rejected')}
-    res = {'unit':'words' if tokenizer is None else 'tokens', 'n':len(pairs)}
-    for k,v in n.items(): res[k] = dict(mean=v.mean(), median=np.median(v), p90=np.quantile(v, .9), p99=np.quantile(v, .99))
-    d = n['chosen']-n['rejected']
+    n,d = len(sizes),sizes[:,1]-sizes[:,2]
+    res = dict(unit=unit, n=n)
+    for k,v in zip(_cols, sizes.T):
+        res[k] = dict(mean=float(v.mean()), median=float(np.median(v)), **{f'p{q}':float(np.percentile(v, q)) for q in (90,99)})
     more,same,less = int((d>0).sum()),int((d==0).sum()),int((d<0).sum())
-    res.update(chosen_longer=more/len(d), same_length=same/len(d), chosen_shorter=less/len(d))
+    res.update(chosen_longer=more/n, same_length=same/n, chosen_shorter=less/n)
     for k,v in (('longer_wins',more),('shorter_wins',less)):
-        v = v+same/2
-        res[k] = dict(zip(('accuracy','low','high','n'), (v/len(d), *wilson(v, len(d)), len(d))))
+        res[k] = dict(zip(('accuracy','low','high','n'), ((v+same/2)/n, *wilson(v+same/2, n), n)))
     return res
 
 # %% ../nbs/02_data.ipynb #07dfe7cb
 class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
-    dropped = dict.fromkeys(('malformed','mismatched prompt','empty response','identical pair','too long',
-                             'train/test leak','not needed'))
-    noted = dict.fromkeys(('duplicate prompt','prompt cut','response cut'))
+    dropped = 'malformed','mismatched prompt','empty response','identical pair','too long','train/test leak','not needed'
+    noted = 'duplicate prompt','prompt cut','response cut'
     def __init__(self, name):
         self.name,self.read,self.counts,self.lengths,self.splits = name,0,{},{},{}
     def count(self, what, where):
         "One more `what`; `where` (file and line) is kept of the first"
-        if what not in self.dropped and what not in self.noted: raise KeyError(f'{what!r} is not something that is counted')
+        if what not in self.dropped+self.noted: raise KeyError(f'{what!r} is not something that is counted')
         self.counts.setdefault(what, dict(n=0, first=where))['n'] += 1
     @property
     def kept(self): return self.read - sum(v['n'] for k,v in self.counts.items() if k in self.dropped)
-    def dict(self):
+    def as_dict(self):
         "All numbers"
         get = lambda ks: {k:self.counts.get(k, dict(n=0, first=None)) for k in ks}
         return dict(name=self.name, read=self.read, kept=self.kept, dropped=get(self.dropped), noted=get(self.noted),
@@ -146,7 +152,7 @@ class DataReport:
         row = lambda *o: '| '+' | '.join(map(str, o))+' |'
         out = [row(self.name,'rows','first'), row('---','---:','---'), row('read',self.read,''), row('**kept**',self.kept,'')]
         for ks,s in ((self.dropped,'dropped'),(self.noted,'kept')):
-            out += [row(f'{s}: {k}', o['n'], o['first'] or '') for k in ks if (o := self.counts.get(k, dict(n=0, first='')))]
+            out += [row(f'{s}: {k}', *self.counts.get(k, dict(n=0, first='')).values()) for k in ks]
         out += [row(f'in {k}', v, '') for k,v in self.splits.items()]
         if (l := self.lengths):
             out += ['', row(f"length in {l['unit']}",'mean','median','90% under','99% under'), row('---',*['---:']*4)]
@@ -167,16 +173,18 @@ def _suffix(path): return Path(str(path).removesuffix('.gz')).suffix
 
 def _lines(path):
     "Number and text of each line of a JSON-lines file that is not blank"
-    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8') as f:
-        yield from ((i,l) for i,l in enumerate(f, 1) if l.strip())
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8', errors='replace') as f:
+            yield from ((i,l) for i,l in enumerate(f, 1) if l.strip())
+    except (OSError,EOFError) as e: raise ValueError(f'{path}: {e}') from None
 
 def _is_lines(path):
     "Is this a local JSON-lines file?"
-    return _suffix(path) in ('.json','.jsonl') and Path(path).is_file() and next((l for _,l in _lines(path)), '[')[0]!='['
+    return _suffix(path) in ('.json','.jsonl') and Path(path).is_file() and next((l for _,l in _lines(path)), '[').lstrip()[0]!='['
 
 def _show(path, source):
-    "`path` as the user would write it"
-    try: return str(Path(source)/Path(path).relative_to(Path(source).resolve()))
+    "`path`, which `datasets` made absolute, as the user would write it"
+    try: return str(Path(source)/Path(path).resolve().relative_to(Path(source).resolve()))
     except ValueError: return str(path)
 
 def _check_lines(files, source):
@@ -187,6 +195,7 @@ def _check_lines(files, source):
             except ValueError as e: raise ValueError(f'{_show(f, source)}:{i}: not valid JSON ({e})') from None
             if not ok: raise ValueError(f'{_show(f, source)}:{i}: expected a JSON object, got {l.strip()[:40]!r}')
 
+# %% ../nbs/02_data.ipynb #d2306457
 def _read(source, data_dir=None):
     "Splits of a Hub data set, a folder or a file: {name: (rows, files)}"
     path,log = Path(source),logging.getLogger('datasets')
@@ -204,16 +213,17 @@ def _read(source, data_dir=None):
         files = [f for o in (b.config.data_files or {}).values() for f in o]
         b.download_and_prepare()
         return {str(k):(v, (b.config.data_files or {}).get(k, [])) for k,v in b.as_dataset().items()}
-    except OSError as e:
-        if path.exists(): raise FileNotFoundError(f"{path/(data_dir or '')}: no data files ({', '.join(_kinds)}) found there") from None
-        raise ConnectionError(f"{source}: no such file or folder here, and not to be had from the Hub ({str(e).splitlines()[0]}). Check the "
-            'name, or give the path of a local copy; HF_HUB_OFFLINE=1 allows only what is already in the cache') from None
     except Exception as e:
+        if not path.exists() and isinstance(e, OSError): raise ConnectionError(f'{source}: no such file or folder here, and not to be had '
+            f'from the Hub ({str(e).splitlines()[0]}). Check the name, or give the path of a local copy; HF_HUB_OFFLINE=1 allows only '
+            'what is already in the cache') from None
+        if isinstance(e, FileNotFoundError): raise FileNotFoundError(
+            f"{path/(data_dir or '')}: no data files ({', '.join(_kinds)}) found there") from None
         _check_lines(files, source)
         raise ValueError(f'{source}: datasets could not read it: {e.__cause__ or e}') from None
     finally: log.setLevel(level)
 
-# %% ../nbs/02_data.ipynb #8bb75e71
+# %% ../nbs/02_data.ipynb #c0b262cf
 def _places(rows, files, source, name):
     "Where each row comes from: file and line where that is known, else the row's number"
     files = list(map(str, files))
@@ -251,6 +261,7 @@ def _open(source, data_dir=None):
     d = source if isinstance(source, dict) else {'train':source}
     return {k:(v, [f'{k}, row {i+1}' for i in range(len(v))]) for k,v in d.items()},'memory'
 
+# %% ../nbs/02_data.ipynb #898c9da5
 def _columns(rows, name):
     "Raise unless `rows` has the columns of a preference data set"
     cols = getattr(rows, 'column_names', None) or sorted({k for o in rows if isinstance(o, dict) for k in o})
@@ -274,8 +285,8 @@ def load_preferences(
     rows,places = d[split]
     _columns(rows, name)
     report = DataReport(f'{name} {split}')
-    pairs = _need(_pairs(rows if n is None else (rows[i] for i in range(min(n, len(rows)))), places, report), report)
-    report.lengths = length_stats(pairs, tokenizer)
+    pairs = _need(_pairs(islice(rows, n), places, report), report)
+    report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
 
 # %% ../nbs/02_data.ipynb #57bb7e70
@@ -329,17 +340,18 @@ def _bos(tokenizer):
     return [b] if b is not None and tokenizer('a').input_ids[:1]==[b] else []
 
 def _encode_prompts(prompts, tokenizer, max_prompt):
-    "Token ids of each prompt, and the set of prompts that were cut"
+    "Of each prompt: token ids, length before cutting, was it cut?"
     bos,start = _bos(tokenizer),[_eos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    room,uniq = max_prompt-len(bos),list(dict.fromkeys(prompts))
+    room = max_prompt-len(bos)
     if room<1: raise ValueError(f'max_prompt={max_prompt} leaves no room for a prompt')
-    ids = dict(zip(uniq, _encode(uniq, tokenizer)))
-    cut = {p for p,o in ids.items() if len(o)>room}
-    for p in cut:
+    full = dict(zip(prompts, _encode(prompts, tokenizer)))
+    def fit(p, ids):
+        if len(ids)<=room: return bos+ids if ids else start
         turns = parse_turns(p)
         tails = _encode([to_hh(turns[i:]) for i,t in enumerate(turns) if i and t.role=='user'], tokenizer)
-        ids[p] = next((o for o in tails if len(o)<=room), (tails or [ids[p]])[-1][-room:])
-    return [bos+ids[p] if ids[p] else start for p in prompts],cut
+        return bos + next((o for o in tails if len(o)<=room), (tails or [ids])[-1][-room:])
+    ids = {p:fit(p, o) for p,o in full.items()}
+    return [ids[p] for p in prompts],[len(full[p]) for p in prompts],[len(full[p])>room for p in prompts]
 
 def encode_prompt(
     prompt:str,     # An HH prompt; an empty one becomes BOS (EOS where there is no BOS)
@@ -347,35 +359,32 @@ def encode_prompt(
     max_prompt:int  # Longest, in tokens
 )->tuple: # Token ids, and whether something was cut
     "Token ids of a prompt; too long a prompt loses its oldest turns, and then tokens, from the beginning"
-    ids,cut = _encode_prompts([prompt], tokenizer, max_prompt)
-    return ids[0],bool(cut)
+    (ids,),_,(cut,) = _encode_prompts([prompt], tokenizer, max_prompt)
+    return ids,cut
 
-def tokenize_prompts(
-    prompts:list[str],
-    tokenizer,
-    max_prompt:int  # Longest, in tokens
-)->list[list[int]]:
+def tokenize_prompts(prompts:list[str], tokenizer, max_prompt:int)->list[list[int]]:
     "Token ids of many prompts at once"
     return _encode_prompts(prompts, tokenizer, max_prompt)[0]
 
 # %% ../nbs/02_data.ipynb #987a6096
 def _encode_responses(texts, tokenizer, max_response):
-    "Token ids of each response, with EOS unless cut, and which were cut"
+    "Of each response: token ids, with EOS unless cut, and length before cutting, without EOS"
     eos,out = _eos(tokenizer),[]
     for o in _encode(texts, tokenizer):
         while o and o[-1]==eos: o = o[:-1]  # the text brought its own
-        out.append((o+[eos] if len(o)<max_response else o[:max_response], len(o)>=max_response))
+        out.append((o+[eos] if len(o)<max_response else o[:max_response], len(o)))
     return out
 
 def _tokenize(prompts, groups, tokenizer, max_prompt, max_response, keep=lambda i,g: True):
     "Batch of prompts with their groups of texts; `keep(i, tokens)` says which rows stay"
-    ids,cut = _encode_prompts(prompts, tokenizer, max_prompt)
+    ids,sizes,cut = _encode_prompts(prompts, tokenizer, max_prompt)
     flat,G = _encode_responses([o for g in groups for o in g], tokenizer, max_response),len(groups[0])
-    rs = [flat[i*G:(i+1)*G] for i in range(len(groups))]
-    k = [i for i,g in enumerate(rs) if keep(i, [o for o,_ in g])]
+    rows = [tuple(zip(*flat[i*G:(i+1)*G])) for i in range(len(groups))]  # (tokens, lengths) of each group
+    k = [i for i,(g,_) in enumerate(rows) if keep(i, g)]
     if not k: return None
-    return Batch.from_tokens([ids[i] for i in k], [[o for o,_ in rs[i]] for i in k], index=torch.tensor(k),
-        cut=torch.tensor([[c for _,c in rs[i]] for i in k]), prompt_cut=torch.tensor([prompts[i] in cut for i in k]))
+    full = torch.tensor([rows[i][1] for i in k])
+    return Batch.from_tokens([ids[i] for i in k], [rows[i][0] for i in k], index=torch.tensor(k), cut=full>=max_response,
+        prompt_cut=torch.tensor([cut[i] for i in k]), sizes_before=torch.cat([torch.tensor([[sizes[i]] for i in k]), full], 1))
 
 def tokenize_pairs(
     pairs:list[dict],       # Pairs
@@ -383,7 +392,7 @@ def tokenize_pairs(
     max_prompt:int,         # Longest prompt, in tokens
     max_response:int,       # Longest response, EOS included
     report:DataReport=None  # Counts what is cut or dropped
-)->Batch: # G=2: chosen, rejected; fields `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,)
+)->Batch: # G=2: chosen, rejected; fields `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)
     "All pairs as one batch"
     report,n = report or DataReport('these pairs'),len(pairs)
     report.read = report.read or n
@@ -441,10 +450,14 @@ def load_splits(
     train = _subset(train, c.n_pairs, config.seed, report)
     s.update(split_by_prompt(train, {k:c.test_size for k in ('test','dev') if not s[k]}, config.seed))
     for k in ('train','dev','test'): _need(s[k], report, f'pairs for {k}')
-    if tokenizer is not None:
+    if tokenizer is None: report.lengths = length_stats(_sizes(s['train']), 'words')
+    else:
         for k,v in s.items():
-            if v: s[k] = [v[i] for i in tokenize_pairs(v, tokenizer, c.max_prompt, c.max_response, report).index.tolist()]
-    report.lengths,report.splits = length_stats(s['train'], tokenizer),{k:len(v) for k,v in s.items() if v}
+            if not v: continue
+            b = tokenize_pairs(v, tokenizer, c.max_prompt, c.max_response, report)
+            s[k] = [v[i] for i in b.index.tolist()]
+            if k=='train': report.lengths = length_stats(b.sizes_before.numpy())
+    report.splits = {k:len(v) for k,v in s.items() if v}
     sft = w.corpus if w else [dict(prompt=p['prompt'], response=p['chosen']) for p in s['train']]
     return Splits(**s, sft=sft, documents=w.facts if w else [], report=report)
 
@@ -458,18 +471,22 @@ def n_updates(
     "How many updates a stage makes"
     return math.ceil(n*epochs/batch_size) if updates is None else updates
 
-def batches(
-    data:Batch,        # The whole data set
+def batch_indices(
+    n:int,             # Prompts in the data
     batch_size:int,    # Prompts in an update
     updates:int=None,  # Stop after so many updates (None: after `epochs` passes)
     epochs:int=1,      # Passes through the data
     seed:int=0,
     start:int=0        # First update: where a resumed run goes on
 ):
-    "Selections of `data`, one for each update"
-    n,perms = len(data),{}
+    "Which prompts, for each update"
+    perms = {}
     end = n*epochs if updates is None else batch_size*updates
     for i in range(start, n_updates(n, batch_size, updates, epochs)):
         at = range(i*batch_size, min((i+1)*batch_size, end))
         perms = {e: perms[e] if e in perms else torch.randperm(n, generator=generator(seed, 'pass', e)) for e in {p//n for p in at}}
-        yield data[torch.stack([perms[p//n][p%n] for p in at])]
+        yield torch.stack([perms[p//n][p%n] for p in at])
+
+def batches(data:Batch, batch_size:int, updates:int=None, epochs:int=1, seed:int=0, start:int=0):
+    "Selections of `data`, one for each update, by `batch_indices`"
+    for i in batch_indices(len(data), batch_size, updates, epochs, seed, start): yield data[i]
