@@ -139,7 +139,7 @@ def test_pins():
 def fastcore2(tmp_path_factory):
     "Environment variables that put a fastcore 2 in front of the one that nbdev needs"
     folder = tmp_path_factory.mktemp("fastcore2")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "fastcore>=2,<3"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "fastcore==2.2.39"], check=True)
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"}
 
 
