@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Turn', 'parse_turns', 'to_hh', 'to_messages', 'BadPair', 'split_pair', 'wilson', 'length_stats', 'DataReport',
            'Preferences', 'load_preferences', 'split_by_prompt', 'Splits', 'unique_prompts', 'encode_prompt',
-           'tokenize_prompts', 'tokenize_pairs', 'tokenize_sft', 'load_splits', 'n_updates', 'batch_indices', 'batches']
+           'tokenize_prompts', 'tokenize_pairs', 'tokenize_sft', 'load_splits', 'n_updates', 'batches']
 
 # %% ../nbs/02_data.ipynb #7ae80b09
 import gzip,json,logging,math,re
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np,torch
 from datasets import load_dataset_builder
-from .core import Batch,Config,child_seed,generator
+from .core import Batch,Config,child_seed,generator,pass_order
 from .world import make_world
 
 # %% ../nbs/02_data.ipynb #40cee5e5
@@ -471,22 +471,16 @@ def n_updates(
     "How many updates a stage makes"
     return math.ceil(n*epochs/batch_size) if updates is None else updates
 
-def batch_indices(
-    n:int,             # Prompts in the data
+def batches(
+    data:Batch,        # The whole data set
     batch_size:int,    # Prompts in an update
     updates:int=None,  # Stop after so many updates (None: after `epochs` passes)
     epochs:int=1,      # Passes through the data
     seed:int=0,
     start:int=0        # First update: where a resumed run goes on
 ):
-    "Which prompts, for each update"
-    perms = {}
-    end = n*epochs if updates is None else batch_size*updates
+    "Selections of `data`, one for each update"
+    n = len(data)
     for i in range(start, n_updates(n, batch_size, updates, epochs)):
-        at = range(i*batch_size, min((i+1)*batch_size, end))
-        perms = {e: perms[e] if e in perms else torch.randperm(n, generator=generator(seed, 'pass', e)) for e in {p//n for p in at}}
-        yield torch.stack([perms[p//n][p%n] for p in at])
-
-def batches(data:Batch, batch_size:int, updates:int=None, epochs:int=1, seed:int=0, start:int=0):
-    "Selections of `data`, one for each update, by `batch_indices`"
-    for i in batch_indices(len(data), batch_size, updates, epochs, seed, start): yield data[i]
+        at = pass_order(n, batch_size, seed, i)
+        yield data[at if updates else at[:n*epochs-i*batch_size]]

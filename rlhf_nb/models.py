@@ -311,7 +311,10 @@ def load_tokenizer(
     name # Hub name or folder
 ):
     "A tokenizer that has an EOS and a PAD of its own"
-    try: tok = AutoTokenizer.from_pretrained(name)
+    f,kw = Path(name)/'config.json',{}
+    kind = read_json(f).get('base_model_type') if f.exists() else None
+    if kind: kw['config'] = AutoConfig.for_model(kind)           # our reward head's folder: transformers doesn't know its type
+    try: tok = AutoTokenizer.from_pretrained(name, **kw)
     except (OSError,ValueError) as e: raise _not_found(name, 'tokenizer', e) from None
     if tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     if tok.pad_token_id is None or tok.pad_token_id==tok.eos_token_id:
