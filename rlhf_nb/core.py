@@ -281,6 +281,7 @@ class Config:
     preset:str='demo'          # The preset that values not given are taken from
     seed:int=0                 # Everything random derives from it
     device:str='auto'          # `auto`, `cpu`, `cuda`
+    jobs:Pos=2                 # Stages that run side by side on a CPU (DPO beside the reward model, GRPO beside PPO); each needs its own memory
     data:DataConfig=field(default_factory=DataConfig)
     world:WorldConfig=field(default_factory=WorldConfig)
     model:ModelConfig=field(default_factory=ModelConfig)
@@ -293,6 +294,7 @@ class Config:
 
 # %% ../nbs/00_core.ipynb #99f96622
 _hh = {
+    'jobs': 1,
     'data': dict(name='Anthropic/hh-rlhf', data_dir='harmless-base',
         max_prompt=256, max_response=128),  # 90% of prompts and 90% of responses are shorter (278 and 111 tokens)
     'model': dict(name='gpt2', precision='auto'),
@@ -470,7 +472,7 @@ def progress(
     keys:tuple=('loss','reward','gold','kl','accuracy') # Shown behind, where a row has them
 ):
     "Pass `rows` on, with a progress bar"
-    with tqdm(total=total, desc=desc, leave=True, mininterval=1, file=sys.stderr) as bar:
+    with tqdm(total=total, desc=desc, mininterval=1, position=int(os.environ.get('RLHF_NB_BAR', 0)), file=sys.stderr) as bar:
         for r in rows:
             bar.set_postfix({k:f'{r[k]:.3g}' for k in keys if k in r}, refresh=False)
             bar.update()

@@ -1,0 +1,241 @@
+"The gradient of an update belongs to the update: no cut into micro-batches and no number of processes changes it"
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import batch, configs, lm
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState, GradientState
+from rlhf_nb.core import DPOConfig, GRPOConfig, Optim, PPOConfig, SFTConfig, child_seed, generator
+from rlhf_nb.dpo import dpo_step, reference_log_probs, train_dpo
+from rlhf_nb.grpo import grpo_advantages, grpo_step
+from rlhf_nb.models import log_probs, mk_reward_model, mk_value_model
+from rlhf_nb.ppo import ppo_advantages, ppo_step
+from rlhf_nb.reward import reward_step
+from rlhf_nb.sft import sft_step, train_sft
+from rlhf_nb.train import from_data, micro_batches, mk_accelerator, steps
+
+# ---- accumulation
+
+sizes = [27, 24, 28, 25, 26, 28, 24, 27]  # so alike that a budget in tokens cuts eight prompts into equal pieces
+cuts = {8: 10**6, 4: 4*28, 2: 2*28, 1: 1}  # prompts in a piece: micro_tokens
+
+
+def rollout(G, o, prepare):
+    "A rollout as PPO and GRPO see it in a later pass: the policy has moved, far enough to be clipped on either side"
+    b = batch(G, sizes, longest=5)
+    noise = lambda k, s: s*torch.randn(b.shape[:k], generator=generator(0, "noise", k, s))
+    now = in_whole(lm(), b, o.temperature)
+    b = b.plus(log_probs=now+noise(3, .3)*b.mask, ref_log_probs=now+noise(3, .5)*b.mask, scores=noise(2, 1.))
+    return prepare(b, o)
+
+
+def in_whole(model, b, temperature=1.):
+    with torch.no_grad():
+        return log_probs(model, b, temperature)
+
+
+def sft():
+    return lm(), batch(1, sizes), sft_step
+
+
+def reward(head, center):
+    return head_moved(mk_reward_model(lm(), head)), batch(2, sizes), partial(reward_step, center=center)
+
+
+def head_moved(m):
+    "A head that is not zero lets gradients into the body"
+    for p in m.parameters():
+        p.data += .1*torch.randn(p.shape, generator=generator(0, "head"))
+    return m
+
+
+def ppo(**kw):
+    o = PPOConfig(temperature=.9, **kw)
+    m = nn.ModuleDict(dict(policy=lm(), value=head_moved(mk_value_model(lm(1)))))
+    def prepare(b, o):
+        b = ppo_advantages(b, m["value"], o)
+        off = torch.randn(b.shape, generator=generator(0, "off"))
+        return b.plus(values=(b.values+.3*off)*b.mask)  # the value model has moved too
+    return m, rollout(1, o, prepare), partial(ppo_step, o=o)
+
+
+def grpo(**kw):
+    o = GRPOConfig(temperature=.9, max_new_tokens=5, **kw)
+    return lm(), rollout(3, o, grpo_advantages), partial(grpo_step, o=o)
+
+
+def dpo(live=False, **kw):
+    o, ref, b = DPOConfig(**kw), lm(1), batch(2, sizes)
+    if live:
+        return lm(), b, partial(dpo_step, o=o, reference=ref)
+    return lm(), b.plus(ref_sums=reference_log_probs(ref, b)), partial(dpo_step, o=o)
+
+
+cases = {"sft": sft, "ppo": ppo}
+cases |= {f"reward-{h}-{c}": partial(reward, h, c) for h, c in product(("last_token", "log_prob"), (0., .1))}
+cases |= {f"grpo-{l}-{k}-{'masked' if t else 'all'}": partial(grpo, loss_type=l, kl_in=k, mask_truncated=t)
+          for l, k, t in product(("grpo", "dr_grpo", "dapo"), ("loss", "loss_corrected", "reward"), (False, True))}
+cases |= {"grpo-epsilon_high": partial(grpo, epsilon_high=.28)}
+cases |= {f"dpo-{l}-{'live' if v else 'cached'}": partial(dpo, v, loss_type=l, label_smoothing=.1*(l in ("cdpo", "robust")))
+          for l, v in product(("sigmoid", "ipo", "robust", "cdpo", "simpo"), (False, True))}
+cases |= {f"dpo-sft_weight-{'live' if v else 'cached'}": partial(dpo, v, sft_weight=.5) for v in (False, True)}
+
+
+class Keep(torch.optim.SGD):
+    "Keeps the gradients that it is given, and goes nowhere"
+    def step(self, closure=None):
+        self.kept = [None if p.grad is None else p.grad.clone() for g in self.param_groups for p in g["params"]]
+
+
+def update(model, b, step, micro_tokens):
+    "Gradients and metrics of one update of `train.steps`"
+    opt = Keep([dict(params=list(model.parameters()), peak=0.)], lr=0.)
+    o = Optim(micro_tokens=micro_tokens, max_grad_norm=float("inf"))
+    row, = steps(model, [([b], {})], step, o, 1, opt, mk_accelerator(device="cpu"))
+    return opt.kept, {k: v for k, v in row.items() if "seconds" not in k}
+
+
+@pytest.mark.parametrize("name", cases)
+def test_accumulation(name):
+    """
+    (8 x 1), (4 x 2), (2 x 4) and (1 x 8) prompts a piece give one gradient. An entry is a sum over some 200 tokens, and another cut adds
+    it up in another order: rounding (6e-8 of a term) grows with the root of the number of terms to about 1e-6 of the largest, while
+    terms of both signs leave sums that are smaller than the terms. Hence 1e-5 of the largest entry; a wrong denominator is off by a tenth or more.
+    """
+    model, b, step = cases[name]()
+    names = [k for k, _ in model.named_parameters()]
+    want, row = update(model, b, step, cuts[8])
+    assert all(g is not None and g.abs().max() > 1e-4 for g in want), "a tensor without gradient shows nothing"
+    for k, micro_tokens in cuts.items():
+        assert [len(i) for i in micro_batches(b, micro_tokens)] == [k]*(8//k)
+        got, r = update(model, b, step, micro_tokens)
+        off = {n: ((g-w).abs().max()/w.abs().max()).item() for n, g, w in zip(names, got, want)}
+        worst = max(off, key=off.get)
+        assert off[worst] <= 1e-5, f"{k} prompts a piece: {worst} differs by {off[worst]:.1e} of its largest entry"
+        assert r == pytest.approx(row, rel=1e-5, abs=1e-6)
+
+
+def test_accumulation_sees():
+    "The rollouts are clipped on both sides, some responses are cut, and lengths differ: a count of the piece's own would show"
+    for make in (ppo, grpo):
+        m, b, _ = make()
+        ratio = (in_whole(m["policy"] if make is ppo else m, b, .9)-b.log_probs).exp()[b.mask]
+        assert (ratio < .8).any() and (ratio > 1.28).any() and ((ratio > .8) & (ratio < 1.2)).any()
+        assert b.finished.any() and not b.finished.all() and len(b.lengths.unique()) == 5
+    model, b, step = sft()
+    own = lambda net, b, n: step(net, b, {**n, "tokens": 8*len(b)*b.mask.sum().item()/64})
+    (w, *_), _ = update(model, b, own, cuts[8])
+    (g, *_), _ = update(model, b, own, cuts[2])
+    assert (g-w).abs().max() > .05*w.abs().max()
+
+
+# ---- two processes
+
+uneven = [40, 9, 38, 7, 11, 36, 8, 10]  # prompts and responses together
+
+
+def far(cls, **kw):
+    "Two updates of 6 prompts, cut, that go far; with an epsilon of 1 an AdamW step is about as proportional to the gradient as an SGD step"
+    return cls(lr=1., eps=1., warmup=0., schedule="constant", micro_tokens=60, batch_size=6, updates=2, **kw)
+
+
+def two_sft():
+    return lm(), batch(1, uneven, longest=5), far(SFTConfig), train_sft
+
+
+def two_dpo(live):
+    reference = lm(1)
+    train = lambda m, b, o, seed, acc: train_dpo(m, reference, b, o, seed, acc=acc)
+    return lm(), batch(2, [s+8 for s in uneven]), far(DPOConfig, beta=2., sft_weight=.5, cache_reference=not live), train
+
+
+def shares(b, o, seed, name):
+    "Micro-batches of both processes, for each update"
+    for (whole,), _ in from_data(b, o, child_seed(seed, name))[0](0):
+        yield [len(micro_batches(whole[r::2], o.micro_tokens)) for r in (0, 1)]
+
+
+def in_process(make, seed, folder):
+    "What each of the two processes does"
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork inherits what its parent knew: one process
+    GradientState._reset_state()
+    acc = Accelerator(cpu=True)
+    assert acc.num_processes == 2
+    model, b, o, train = make()
+    rows = train(model, b, o, seed, acc=acc)
+    torch.save(dict(rows=rows, weights=model.state_dict()), f"{folder}/{acc.process_index}.pt")
+    acc.end_training()
+
+
+@pytest.mark.parametrize("name,make", {"sft": two_sft, "dpo-cached": partial(two_dpo, False), "dpo-live": partial(two_dpo, True)}.items(),
+                         ids=["sft", "dpo-cached", "dpo-live"])
+def test_two_processes(name, make, tmp_path):
+    "Two processes with unequal numbers of micro-batches make the steps that one process makes with all prompts"
+    model, b, o, train = make()
+    stage = name.split("-")[0]
+    seed = next(s for s in range(100) if all(i != j for i, j in shares(b, o, s, stage)))
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    rows = train(model, b, o, seed, acc=mk_accelerator(device="cpu"))
+    debug_launcher(in_process, (make, seed, str(tmp_path)), num_processes=2)
+    for r in (0, 1):
+        got = torch.load(tmp_path/f"{r}.pt")
+        for k, w in model.state_dict().items():
+            moved = (w-start[k]).abs().max()
+            assert moved > 1e-3
+            assert (got["weights"][k]-w).abs().max() <= 1e-5*moved, f"process {r}: {k}"
+        assert len(got["rows"]) == o.updates
+        for x, y in zip(got["rows"], rows):
+            assert {k: v for k, v in x.items() if "seconds" not in k} == pytest.approx({k: v for k, v in y.items() if "seconds" not in k}, rel=1e-5)
+
+
+# ---- bfloat16
+
+def plain(model, b):
+    "Log-probabilities of a batch, one plain call of the model for each response"
+    out = torch.zeros(b.shape)
+    for i, (p, rs) in enumerate(zip(b.prompts, b.tokens())):
+        for j, r in enumerate(rs):
+            z = model(torch.tensor([p+r]), use_cache=False).logits[0, len(p)-1:-1].float().log_softmax(-1)
+            out[i, j, :len(r)] = z.gather(-1, b.responses[i, j, :len(r), None])[:, 0]
+    return out
+
+
+def rms(x):
+    return x.double().pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("kind", configs)
+def test_bfloat16(kind):
+    "A model in bfloat16: what the grouped forward makes of it is as close to float32 as what plain calls make of it"
+    b = batch(3, sizes*8)
+    with torch.no_grad():
+        exact = plain(lm(kind=kind), b)
+        low = lm(kind=kind).bfloat16()
+        want, got = plain(low, b), log_probs(low, b)
+    off = lambda x: rms((x-exact)[b.mask])
+    assert 1e-4 < off(want) < .1, "bfloat16 rounds, and not too much"
+    assert off(got) < 1.25*off(want), f"grouped {off(got):.1e}, plain {off(want):.1e}"
+    sums = lambda x: rms((x-exact).sum(-1))
+    assert sums(got) < 1.25*sums(want), f"grouped {sums(got):.1e}, plain {sums(want):.1e}"
+
+
+@pytest.mark.parametrize("kind", configs)
+def test_bfloat16_gradient(kind):
+    "Under autocast, as in training: the same for the gradient of a loss"
+    b = batch(3, sizes*4)
+    adv = torch.randn(b.shape, generator=generator(0, "advantages"))
+    def grads(f, low):
+        model = lm(kind=kind)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = (f(model, b)*adv).sum()
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+    exact = grads(plain, False)
+    off = lambda gs: rms(torch.stack([(g-e).norm()/e.norm() for g, e in zip(gs, exact)]))  # each tensor counts the same
+    want, got = off(grads(plain, True)), off(grads(log_probs, True))
+    assert 1e-4 < want < .1, "bfloat16 rounds, and not too much"
+    assert got < 1.25*want, f"grouped {got:.1e}, plain {want:.1e}"
