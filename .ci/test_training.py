@@ -102,20 +102,23 @@ def update(model, b, step, micro_tokens):
 @pytest.mark.parametrize("name", cases)
 def test_accumulation(name):
     """
-    (8 x 1), (4 x 2), (2 x 4) and (1 x 8) prompts a piece give one gradient. An entry is a sum over some 200 tokens, and another cut adds
-    it up in another order: rounding (6e-8 of a term) grows with the root of the number of terms to about 1e-6 of the largest, while
-    terms of both signs leave sums that are smaller than the terms. Hence 1e-5 of the largest entry; a wrong denominator is off by a tenth or more.
+    (8 x 1), (4 x 2), (2 x 4) and (1 x 8): prompts in a piece times pieces; all give one gradient and the same metrics. An entry of the
+    gradient is a sum over some 200 tokens, and another cut adds them up in another order. Rounding, 6e-8 of a term, grows with the root
+    of their number to about 1e-6, and the sum may be smaller than its terms, whose signs differ: hence 5e-6 of the tensor's largest entry
+    (seen: 1.1e-6). A wrong denominator is off by more than a hundredth.
     """
     model, b, step = cases[name]()
     names = [k for k, _ in model.named_parameters()]
     want, row = update(model, b, step, cuts[8])
-    assert all(g is not None and g.abs().max() > 1e-4 for g in want), "a tensor without gradient shows nothing"
+    largest = {k: g.abs().max().item() for k, g in zip(names, want)}
+    zero = ["transformer.ln_f.bias"] if name == "reward-last_token-0.0" else []  # a difference of scores that a shift of both leaves alone
+    assert [k for k, v in largest.items() if v < 1e-4] == zero, "a tensor without a gradient shows nothing"
     for k, micro_tokens in cuts.items():
         assert [len(i) for i in micro_batches(b, micro_tokens)] == [k]*(8//k)
         got, r = update(model, b, step, micro_tokens)
-        off = {n: ((g-w).abs().max()/w.abs().max()).item() for n, g, w in zip(names, got, want)}
+        off = {n: (g-w).abs().max().item()/max(largest[n], 1e-4) for n, g, w in zip(names, got, want)}
         worst = max(off, key=off.get)
-        assert off[worst] <= 1e-5, f"{k} prompts a piece: {worst} differs by {off[worst]:.1e} of its largest entry"
+        assert off[worst] <= 5e-6, f"{k} prompts in a piece: {worst} differs by {off[worst]:.1e} of its largest entry"
         assert r == pytest.approx(row, rel=1e-5, abs=1e-6)
 
 

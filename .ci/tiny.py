@@ -3,14 +3,16 @@ import os
 import sys
 import traceback
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # the CPU's bits; no bar's thread beside a fork
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # these tests are about the CPU
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from rlhf_nb.core import Batch, generator, seed_all
 
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # else a progress bar starts a thread, and one thread is what a process can fork with
 vocab, eos = 19, 2
 tokens = dict(vocab_size=vocab, bos_token_id=1, eos_token_id=eos, pad_token_id=0)
 small = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, intermediate_size=32, max_position_embeddings=64)

@@ -231,9 +231,9 @@ def rollouts(
         k1,_,k3 = (k*b.mask for k in kl_estimates(b.log_probs, b.ref_log_probs))
         row.update(reward=raw.mean().item(), reward_std=raw.std().item(), kl=k1.sum(-1).mean().item(), kl_k3=k3.sum(-1).mean().item(),
                    entropy=-(b.log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
-                   finished=b.finished.float().mean().item(), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
+                   finished=b.finished.float().mean().item(), new_tokens=int(b.mask.sum()), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
         b = prepare(b)
-        row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4), new_tokens=int(b.mask.sum()))
+        row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4))
         minis = []
         for e in range(epochs):
             for j in torch.randperm(len(b), generator=generator(seed, 'mini', i, e)).tensor_split(mini_batches): minis.append(b[j])

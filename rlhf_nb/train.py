@@ -26,7 +26,7 @@ def counts(
 )->dict:         # prompts, responses, tokens; chosen_tokens: of each group's first response
     "What a sum over the whole update is divided by"
     B,G,_ = batch.shape
-    n = torch.tensor([B, B*G, batch.mask.sum(), batch.mask[:,0].sum()], dtype=torch.float64)
+    n = torch.tensor([B, B*G, batch.mask.sum().clamp(min=1), batch.mask[:,0].sum().clamp(min=1)], dtype=torch.float64)
     if acc is not None and acc.num_processes>1: n = acc.reduce(n.to(acc.device, torch.float32))
     return dict(zip(('prompts','responses','tokens','chosen_tokens'), n.tolist()))
 
