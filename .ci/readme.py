@@ -1,6 +1,7 @@
 """Write README.md from nbs/index.ipynb; with --check, only say what is stale.
 
-A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone. Pictures go to results/readme/.
+A cell with `#| hide` is left out, one with `#| echo: false` shows its output alone. Pictures go to results/readme/, each with
+the text of its cell's `#| fig-alt:`.
 """
 import posixpath
 import re
@@ -30,16 +31,19 @@ def prepare(cell):
     if "hide" in directives:
         return None
     cell.source = re.sub(r"^# ?\|.*\n?", "", cell.source, flags=re.M).strip()
+    alt.extend(d[8:].strip() for d in directives if d.startswith("fig-alt:"))
     if "echo: false" in directives:
         cell.metadata["transient"] = {"remove_source": True}
     return cell
 
 
+alt = []
 nb = nbformat.read(root / "nbs" / "index.ipynb", 4)
 nb.cells = [c for c in map(prepare, nb.cells) if c is not None]
 nb.metadata["language_info"] = {"name": "python"}  # names the code fences; nbdev_clean drops it
 body, parts = MarkdownExporter().from_notebook_node(
     nb, resources={"output_files_dir": "results/readme", "unique_key": "index"})
+body = re.sub(r"!\[png\]", lambda m: f"![{alt.pop(0)}]", body)
 text = re.sub(r"\n{3,}", "\n\n", re.sub(r"\x1b\[[0-9;]*m", "", body)).strip() + "\n"
 files = {root / name: data for name, data in parts["outputs"].items()} | {root / "README.md": text.encode()}
 stale = [f for f, data in files.items() if not f.exists() or f.read_bytes() != data]
