@@ -8,7 +8,7 @@ __all__ = ['needs', 'stages', 'folders', 'Line', 'world_rates', 'run_stages', 'o
            'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #c0e50f24
-import argparse,importlib,json,multiprocessing,os,shutil,statistics,sys,time
+import argparse,importlib,json,multiprocessing,os,shutil,statistics,sys,time,traceback
 from dataclasses import asdict
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -76,6 +76,9 @@ class Line:
         "The reference policy"
         c = self.config
         m = mk_policy(c.model, self.tok, c.seed) if c.model.name=='scratch' else load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        most = c.data.max_prompt+max(c.data.max_response, c.ppo.max_new_tokens, c.grpo.max_new_tokens, c.eval.max_new_tokens)
+        if most>max_tokens(m): # now, not after an hour
+            raise ValueError(f'data.max_prompt and the longest of data.max_response and max_new_tokens make {most} tokens, the model takes {max_tokens(m)}: lower them')
         if not c.sft.skip: train_sft(m, tokenize_sft(self.splits.sft+self.splits.documents, self.tok, c.data.max_prompt, c.data.max_response), c.sft, c.seed, self.run, self.acc)
         save_model(m, self.tok, self.run/'reference')
 
@@ -176,9 +179,11 @@ def _child(line, stage, slot, threads, pipe):
     torch.set_num_threads(threads)
     try: getattr(line, stage)(); pipe.send(None)
     except KeyboardInterrupt: pipe.send((KeyboardInterrupt, 'interrupted'))
-    except Exception as e: pipe.send((type(e) if type(e) in _known else RuntimeError, f'{stage}: {e}' if type(e) in _known else f'{stage}: {type(e).__name__}: {e}'))
+    except Exception as e:
+        kind = next((k for k in _known if isinstance(e, k)), None)
+        pipe.send((kind or RuntimeError, f'{stage}: {e}' if kind else f'{stage}: {type(e).__name__}: {e}\n{traceback.format_exc()}'))
 
-_known = (ValueError,FileNotFoundError,FloatingPointError,ConnectionError)
+_known = ValueError,OSError,FloatingPointError   # what a user can do something about
 
 def run_stages(
     line:Line,

@@ -255,11 +255,10 @@ class GRPOConfig(RolloutConfig):
 class DPOConfig(Optim):
     "DPO (Rafailov et al. 2023) and its family"
     lr:NonNeg=2e-4
-    updates:Pos|None=160
-    batch_size:Pos=25
-    n_pairs:Pos|None=4000            # Use so many of the training pairs (None: all)
+    updates:Pos|None=250
+    n_pairs:Pos|None=8000            # Use so many of the training pairs (None: all)
     loss_type:Literal['sigmoid','ipo','robust','cdpo','simpo']='sigmoid' # Which member of the family
-    beta:NonNeg=0.2                  # Inverse temperature of the implicit reward
+    beta:NonNeg=0.4                  # Inverse temperature of the implicit reward
     label_smoothing:Annotated[float, Field(ge=0, lt=.5)]=0.0 # Share of flipped labels, for `robust` and `cdpo`
     gamma:NonNeg=0.5                 # SimPO's target margin
     sft_weight:NonNeg=0.0            # Weight of an SFT term on the chosen response
