@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tiny import batch, fork, lm
+from tiny import batch, fork, lm, timeless
 from rlhf_nb.core import Run, load_config, replacing
 from rlhf_nb.dpo import train_dpo
 from rlhf_nb.grpo import train_grpo
@@ -88,10 +88,6 @@ def go(stage, folder, moment=lambda: False, pause=0.):
 
 def n_rows(log):
     return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
-def timeless(rows):
-    return [{k: v for k, v in r.items() if "seconds" not in k} for r in rows]
 
 
 def check(stage, folder, want):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tiny import batch, configs, lm
+from tiny import batch, configs, lm, timeless
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from rlhf_nb.core import DPOConfig, GRPOConfig, Optim, PPOConfig, SFTConfig, child_seed, generator
@@ -95,8 +95,9 @@ def update(model, b, step, micro_tokens):
     "Gradients and metrics of one update of `train.steps`"
     opt = Keep([dict(params=list(model.parameters()), peak=0.)], lr=0.)
     o = Optim(micro_tokens=micro_tokens, max_grad_norm=float("inf"))
-    row, = steps(model, [([b], {})], step, o, 1, opt, mk_accelerator(device="cpu"))
-    return opt.kept, {k: v for k, v in row.items() if "seconds" not in k}
+    rows = steps(model, [([b], {})], step, o, 1, opt, mk_accelerator(device="cpu"))
+    row, = timeless(rows)
+    return opt.kept, row
 
 
 @pytest.mark.parametrize("name", cases)
@@ -120,6 +121,35 @@ def test_accumulation(name):
         worst = max(off, key=off.get)
         assert off[worst] <= 5e-6, f"{k} prompts in a piece: {worst} differs by {off[worst]:.1e} of its largest entry"
         assert r == pytest.approx(row, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kw", [dict(loss_type="sigmoid"), dict(loss_type="ipo"), dict(sft_weight=.5)], ids=lambda kw: "-".join(map(str, *kw.items())))
+def test_cached_reference(kw):
+    "The reference's log-probabilities of the whole data, computed once, in pieces and sorted by size, make the live reference's gradient"
+    want, row = update(*dpo(live=True, **kw), cuts[2])
+    got, r = update(*dpo(live=False, **kw), cuts[4])
+    assert r == pytest.approx(row, rel=1e-5, abs=1e-6)
+    assert all((g-w).abs().max() <= 5e-6*w.abs().max() for g, w in zip(got, want))
+
+
+def test_rollout_in_pieces():
+    "Values, advantages and returns of a rollout do not depend on the pieces in which the value model reads it"
+    value, b = head_moved(mk_value_model(lm(1))), batch(1, sizes)
+    b = b.plus(log_probs=in_whole(lm(), b), ref_log_probs=in_whole(lm(1), b), scores=torch.arange(8.)[:, None])
+    want, *others = (ppo_advantages(b, value, PPOConfig(micro_tokens=t)) for t in cuts.values())
+    for got in others:
+        for k in ("values", "advantages", "returns"):
+            torch.testing.assert_close(got.fields[k], want.fields[k], rtol=1e-5, atol=1e-5)
+
+
+def test_each_update_anew():
+    "No gradient is left over for the next update, be it one of the same step's mini-batches or a later step"
+    model, b, step = sft()
+    opt = Keep([dict(params=list(model.parameters()), peak=0.)], lr=0.)
+    kept = []
+    for row in steps(model, [([b], {}), ([b, b], {})], step, Optim(micro_tokens=cuts[4]), 2, opt, mk_accelerator(device="cpu")):
+        kept.append(opt.kept)
+    assert row["steps"] == 2 and all(torch.equal(g, w) for g, w in zip(*kept))
 
 
 def test_accumulation_sees():
@@ -156,13 +186,12 @@ def two_dpo(live):
     return lm(), batch(2, [s+8 for s in uneven]), far(DPOConfig, beta=2., sft_weight=.5, cache_reference=not live), train
 
 
-def shares(b, o, seed, name):
-    "Micro-batches of both processes, for each update"
-    for (whole,), _ in from_data(b, o, child_seed(seed, name))[0](0):
-        yield [len(micro_batches(whole[r::2], o.micro_tokens)) for r in (0, 1)]
+def pieces(b, o, seed, stage, acc=None, part=slice(None)):
+    "How many micro-batches each update has"
+    return [len(micro_batches(x[part], o.micro_tokens)) for (x,), _ in from_data(b, o, child_seed(seed, stage), acc)[0](0)]
 
 
-def in_process(make, seed, folder):
+def in_process(make, seed, stage, folder):
     "What each of the two processes does"
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork inherits what its parent knew: one process
     GradientState._reset_state()
@@ -170,29 +199,28 @@ def in_process(make, seed, folder):
     assert acc.num_processes == 2
     model, b, o, train = make()
     rows = train(model, b, o, seed, acc=acc)
-    torch.save(dict(rows=rows, weights=model.state_dict()), f"{folder}/{acc.process_index}.pt")
+    torch.save(dict(rows=rows, weights=model.state_dict(), pieces=pieces(b, o, seed, stage, acc)), f"{folder}/{acc.process_index}.pt")
     acc.end_training()
 
 
-@pytest.mark.parametrize("name,make", {"sft": two_sft, "dpo-cached": partial(two_dpo, False), "dpo-live": partial(two_dpo, True)}.items(),
-                         ids=["sft", "dpo-cached", "dpo-live"])
+@pytest.mark.parametrize("name,make", [("sft", two_sft), ("dpo-cached", partial(two_dpo, False)), ("dpo-live", partial(two_dpo, True))])
 def test_two_processes(name, make, tmp_path):
     "Two processes with unequal numbers of micro-batches make the steps that one process makes with all prompts"
     model, b, o, train = make()
     stage = name.split("-")[0]
-    seed = next(s for s in range(100) if all(i != j for i, j in shares(b, o, s, stage)))
+    halves = lambda s: [pieces(b, o, s, stage, part=slice(r, None, 2)) for r in (0, 1)]
+    seed = next(s for s in range(100) if all(i != j for i, j in zip(*halves(s))))
     start = {k: v.clone() for k, v in model.state_dict().items()}
     rows = train(model, b, o, seed, acc=mk_accelerator(device="cpu"))
-    debug_launcher(in_process, (make, seed, str(tmp_path)), num_processes=2)
+    debug_launcher(in_process, (make, seed, stage, str(tmp_path)), num_processes=2)
     for r in (0, 1):
         got = torch.load(tmp_path/f"{r}.pt")
+        assert got["pieces"] == halves(seed)[r], "not the process's own half"
         for k, w in model.state_dict().items():
             moved = (w-start[k]).abs().max()
             assert moved > 1e-3
             assert (got["weights"][k]-w).abs().max() <= 1e-5*moved, f"process {r}: {k}"
-        assert len(got["rows"]) == o.updates
-        for x, y in zip(got["rows"], rows):
-            assert {k: v for k, v in x.items() if "seconds" not in k} == pytest.approx({k: v for k, v in y.items() if "seconds" not in k}, rel=1e-5)
+        assert timeless(got["rows"]) == [pytest.approx(x, rel=1e-5) for x in timeless(rows)]
 
 
 # ---- bfloat16

@@ -46,6 +46,11 @@ def batch(groups, sizes, longest=7, seed=0):
     return Batch.from_tokens(prompts, responses, finished=torch.tensor(finished))
 
 
+def timeless(rows):
+    "Metrics rows without what differs from run to run"
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in rows]
+
+
 def fork(f, *args):
     "Run `f` in a process of its own, without its second of imports; what it raises is printed and makes it exit with 1"
     pid = os.fork()

@@ -135,11 +135,11 @@ class Line:
         train_grpo(pol, ref, score, prompts, self.config.grpo, self.config.seed, self.run, self.watch, self.acc)
         save_model(pol, self.tok, self.run/'grpo_model')
 
-    def overoptimise(self, updates=80, lr=6e-4):
-        "PPO without its KL: proxy and gold reward, update by update"
+    def overoptimise(self, updates=60, lr=1e-3):
+        "PPO without its KL and its other brakes, hot: proxy and gold reward, update by update"
         c = self.config
         pol,ref,score,prompts = self._rl()
-        o = type(c.ppo)(**{**asdict(c.ppo), 'kl_coef':0., 'updates':updates, 'lr':lr})
+        o = type(c.ppo)(**{**asdict(c.ppo), 'kl_coef':0., 'no_eos_penalty':0., 'updates':updates, 'lr':lr})
         rows = train_ppo(pol, mk_value_model(ref), ref, score, prompts, o, c.seed, None, self.watch, self.acc)
         keep = [{k:r[k] for k in ('update','reward','gold','kl','length') if k in r} for r in rows]
         write_json(self.run/folders['overoptimise'], keep)

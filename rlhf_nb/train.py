@@ -197,8 +197,10 @@ def save_checkpoint(path, model, opt, update:int):
 
 def load_checkpoint(path, model, opt)->int:
     "Restore; returns the index of the next update"
-    try: d = torch.load(path, weights_only=True, map_location='cpu')
-    except Exception as e: raise ValueError(f'{path}: not a readable checkpoint ({type(e).__name__}: {e}). Remove it to start this stage again') from e
-    model.load_state_dict(d['model'])
-    opt.load_state_dict(d['opt'])
+    try:
+        d = torch.load(path, weights_only=True, map_location='cpu')
+        model.load_state_dict(d['model'])
+        opt.load_state_dict(d['opt'])
+    except Exception as e:
+        raise ValueError(f'{path}: not a checkpoint of this stage and model ({type(e).__name__}: {e}). Remove it to start this stage again') from e
     return d['update']
