@@ -9,7 +9,7 @@ __all__ = ['needs', 'stages', 'folders', 'Line', 'world_rates', 'run_stages', 'o
 
 # %% ../nbs/16_cli.ipynb #c0e50f24
 import argparse,importlib,json,multiprocessing,os,shutil,statistics,sys,time,traceback
-from dataclasses import asdict
+from dataclasses import asdict,replace
 from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -31,7 +31,7 @@ from .world import bayes_accuracy,gold_reward,make_world,outcome,world_tokenizer
 
 # %% ../nbs/16_cli.ipynb #31688c05
 needs = dict(sft=(), reward=('sft',), dpo=('sft',), ppo=('reward',), grpo=('reward',), last_token=('sft',), frontier=('reward',),
-             overoptimise=('reward',), evaluate=('sft','reward','ppo','grpo','dpo'))
+             overoptimise=('sft',), evaluate=('sft','reward','ppo','grpo','dpo'))
 stages = 'sft','reward','dpo','ppo','grpo','evaluate'
 folders = dict(sft='reference', reward='reward_model', dpo='dpo_model', ppo='ppo_model', grpo='grpo_model', last_token='results/last_token.json',
                frontier='results/frontier.json', overoptimise='results/overoptimise.json', evaluate='results/summary.json')
@@ -135,14 +135,17 @@ class Line:
         train_grpo(pol, ref, score, prompts, self.config.grpo, self.config.seed, self.run, self.watch, self.acc)
         save_model(pol, self.tok, self.run/'grpo_model')
 
-    def overoptimise(self, updates=60, lr=1e-3):
-        "PPO without its KL and its other brakes, hot: proxy and gold reward, update by update"
+    def overoptimise(self, n_pairs=800, updates=24):
+        "A weak reward model (the plain head, few pairs), and GRPO without KL and without any other brake: proxy and gold, update by update"
         c = self.config
-        pol,ref,score,prompts = self._rl()
-        o = type(c.ppo)(**{**asdict(c.ppo), 'kl_coef':0., 'no_eos_penalty':0., 'updates':updates, 'lr':lr})
-        rows = train_ppo(pol, mk_value_model(ref), ref, score, prompts, o, c.seed, None, self.watch, self.acc)
-        keep = [{k:r[k] for k in ('update','reward','gold','kl','length') if k in r} for r in rows]
-        write_json(self.run/folders['overoptimise'], keep)
+        pol,ref = self.model('sft'),self.model('sft')
+        rm = mk_reward_model(ref, 'last_token', c.seed)
+        train_reward(rm, self.pairs(self.splits.train[:n_pairs]), replace(c.reward, updates=50), c.seed, acc=self.acc)
+        prompts = self.prompts(self.splits.train)
+        normalise(rm, sample(ref, prompts[:c.reward.n_normalise], seed=child_seed(c.seed, 'normalise')))
+        o = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
+        rows = train_grpo(pol, ref, mk_scorer((rm,self.tok), self.tok), prompts, o, c.seed, None, self.watch, self.acc)
+        write_json(self.run/folders['overoptimise'], [{k:r[k] for k in ('update','reward','gold','kl','length') if k in r} for r in rows])
 
     def frontier(self, n=32, n_prompts=128):
         "What best-of-n and the Gibbs policy reach from the reference's samples"
@@ -352,7 +355,7 @@ def read_prompts(path)->list:
 def cmd_generate(a):
     "Samples of all models with reward and KL"
     line = Line(Run(a.out))
-    o = type(line.config.eval)(**{**asdict(line.config.eval), **{k:v for k,v in (('n_samples',a.n),('temperature',a.temperature),('max_new_tokens',a.max_new_tokens)) if v is not None}})
+    o = replace(line.config.eval, **{k:v for k,v in (('n_samples',a.n),('temperature',a.temperature),('max_new_tokens',a.max_new_tokens)) if v is not None})
     prompts = read_prompts(a.prompts) if a.prompts else unique_prompts(line.held())[:o.n_prompts]
     recs = line.records(list(dict.fromkeys(prompts)), o)
     dest = Path(a.to) if a.to else line.run/'output_samples'
