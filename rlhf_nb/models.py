@@ -166,7 +166,7 @@ def log_probs(
     temperature:float=1.0# Of sampling
 ): # (B,G,R) float32, 0 where there is no response token
     "Log-probability of each response token"
-    l = Layout(batch)
+    l = Layout(batch.to(policy.device))
     head = policy.get_output_embeddings()
     h = hidden(policy, l)[l.read]
     return l.per_token(_LogProb.apply(h, head.weight, head.bias, l.targets, temperature, max(1, SLICE//len(head.weight))))
@@ -206,7 +206,7 @@ def exact_kl(
     A,B = (m.get_output_embeddings() for m in (policy,reference))
     if len(A.weight)!=len(B.weight):
         raise ValueError(f'KL needs one vocabulary: the policy has {len(A.weight)} tokens, the reference {len(B.weight)}')
-    l = Layout(batch)
+    l = Layout(batch.to(policy.device))
     a,b = hidden(policy, l)[l.read],hidden(reference, l)[l.read]
     kl = torch.empty(len(a), device=a.device)
     for s in _slices(len(a), max(1, SLICE//len(A.weight))):
@@ -220,6 +220,7 @@ def scores(
     batch:Batch
 ): # (B,G)
     "The reward of each response"
+    batch = batch.to(reward_model.device)
     l = Layout(batch)
     if isinstance(reward_model, LogProbReward): return reward_model.read(l)
     c,last = reward_model.config,l.last
@@ -234,7 +235,7 @@ def values(
     batch:Batch
 ): # (B,G,R)
     "The value of each response token, read where it is predicted"
-    l = Layout(batch)
+    l = Layout(batch.to(value_model.device))
     return l.per_token(value_model.score(hidden(value_model, l)[l.read]).float()[:,0])
 
 # %% ../nbs/03_models.ipynb #5260364e
