@@ -26,8 +26,9 @@ def counts(
 )->dict:         # prompts, responses, tokens; chosen_tokens: of each group's first response
     "What a sum over the whole update is divided by"
     B,G,_ = batch.shape
-    n = torch.tensor([B, B*G, batch.mask.sum().clamp(min=1), batch.mask[:,0].sum().clamp(min=1)], dtype=torch.float64)
+    n = torch.tensor([B, B*G, batch.mask.sum(), batch.mask[:,0].sum()], dtype=torch.float64)
     if acc is not None and acc.num_processes>1: n = acc.reduce(n.to(acc.device, torch.float32))
+    n = n.clamp(min=1)               # an update in which every response is masked divides zero by one
     return dict(zip(('prompts','responses','tokens','chosen_tokens'), n.tolist()))
 
 def micro_batches(
@@ -157,7 +158,9 @@ def from_data(
     r,k = (acc.process_index,acc.num_processes) if acc is not None else (0,1)
     size = min(o.batch_size, len(data))
     def mk_updates(start):
-        for b in batches(data, size, o.updates, o.epochs, seed, start): yield [b[r::k] if k>1 else b],{}
+        for b in batches(data, size, o.updates, o.epochs, seed, start):
+            if len(b)<k: return                # the rest of the last pass, less than a prompt for each process
+            yield [b[r::k] if k>1 else b],{}
     return mk_updates,n_updates(len(data), size, o.updates, o.epochs)
 
 # %% ../nbs/04_train.ipynb #70ba4c60
@@ -201,6 +204,6 @@ def load_checkpoint(path, model, opt)->int:
         d = torch.load(path, weights_only=True, map_location='cpu')
         model.load_state_dict(d['model'])
         opt.load_state_dict(d['opt'])
+        return d['update']
     except Exception as e:
         raise ValueError(f'{path}: not a checkpoint of this stage and model ({type(e).__name__}: {e}). Remove it to start this stage again') from e
-    return d['update']
