@@ -291,7 +291,7 @@ def cmd_run(a):
         d = over_seeds([s['models'] for s in sums])
         more = {k:[read_json(l.run/folders[k]) for l in done] for k in ('last_token','frontier','overoptimise') if all(l.done(k) for l in done)}
         rm = [s['reward_model'] for s in sums]
-        write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command='rlhf_nb '+' '.join(a.argv), models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
+        write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command='rlhf_nb '+' '.join(o for o in a.argv if o!='--resume'), models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
         write_text(Path(a.out)/'results'/'seeds.md', f'Mean over {len(a.seeds)} seeds [lowest, highest], {c.eval.split} split, {sums[0]["models"]["reference"]["reward"]["n"]} prompts each.\n\n{seeds_table(d)}\n')
         print('\n'+(Path(a.out)/'results'/'seeds.md').read_text())
     else: print('\n'+show_summary(sums[0]))
