@@ -16,6 +16,7 @@ class Client(NotebookClient):
 
 for f in map(Path, sys.argv[1:]):
     nb = nbformat.read(f, 4)
-    Client(nb, timeout=900, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(f.parent)}}).execute()
+    Client(nb, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True,
+           resources={"metadata": {"path": str(f.parent)}}).execute()
     nbformat.write(nb, f)
     print("ran", f)
