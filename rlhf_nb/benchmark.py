@@ -105,7 +105,7 @@ class Turn:
     def say(self, **kw): print(json.dumps(kw), file=self.out, flush=True)
     def __call__(self, **kw):
         cpu = None if self.t is None else time.process_time()-self.t
-        self.say(cpu=cpu, memory=peak_memory(), **kw)
+        self.say(cpu=cpu, memory=peak_memory(), **{k:v() if callable(v) else v for k,v in kw.items()})   # called off the clock
         if not sys.stdin.readline(): os._exit(0)
         self.t = time.process_time()
 
@@ -177,8 +177,8 @@ def ours_steps(job, turn):
         model,step = (mk_reward_model(policy),reward_step) if what=='reward' else (policy, lambda net,b,c: dpo_step(net, b, c, o, ref))
         if what=='reward': del policy
         it = steps(model, (([data[i*PAIRS:(i+1)*PAIRS]],{}) for i in range(n)), step, o, n)
-    turn(rate=matmul_rate(), torch=torch.__version__, transformers=version('transformers'), python=platform.python_version())
-    for _ in it: turn(rate=matmul_rate())
+    turn(rate=matmul_rate, torch=torch.__version__, transformers=version('transformers'), python=platform.python_version())
+    for _ in it: turn(rate=matmul_rate)
 
 # %% ../nbs/17_benchmark.ipynb #7bfce711
 def trl_steps(job, turn):
@@ -255,10 +255,10 @@ def prepare(
     if len(rows)<max(need, 4*PAIRS): raise ValueError(f'{max(need, 4*PAIRS)} pairs are needed, {len(rows)} are there')
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator(seed, 'bench')).tolist()]
     seed_all(seed)
-    c = GPT2Config(**shapes[size], resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)
-    c.vocab_size = max(len(tok), c.vocab_size if size=='gpt2' else 0)
+    ids = dict(eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)
+    c = GPT2Config(**shapes[size], vocab_size=max(len(tok), 50257 if size=='gpt2' else 0), resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., **ids)
     GPT2LMHeadModel(c).save_pretrained(folder/'lm'); tok.save_pretrained(folder/'lm')
-    GPT2ForSequenceClassification(deepcopy(c).__class__(**{**c.to_dict(), 'num_labels':1})).save_pretrained(folder/'rm')
+    GPT2ForSequenceClassification(GPT2Config(**{**c.to_dict(), 'id2label':{0:'reward'}, 'label2id':{'reward':0}})).save_pretrained(folder/'rm')
     pool,batches = sorted(rows, key=_size),[rows[i:i+PAIRS] for i in range(0, need, PAIRS)]
     write_json(folder/'rows.json', rows[:need]); write_json(folder/'sorted.json', [r for b in batches for r in like(b, pool)])
     return c,rows
@@ -274,7 +274,7 @@ def measure(
     "One line of the table"
     n = steps+warmup
     job = dict(what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')
-    sides = ('ours','HF') if what.startswith('gen') else ('ours','TRL')+(('TRL sorted',) if what in ('reward','dpo','dpo_cached') else ())
+    sides = ('ours','HF') if what.startswith('gen') else ('ours','TRL')+(('TRL sorted',) if what in ('reward','dpo') else ())
     out = race({k:(pythons[k], dict(job, rows='sorted.json') if k=='TRL sorted' else job) for k in sides}, n, folder)
     per = PAIRS if units[what]=='pairs' else prompts*dict(ppo=1, grpo=G).get(what, G*NEW)
     cpu = {k:[o['cpu'] for o in v[1+warmup:]] for k,v in out.items()}

@@ -390,8 +390,9 @@ def parser():
     q.add_argument('--to', help='folder for the samples (default: output_samples of the run)')
     q = add('config', cmd_config, 'print a configuration, to edit and use with --config')
     q.add_argument('name', nargs='?', default='demo', help='preset or YAML file'); q.add_argument('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE')
-    q = add('bench', cmd_bench, 'benchmarks against TRL')
-    q.add_argument('args', nargs=argparse.REMAINDER, help='see rlhf_nb bench --help')
+    q = sub.add_parser('bench', help='benchmarks against TRL', add_help=False, prefix_chars='\0')   # its flags are its own
+    q.set_defaults(f=cmd_bench)
+    q.add_argument('args', nargs=argparse.REMAINDER)
     return p
 
 def main(argv=None):
