@@ -274,8 +274,9 @@ def measure(
     "One line of the table"
     n = steps+warmup
     job = dict(what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')
-    sides = ('ours','HF') if what.startswith('gen') else ('ours','TRL')+(('TRL sorted',) if what in ('reward','dpo') else ())
-    out = race({k:(pythons[k], dict(job, rows='sorted.json') if k=='TRL sorted' else job) for k in sides}, n, folder)
+    out = race({k:(pythons[k], job) for k in ('ours','HF' if what.startswith('gen') else 'TRL')}, n, folder)
+    if what in ('reward','dpo'): # alone and afterwards: three at a time would need too much memory
+        out.update(race({'TRL sorted':(pythons['TRL sorted'], dict(job, rows='sorted.json'))}, n, folder))
     per = PAIRS if units[what]=='pairs' else prompts*dict(ppo=1, grpo=G).get(what, G*NEW)
     cpu = {k:[o['cpu'] for o in v[1+warmup:]] for k,v in out.items()}
     speed = {k:per*steps/sum(v) for k,v in cpu.items()}

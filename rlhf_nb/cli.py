@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['needs', 'stages', 'folders', 'Line', 'world_rates', 'run_stages', 'over_seeds', 'seeds_table', 'cmd_run',
-           'show_summary', 'cmd_train', 'cmd_explore', 'read_prompts', 'cmd_generate', 'cmd_config', 'cmd_bench',
-           'parser', 'main']
+           'seeds_report', 'publish', 'show_summary', 'cmd_train', 'cmd_explore', 'read_prompts', 'cmd_generate',
+           'cmd_judge', 'cmd_failures', 'cmd_analyze', 'cmd_app', 'cmd_config', 'cmd_bench', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #c0e50f24
-import argparse,importlib,json,multiprocessing,os,shutil,statistics,sys,time,traceback
+import argparse,importlib,json,multiprocessing,os,re,shlex,shutil,statistics,sys,time,traceback
 from dataclasses import asdict,replace
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -20,7 +20,9 @@ from .core import *
 from .data import *
 from .dpo import *
 from .evaluate import *
+from .failures import failures_run
 from .grpo import *
+from .judge import LLMJudge,judge_run
 from .models import *
 from .ppo import *
 from .reward import *
@@ -31,21 +33,31 @@ from .world import bayes_accuracy,gold_reward,make_world,outcome,world_tokenizer
 
 # %% ../nbs/16_cli.ipynb #31688c05
 needs = dict(sft=(), reward=('sft',), dpo=('sft',), ppo=('reward',), grpo=('reward',), last_token=('sft',), frontier=('reward',),
-             overoptimise=('sft',), evaluate=('sft','reward','ppo','grpo','dpo'))
-stages = 'sft','reward','dpo','ppo','grpo','evaluate'
+             overoptimise=('sft',), evaluate=('sft','reward','ppo','grpo','dpo'), judge=('evaluate',), failures=('evaluate',))
+needs['analyze'] = tuple(needs)             # after everything that runs; of what is not there the report says so
+stages = 'sft','reward','dpo','ppo','grpo','frontier','evaluate','judge','failures','analyze'
 folders = dict(sft='reference', reward='reward_model', dpo='dpo_model', ppo='ppo_model', grpo='grpo_model', last_token='results/last_token.json',
-               frontier='results/frontier.json', overoptimise='results/overoptimise.json', evaluate='results/summary.json')
+               frontier='results/frontier.json', overoptimise='results/overoptimise.json', evaluate='results/summary.json', judge='results/WIN_RATES.md',
+               failures='results/failure_analysis/failures.json', analyze='results/ANALYSIS.md')
 
 class Line:
     "The stages of a run"
-    def __init__(self, run:Run): self.run,self.config = run,run.config
+    def __init__(self,
+        run:Run,
+        command=None # The command line, to be named in the reports
+    ):
+        self.run,self.config,self.command = run,run.config,command
+        if self.config.jobs>1 and (self.config.device=='cpu' or not torch.cuda.is_available()): torch.set_num_threads(1) # small models: a second thread costs more than it gives
 
     @cached_property
     def acc(self): return mk_accelerator(self.config.model.precision, self.config.device)
     @cached_property
     def world(self): return self.config.data.name=='world'
     @cached_property
-    def splits(self): return load_splits(self.config)
+    def splits(self):
+        "The data; with the tokenizer, if there is one, so that what is too long is counted (in the world nothing is)"
+        c = self.config.model
+        return load_splits(self.config, self.tok if not self.world and (self.done('sft') or c.tokenizer or c.name!='scratch') else None)
     @cached_property
     def tok(self):
         "The reference's tokenizer, or the one it will have"
@@ -91,7 +103,7 @@ class Line:
         ids = self.prompts(s.train)[:c.reward.n_normalise]
         parts = [sample(ref, ids[i:i+c.eval.batch_size], 1, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
         normalise(rm, Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()]).to(self.acc.device))
-        held = self.held(); data = self.pairs(held).to(self.acc.device)
+        held = self.held()[:c.eval.n_pairs]; data = self.pairs(held).to(self.acc.device)
         sc,longer = pair_scores(rm, data),data.lengths.float()
         shorter = accuracy(self.pairs(s.train).lengths.float())['accuracy']<.5   # the direction is chosen on the training pairs
         out = dict(head=head, split=c.eval.split, accuracy=accuracy(sc), rule='shorter wins' if shorter else 'longer wins',
@@ -151,23 +163,43 @@ class Line:
         "What best-of-n and the Gibbs policy reach from the reference's samples"
         c = self.config
         ref = self.model('sft'); score = mk_scorer((self.model('reward'),self.tok), self.tok)
+        n_prompts = min(n_prompts, c.eval.n_prompts)
         b = sample(ref, self.prompts(self.held())[:n_prompts], n, c.eval.max_new_tokens, seed=child_seed(c.seed, 'frontier'))
         proxy,gold = score(b),self.gold(b) if self.gold else None
         write_json(self.run/folders['frontier'], dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold),
                    **({'gibbs_gold':gibbs(gold, gold)} if gold is not None else {})))
 
-    def records(self, prompts, o=None):
+    @property
+    def models(self):
+        "All policies there are"
+        return {'reference':self.model('sft'), **{k:self.model(k) for k in ('ppo','grpo','dpo') if self.done(k)}}
+
+    def records(self, prompts, o=None, train=()):
         "Samples of all models there are"
-        models = {'reference':self.model('sft'), **{k:self.model(k) for k in ('ppo','grpo','dpo') if self.done(k)}}
         score = mk_scorer((self.model('reward'),self.tok), self.tok)
-        return sample_records(models, prompts, self.tok, score, self.gold, o or self.config.eval, self.config.data.max_prompt, self.config.seed)
+        return sample_records(self.models, prompts, self.tok, score, self.gold, o or self.config.eval, self.config.data.max_prompt, self.config.seed, train)
 
     def evaluate(self):
         "The comparison"
-        recs = self.records(unique_prompts(self.held())[:self.config.eval.n_prompts])
+        recs = self.records(unique_prompts(self.held())[:self.config.eval.n_prompts], train=unique_prompts(self.splits.train+self.splits.sft))
         f = self.run/'results'/'reward_model.json'
         write_results(self.run, recs, summarise(recs, world_rates if self.world else None), seeds=[self.config.seed], split=self.config.eval.split,
                       config=asdict(self.config), reward_model=read_json(f) if f.exists() else None)
+
+    def judge(self):
+        "Win rates by the stored rewards: gold, where it is known, and the reward model"
+        judge_run(self.run.path, command=self.command)
+
+    def failures(self):
+        "Failure modes: of the samples there are, and of prompts that provoke them"
+        c,ood = self.config,unique_prompts(self.splits.ood or [])[:self.config.eval.n_prompts]
+        failures_run(self.run.path, self.models, self.tok, dict(ood=ood) if self.world else None, {c.eval.split:read_samples(self.run)}, self.held()[:c.eval.n_prompts],
+                     c.eval, c.data.max_prompt, c.data.max_response, c.seed, split=c.eval.split, command=self.command)
+
+    def analyze(self):
+        "The report"
+        from rlhf_nb.analysis import analyze
+        analyze(self.run.path, self.command)
 
 def world_rates(r):
     "What an answer in the world did, by family"
@@ -199,11 +231,10 @@ def run_stages(
     todo,secs = [s for s in needs if s in todo and not line.done(s)],{}
     for s in todo:
         for n in needs[s]:
-            if s!='evaluate' and n not in todo and not line.done(n): raise ValueError(f"stage '{s}' needs '{n}', which has not run in {line.run.path}")
+            if s not in ('evaluate','analyze') and n not in todo and not line.done(n): raise ValueError(f"stage '{s}' needs '{n}', which has not run in {line.run.path}")
     on_cpu = line.config.device=='cpu' or not torch.cuda.is_available()
     jobs = min(line.config.jobs, os.cpu_count() or 1) if on_cpu and sys.platform=='linux' and 'RANK' not in os.environ else 1
     if jobs==1 or len(todo)==1:
-        if line.config.jobs>1 and on_cpu: torch.set_num_threads(1)     # small models: a second thread costs more than it gives
         for s in todo:
             t = time.perf_counter(); getattr(line, s)(); secs[s] = time.perf_counter()-t
             say(f'{s}: {secs[s]:.0f} s')
@@ -282,30 +313,50 @@ def cmd_run(a):
     "The whole line, or some of its stages"
     c = _config(a)
     todo = list(stages) if not a.stages else [s for o in a.stages for s in o.split(',')]
-    t0 = time.perf_counter()
-    if not a.seeds: done = [_run_one(Run(a.out, c, a.resume), todo)]
-    else: done = [_run_one(Run(Path(a.out)/f'seed{s}', mk_config({**asdict(c), 'seed':s}), a.resume), todo) for s in a.seeds]
+    t0,command = time.perf_counter(),_command(a)
+    if not a.seeds: done = [_run_one(Run(a.out, c, a.resume), todo, command)]
+    else: done = [_run_one(Run(Path(a.out)/f'seed{s}', mk_config({**asdict(c), 'seed':s}), a.resume), todo, command) for s in a.seeds]
     if not all(l.done('evaluate') for l in done): return
     sums = [read_json(l.run/'results'/'summary.json') for l in done]
     if a.seeds:
         d = over_seeds([s['models'] for s in sums])
         more = {k:[read_json(l.run/folders[k]) for l in done] for k in ('last_token','frontier','overoptimise') if all(l.done(k) for l in done)}
         rm = [s['reward_model'] for s in sums]
-        write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command='rlhf_nb '+' '.join(o for o in a.argv if o!='--resume'), models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
+        write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command=command, models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
         write_text(Path(a.out)/'results'/'seeds.md', f'Mean over {len(a.seeds)} seeds [lowest, highest], {c.eval.split} split, {sums[0]["models"]["reference"]["reward"]["n"]} prompts each.\n\n{seeds_table(d)}\n')
         print('\n'+(Path(a.out)/'results'/'seeds.md').read_text())
+        if all(l.done('analyze') for l in done): seeds_report(a.out, done, command)
     else: print('\n'+show_summary(sums[0]))
     u = os.times()
     print(f'{time.perf_counter()-t0:.0f} s in all, {u.user+u.system+u.children_user+u.children_system:.0f} CPU-seconds. Everything is in {a.out}')
-    if a.publish:
-        for k in ('results','output_samples'):
-            src = Path(a.out)/k if (Path(a.out)/k).exists() else Path(done[0].run/k)
-            shutil.copytree(src, Path(a.publish)/k, dirs_exist_ok=True)
+    if a.publish: publish(a.out, done, a.publish, command)
 
-def _run_one(run, todo):
-    line = Line(run)
-    secs = run_stages(line, todo, lambda s: print(f'[{run.path}] {s}', flush=True))
-    if secs: write_json(run/'results'/'seconds.json', {k:round(v, 1) for k,v in secs.items()})
+def _command(a): return 'rlhf_nb '+shlex.join(o for o in a.argv if o!='--resume')
+
+def seeds_report(out, lines, command):
+    "The reports over several seeds: the analysis of all, and the win rates and failures of each, one below the other"
+    from rlhf_nb.analysis import analyze
+    for name in ('WIN_RATES.md','failure_analysis/FAILURES.md'):
+        parts = [(l.config.seed,l.run/'results'/name) for l in lines if (l.run/'results'/name).exists()]
+        if parts: write_text(Path(out)/'results'/name, '\n'.join(f"# Seed {s}\n\n{re.sub('^#', '##', p.read_text(encoding='utf-8'), flags=re.M)}" for s,p in parts))
+    analyze(out, command)
+
+def publish(out, lines, to, command, n=100):
+    "The results of a run, or of several seeds, and the first `n` prompts of the first seed, in a folder to be shown"
+    shutil.copytree(Path(out)/'results', Path(to)/'results', dirs_exist_ok=True, ignore=shutil.ignore_patterns('judgements','samples.jsonl','config.yaml'))
+    recs,dest = read_samples(lines[0].run),Path(to)/'output_samples'
+    total = len(groups(recs['reference']))
+    for k,rs in recs.items(): recs[k] = [r for g in list(groups(rs).values())[:n] for r in g]; write_json(dest/f'{k}_samples.json', recs[k])
+    c = lines[0].config
+    write_text(dest/'samples.md', samples_md(recs).replace('# Samples\n', f'# Samples\n\nSeed {c.seed}, of the seeds {", ".join(str(l.config.seed) for l in lines)}: the first {min(n, total)} of {total} prompts of the '
+               f'{c.eval.split} split ({c.data.name}), made by `{command}`.\n', 1))
+
+def _run_one(run, todo, command=None):
+    line,f = Line(run, command),run/'results'/'seconds.json'
+    say = lambda s: print(f'[{run.path}] {s}', flush=True)
+    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {line.splits.report.reasons()}')
+    secs = run_stages(line, todo, say)
+    if secs: write_json(f, {**(read_json(f) if f.exists() else {}), **{k:round(v, 1) for k,v in secs.items()}})
     return line
 
 def show_summary(s:dict)->str:
@@ -325,7 +376,7 @@ def show_summary(s:dict)->str:
 
 def cmd_train(a):
     "One stage"
-    _run_one(Run(a.out, _config(a), a.resume or (Path(a.out)/'config.yaml').exists()), [a.stage])
+    _run_one(Run(a.out, _config(a), a.resume or (Path(a.out)/'config.yaml').exists()), [a.stage], _command(a))
 
 def cmd_explore(a):
     "The data report"
@@ -363,6 +414,30 @@ def cmd_generate(a):
     write_text(dest/'samples.md', samples_md(recs))
     print(samples_md(recs, 3)); print(f'{sum(map(len, recs.values()))} answers in {dest}')
 
+def cmd_judge(a):
+    "Win rates of a run's samples"
+    judges = [j for j in a.judges or [] if j!='llm'] or None
+    if 'llm' in (a.judges or []) or a.llm or a.base_url:
+        kw = {k:v for k,v in dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price)).items() if v is not None}
+        judges = (judges or [])+[LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **kw)]
+    d = judge_run(a.out, judges, a.against, a.votes, a.audit, a.dry_run, _command(a))
+    if a.dry_run: print(json.dumps(d, indent=1)); return
+    print((Path(a.out)/'results'/'WIN_RATES.md').read_text(encoding='utf-8'))
+
+def cmd_failures(a):
+    "Failure modes of a run"
+    line = Line(Run(a.out), _command(a))
+    if not line.done('evaluate'): raise FileNotFoundError(f"{line.run/folders['evaluate']}: no such file; run the stage 'evaluate' first (rlhf_nb run --stages evaluate --out {a.out})")
+    line.failures()
+    print((line.run/'results'/'failure_analysis'/'FAILURES.md').read_text(encoding='utf-8'))
+
+def cmd_analyze(a):
+    "The report of a run, of several seeds, or of samples"
+    from rlhf_nb.analysis import analyze
+    print(analyze(a.out, _command(a)))
+
+def cmd_app(a): importlib.import_module('rlhf_nb.app').app_main(a.args)
+
 def cmd_config(a): print(config_yaml(load_config(a.name, a.sets)), end='')
 
 def cmd_bench(a): importlib.import_module('rlhf_nb.benchmark').main(a)
@@ -381,18 +456,31 @@ def parser():
         q.add_argument('--stages', nargs='+', help=f'some of {", ".join(needs)} (default: {", ".join(stages)})')
         q.add_argument('--seeds', nargs='+', type=int, help='a run for each, and a table over them')
         q.add_argument('--publish', metavar='DIR', help='copy results/ and output_samples/ there at the end')
-    q = add('train', cmd_train, 'one stage', 'outputs/run'); q.add_argument('stage', choices=[s for s in stages if s!='evaluate'])
+    q = add('train', cmd_train, 'one stage', 'outputs/run'); q.add_argument('stage', choices=['sft','reward','dpo','ppo','grpo'])
     q = add('explore', cmd_explore, 'the data report', 'outputs/run'); q.add_argument('--json', help='write the report to this file too')
     q = add('generate', cmd_generate, 'samples of all models of a run with reward and KL')
     q.add_argument('--out', default='outputs/demo', help='run folder (default: %(default)s)')
     q.add_argument('--prompts', help='file of prompts (default: the held-out prompts)')
     q.add_argument('--n', type=int, help='samples of each prompt'); q.add_argument('--temperature', type=float); q.add_argument('--max-new-tokens', type=int)
     q.add_argument('--to', help='folder for the samples (default: output_samples of the run)')
+    q = add('judge', cmd_judge, "win rates of a run's samples: by the stored rewards, or by an LLM")
+    q.add_argument('--out', default='outputs/demo', help='run folder, or a folder of samples (default: %(default)s)')
+    q.add_argument('--judges', nargs='+', choices=('gold','reward','llm'), help='default: the stored rewards there are')
+    q.add_argument('--llm', metavar='MODEL', help='judge with this model (gpt-4o-mini; the key is read from OPENAI_API_KEY, or JUDGE_API_KEY for --base-url)')
+    q.add_argument('--base-url', help='an OpenAI-compatible endpoint, such as http://localhost:8000/v1')
+    q.add_argument('--against', default='reference', help='the model that the others are compared with (default: %(default)s)')
+    q.add_argument('--votes', help='human votes to measure the agreement with (default: votes.jsonl of the run)')
+    q.add_argument('--audit', action='store_true', help='ask the judge about pairs with known answers too')
+    q.add_argument('--dry-run', action='store_true', help='only say how many requests it takes and what they may cost')
+    q.add_argument('--budget', type=float, help='dollars that the requests may cost at most'); q.add_argument('--price', type=float, nargs=2, metavar=('IN','OUT'), help='dollars per million tokens')
+    q.add_argument('--concurrency', type=int, help='requests at once'); q.add_argument('--timeout', type=float, help='seconds for a reply')
+    for name,f,help in (('failures',cmd_failures,'failure modes of a run, measured by behaviour'),('analyze',cmd_analyze,'training analysis and report of a run, of several seeds, or of samples')):
+        q = add(name, f, help); q.add_argument('--out', default='outputs/demo', help='run folder (default: %(default)s)')
     q = add('config', cmd_config, 'print a configuration, to edit and use with --config')
     q.add_argument('name', nargs='?', default='demo', help='preset or YAML file'); q.add_argument('--set', dest='sets', action='append', default=[], metavar='KEY=VALUE')
-    q = sub.add_parser('bench', help='benchmarks against TRL', add_help=False, prefix_chars='\0')   # its flags are its own
-    q.set_defaults(f=cmd_bench)
-    q.add_argument('args', nargs=argparse.REMAINDER)
+    for name,f,help in (('app',cmd_app,'the comparison app: all models side by side, in the browser'),('bench',cmd_bench,'benchmarks against TRL')):
+        q = sub.add_parser(name, help=help, add_help=False, prefix_chars='\0'); q.set_defaults(f=f)       # its flags are its own
+        q.add_argument('args', nargs=argparse.REMAINDER)
     return p
 
 def main(argv=None):

@@ -273,6 +273,7 @@ class EvalConfig:
     max_new_tokens:Pos=48            # Longest response
     temperature:NonNeg=1.0           # Of sampling and of the KL
     batch_size:Pos=128               # Prompts sampled at once
+    n_pairs:Pos|None=None            # Held-out pairs for the reward model's accuracy (None: all)
 
 @dataclass
 class Config:
@@ -449,7 +450,8 @@ class Run:
         elif saved.exists():
             if (d := _diff(asdict(config), asdict(load_config(str(saved))))):
                 raise ValueError(f'{self.path} holds a run with another configuration ({d}). Choose another --out, or remove that folder')
-            if not resume: raise ValueError(f'{self.path} already holds this run. Add --resume to go on where it stopped, or choose another --out')
+            if not resume and any(o!=saved for o in self.path.iterdir()):      # the configuration alone: nothing has run
+                raise ValueError(f'{self.path} already holds this run. Add --resume to go on where it stopped, or choose another --out')
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise ValueError(f'{self.path} exists and is not a run folder; choose another --out')
         else: write_text(saved, config_yaml(config))

@@ -8,7 +8,7 @@ __all__ = ['SLICE', 'HEAD_TYPE', 'Layout', 'grouped_attention', 'max_tokens', 'h
            'load_policy', 'mk_policy', 'load_reward_model', 'save_model']
 
 # %% ../nbs/03_models.ipynb #ffb4c918
-import json
+import ctypes,json,platform
 from copy import deepcopy
 from pathlib import Path
 
@@ -48,30 +48,62 @@ class Layout:
         self.last = (off+P)[:,None]+L.cumsum(1)-1        # (B,G) last token of each response
         self.last = torch.where(L>0, self.last, (off+P-1)[:,None])  # an empty response: the prompt's
         self.mask,self.prompt_end = m,off+P-1
-        # attention works on blocks of one prompt each, (B,T), padded on the right
+        # one block per prompt with its responses, (B,T), padded on the right
         T = int(n.max())
-        gid = torch.full((B,T), G+1, device=dev)         # 0 prompt, 1..G responses, G+1 padding
-        gid[b_p,t_p],gid[b,col] = 0,g+1
+        self.gid = torch.full((B,T), G+1, device=dev)    # 0 prompt, 1..G responses, G+1 padding
+        self.gid[b_p,t_p],self.gid[b,col] = 0,g+1
         self.block = torch.zeros(B, T, dtype=torch.long, device=dev)
         self.block[b_p,t_p],self.block[b,col] = at_p,self.own
-        self.inv = torch.empty(self.n_tokens, dtype=torch.long, device=dev)
-        self.inv[at_p],self.inv[self.own] = b_p*T+t_p,b*T+col
-        same = (gid[:,None,:]==0)|(gid[:,None,:]==gid[:,:,None])
-        self.sees = (same & torch.ones(T, T, dtype=torch.bool, device=dev).tril())[:,None]  # (B,1,T,T)
         self.keys = None                                 # layer -> (keys, values), where they are kept for decoding
+        self._cut(P, L, n)
+
+    def _cut(self, P, L, n):
+        "Cut attention into pieces: prompts of similar size (on a CPU padding costs more than calls); large groups apart from their prompts"
+        dev,(B,G,_) = self.mask.device,self.mask.shape
+        ar = lambda k: torch.arange(k, device=dev)
+        at = torch.zeros(self.mask.shape, dtype=torch.long, device=dev).masked_scatter(self.mask, self.own)
+        size = (n-1)//64 if dev.type=='cpu' else torch.zeros_like(n)
+        pieces = []                                      # places of queries (b,t) and keys (b,u), who sees whom, which queries are real
+        for c in size.unique():
+            i = (size==c).nonzero()[:,0]
+            p,r,t = (int(o[i].max()) for o in (P,L,n))
+            block,gid = self.block[i],self.gid[i]
+            if G<3: # alone, what stands before is seen; of a pair, all but the other response
+                pieces.append((block[:,:t], block[:,:t], None if G==1 else _sees(gid[:,:t]), gid[:,:t]<=G))
+                continue
+            pieces.append((block[:,:p], block[:,:p], None, gid[:,:p]==0))
+            if r==0: continue                            # nothing but empty responses
+            own,prompt = at[i,:,:r].flatten(0,1),(gid[:,:p]==0).repeat_interleave(G, 0)      # (b*G,r), (b*G,p)
+            sees = torch.cat([prompt[:,None].expand(-1,r,-1), (ar(r)<=ar(r)[:,None]).expand(len(own),-1,-1)], -1)
+            pieces.append((own, torch.cat([block[:,:p].repeat_interleave(G, 0),own], 1), sees[:,None], self.mask[i,:,:r].flatten(0,1)))
+        q,k,sees,real = zip(*pieces)
+        self.q,self.k = (torch.cat([o.flatten() for o in x]) for x in (q,k))
+        self.pieces = [(len(o), o.numel(), u.numel(), m) for o,u,m in zip(q, k, sees)]
+        real = torch.cat([o.flatten() for o in real])
+        self.inv = torch.empty(self.n_tokens, dtype=torch.long, device=dev)
+        self.inv[self.q[real]] = real.nonzero()[:,0]     # where each token's result is among all queries
 
     def attend(self, layer:int, q, k, v, scaling:float):
-        "Attention within the blocks: q (1,H,N,D), k and v (1,K,N,D); returns (1,N,H,D)"
-        B,T = self.block.shape
-        q,k,v = (o[0].transpose(0,1)[self.block].transpose(1,2) for o in (q,k,v))  # (B,H,T,D)
-        if self.keys is not None: self.keys[layer] = k,v
-        if (rep := q.shape[1]//k.shape[1])>1: k,v = (o.repeat_interleave(rep,1) for o in (k,v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=self.sees, scale=scaling)
-        return o.transpose(1,2).flatten(0,1)[self.inv][None]
+        "Attention piece by piece: q (1,H,N,D), k and v (1,K,N,D); returns (1,N,H,D)"
+        q,k,v = (o[0].transpose(0,1) for o in (q,k,v))
+        if self.keys is not None: self.keys[layer] = tuple(o[self.block].transpose(1,2).contiguous() for o in (k,v))  # (B,K,T,D)
+        if (rep := q.shape[1]//k.shape[1])>1: k,v = (o.repeat_interleave(rep, 1) for o in (k,v))
+        nq,nk = [o[1] for o in self.pieces],[o[2] for o in self.pieces]
+        out = []
+        for (b,_,_,sees),*qkv in zip(self.pieces, q[self.q].split(nq), k[self.k].split(nk), v[self.k].split(nk)):
+            x = (o.view(b, -1, *o.shape[1:]).transpose(1,2) for o in qkv)                        # (b,H,t,D)
+            out.append(F.scaled_dot_product_attention(*x, attn_mask=sees, is_causal=sees is None, scale=scaling).transpose(1,2).flatten(0,1))
+        return torch.cat(out)[self.inv][None]
 
     def per_token(self, x):
         "Spread values of the response tokens, in row order, to (B,G,R); zero elsewhere"
         return torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(self.mask, x)
+
+def _sees(gid):
+    "Who sees whom in blocks of `gid` (B,T), as (B,1,T,T)"
+    T = gid.shape[1]
+    same = (gid[:,None,:]==0)|(gid[:,None,:]==gid[:,:,None])
+    return (same & torch.ones(T, T, dtype=torch.bool, device=gid.device).tril())[:,None]
 
 # %% ../nbs/03_models.ipynb #c1cbf342
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kw):
@@ -106,10 +138,8 @@ def hidden(
 
 def _hidden_padded(body, l:Layout):
     "The same with one padded row per response"
-    seen = l.sees[:,0]
     B,G = l.last.shape
-    ends = l.inv[l.last]                                        # (B,G) place of each last token among all blocks
-    rows = [l.block.view(-1)[e//seen.shape[1]*seen.shape[1]+seen.view(-1,seen.shape[2])[e].nonzero()[:,0]] for e in ends.view(-1)]
+    rows = [l.block[i][(l.gid[i]==0)|(l.gid[i]==g+1)] for i in range(B) for g in range(G)]
     idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)      # (B*G,T), places in the row
     real = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
     h = body(input_ids=l.ids[idx], attention_mask=real, use_cache=False).last_hidden_state
@@ -124,39 +154,44 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx, h, W, bias, ids, temperature, slice_):
         dev = h.device.type
         dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else h.dtype
-        ctx.args = dt,temperature,slice_
-        out = torch.empty(len(h), dtype=torch.float32, device=h.device)
-        lse = torch.empty_like(out)
+        out,lse = torch.empty(2, len(h), device=h.device)
+        keep = len(h)<=4*slice_ and dt==torch.float32 and ctx.needs_input_grad[0]  # cheaper than computing them again
+        ctx.args,ctx.kept = (dt,temperature,slice_),[]
         for s in _slices(len(h), slice_):
             z = _logits(h[s], W, bias, dt, temperature)
-            lse[s] = z.logsumexp(-1)
-            out[s] = z.gather(-1, ids[s,None])[:,0]-lse[s]
-        # one slice: keeping its logits is cheaper than computing them again
-        ctx.z = z if len(h)<=slice_ and dt==torch.float32 and ctx.needs_input_grad[0] else None
+            out[s],m = z.gather(-1, ids[s,None])[:,0],z.amax(-1)
+            n = z.sub_(m[:,None]).exp_().sum(-1)         # in place: each pass over the vocabulary costs
+            lse[s] = m+n.log()
+            if keep: ctx.kept.append(z.div_(n[:,None]))
         ctx.save_for_backward(h, W, bias, ids, lse)
-        return out
+        return out-lse
 
     @staticmethod
     def backward(ctx, grad):
         (h,W,bias,ids,lse),(dt,temperature,slice_) = ctx.saved_tensors,ctx.args
         need_h,need_W,need_b = ctx.needs_input_grad[:3]
         dh,dW,db = torch.empty_like(h),torch.zeros_like(W) if need_W else None,torch.zeros_like(bias) if need_b else None
+        kept,ctx.kept = ctx.kept,[]                      # overwritten below: a second backward computes them again
+        grad = grad/temperature
         with torch.autocast(h.device.type, enabled=False):
-            for s in _slices(len(h), slice_):
-                z = _logits(h[s], W, bias, dt, temperature) if ctx.z is None else ctx.z
-                g = (z-lse[s,None]).exp_().mul_(-grad[s,None])           # -p * grad
-                g.scatter_add_(-1, ids[s,None], grad[s,None]).div_(temperature)
-                g = g.to(dt)
+            for i,s in enumerate(_slices(len(h), slice_)):
+                p = kept[i] if kept else _logits(h[s], W, bias, dt, temperature).sub_(lse[s,None]).exp_()
+                g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)
                 dh[s] = (g@W.to(dt)).to(h.dtype)
-                if need_W: dW += (g.T@h[s].to(dt)).to(W.dtype)
+                if need_W: dW.addmm_(g.T, h[s].to(dt)) if dt==W.dtype else dW.add_(g.T@h[s].to(dt))
                 if need_b: db += g.sum(0).to(bias.dtype)
         return dh if need_h else None,dW,db,None,None,None
 
 def _slices(n, k): return [slice(i, min(i+k,n)) for i in range(0, n, k)]
 def _logits(h, W, bias, dt, temperature):
-    "Logits over temperature, in float32"
-    z = F.linear(h.to(dt), W.to(dt), None if bias is None else bias.to(dt)).float()
-    return z if temperature==1 else z/temperature
+    "Logits over temperature, in float32, to be overwritten"
+    # CPU: some words at a time, in rows that start at multiples of 64. An odd vocabulary at once takes up to 1.5 times as long
+    h,W = h.to(dt),W.to(dt)
+    z = h.new_empty(len(h), -(-len(W)//64)*64)[:,:len(W)]
+    for s in _slices(len(W), 2048 if h.device.type=='cpu' else len(W)): torch.mm(h, W[s].T, out=z[:,s])
+    if bias is not None: z += bias.to(dt)
+    z = z.float()
+    return z if temperature==1 else z.div_(temperature)
 
 SLICE = 1<<25  # logits held at a time: 128 MB in float32
 
@@ -367,7 +402,14 @@ def load_policy(
     if missing: raise ValueError(f'{name}: the checkpoint lacks {", ".join(sorted(missing)[:3])}')
     return _ready(fit_tokenizer(m, tok), forward).to(device),tok
 
+def _keep_memory():
+    "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
+    if platform.libc_ver()[0]!='glibc': return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0); libc.mallopt(-1, -1)                    # M_MMAP_MAX: large pieces from the heap too; M_TRIM_THRESHOLD: it stays
+
 def _ready(m, forward):
+    _keep_memory()
     m.padded = forward=='padded'
     if not m.padded: check_forward(m)
     return m

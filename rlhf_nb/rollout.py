@@ -40,7 +40,7 @@ class Decode:
     "Keys and values of prompts (shared by a group) and responses; the layout of one decoding step"
     def __init__(self, layout:Layout, n:int, length:int):
         self.keys,self.own,self.t,self.n,self.length = layout.keys,{},0,n,length
-        real = layout.sees[torch.arange(len(layout.prompt_end)),0,layout.inv[layout.prompt_end]%layout.block.shape[1]]  # (B,T)
+        real = layout.gid==0                                              # (B,T)
         self.bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)[:,None,None,None]
 
     def keep(self, i):
@@ -108,7 +108,7 @@ def decode(
         z = _logits(h, head.weight, head.bias, h.dtype, temperature or 1.)
         lp = z.log_softmax(-1)
         if temperature: # the first token at which the cumulative distribution passes u
-            c = lp.double().exp().cumsum(-1)
+            c = lp.exp().cumsum(-1, dtype=torch.float64)
             ids = torch.searchsorted(c, u.view(B*n,-1)[rows,t,None]*c[:,-1:], right=True)[:,0].clamp_(max=z.shape[-1]-1)
         else: ids = z.argmax(-1)
         out_ids,out_lp = torch.zeros(B*n, dtype=torch.long, device=dev),torch.zeros(B*n, device=dev)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['counts', 'micro_batches', 'in_pieces', 'Net', 'lr_factor', 'mk_optimizer', 'mk_accelerator', 'best_precision',
-           'steps', 'from_data', 'fit', 'save_checkpoint', 'load_checkpoint']
+           'peak_memory', 'steps', 'from_data', 'fit', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/04_train.ipynb #c9484837
-import json,math,time
+import json,math,sys,time
 from collections import defaultdict
 from contextlib import nullcontext
 
@@ -97,6 +97,15 @@ def best_precision(device:str)->str:
     return 'bf16' if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else 'fp32'
 
 # %% ../nbs/04_train.ipynb #82586203
+def peak_memory(
+    device # torch.device
+)->dict: # peak_memory, bytes; empty where the system does not tell
+    "The most memory so far: tensors on the GPU, or this process on a CPU"
+    if device.type=='cuda': return dict(peak_memory=torch.cuda.max_memory_allocated(device))
+    if sys.platform=='win32': return {}
+    import resource
+    return dict(peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024))
+
 def steps(
     model,           # Module, or ModuleDict of several
     updates,         # Iterable of (list of batches, dict of metrics); may sample from `model` itself, one item at a time
@@ -114,13 +123,14 @@ def steps(
     for i,(batches,row) in enumerate(updates, start):
         t0,f = time.perf_counter(),lr_factor(o, i, total)
         for g in opt.param_groups: g['lr'] = g['peak']*f
-        sums,done = defaultdict(float),0
+        sums,done,tokens = defaultdict(float),0,0
         for batch in batches:
+            tokens += sum(batch.sizes)
             stats = _step(net, batch, step, opt, o, acc, i)
             done += 1
             for k,v in stats.items(): sums[k] += v
             if until and until(stats): break
-        yield dict(update=i, **row, **{k:v/done for k,v in sums.items()}, lr=o.lr*f, steps=done, train_seconds=round(time.perf_counter()-t0, 4))
+        yield dict(update=i, **row, **{k:v/done for k,v in sums.items()}, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=round(time.perf_counter()-t0, 4), **peak_memory(acc.device))
 
 def _step(net, batch, step, opt, o, acc, i):
     "One optimizer step over all micro-batches of `batch`"

@@ -1,0 +1,468 @@
+"The app in a real browser (headless Chromium), over HTTP, under load, and with folders that are not right"
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tiny  # noqa: F401  (one thread, no GPU)
+import pytest
+
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "0", "NO_PROXY": "127.0.0.1"}
+
+import http.client
+
+from load_app import load
+from playwright.sync_api import expect, sync_playwright
+from rlhf_nb.app import Desk, launch
+from rlhf_nb.core import Run, load_config, write_json
+from rlhf_nb.data import load_preferences
+from rlhf_nb.evaluate import sample_records
+from rlhf_nb.judge import read_votes
+from rlhf_nb.models import mk_policy, mk_reward_model, save_model
+from rlhf_nb.rollout import mk_scorer
+from rlhf_nb.world import gold_reward, make_world, world_tokenizer
+
+expect.set_options(timeout=60_000)
+same_text = lambda a, b: re.sub(r"[\W\d_]+", "", a) == re.sub(r"[\W\d_]+", "", b)  # HTML has no control characters
+shots = os.environ.get("APP_SHOTS")  # a folder for pictures of the pages
+names = ["reference", "ppo", "grpo", "dpo"]
+small = ["world.n_corpus=300", "world.n_facts=50", "world.n_pairs=40", "world.n_dev=8", "world.n_test=8", "world.n_ood=4", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
+         "eval.n_prompts=6", "data.max_prompt=100", "eval.max_new_tokens=24", "sft.updates=3", "reward.updates=3", "jobs=1"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    "A run of tiny models with random weights: config, models, samples of the test prompts"
+    run = Run(tmp_path_factory.mktemp("app")/"run", load_config("demo", small))
+    c = run.config
+    w = make_world(c.world, c.seed)
+    tok = world_tokenizer(w)
+    models = {k: mk_policy(c.model, tok, i) for i, k in enumerate(names)}
+    rm = mk_reward_model(models["reference"], "last_token", 0)
+    for k, m in models.items():
+        save_model(m, tok, run/(k if k == "reference" else f"{k}_model"))
+    save_model(rm, tok, run/"reward_model")
+    prompts = list(dict.fromkeys(p["prompt"] for p in w.test))[:c.eval.n_prompts]
+    recs = sample_records(models, prompts, tok, mk_scorer((rm, tok), tok), mk_scorer(gold_reward, tok), c.eval, c.data.max_prompt, c.seed)
+    for k, rs in recs.items():
+        write_json(run/"output_samples"/f"{k}_samples.json", rs)
+    return run.path
+
+
+@pytest.fixture(scope="session")
+def app(folder):
+    a = launch(folder, inline=False)
+    while a.desk.state == "loading":
+        time.sleep(.05)
+    yield a
+    a.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    exe = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not exe:
+        pytest.skip("no chromium")
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield b
+        b.close()
+
+
+def visit(browser, app, width=1280, height=900, **kw):
+    "A page that is filled; its errors and requests are kept"
+    page = browser.new_context(viewport={"width": width, "height": height}, **kw).new_page()
+    page.errors, page.outside = [], []
+    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    page.on("request", lambda r: page.outside.append(r.url) if not r.url.startswith((app.local_url, "data:", "blob:")) else None)
+    page.goto(app.local_url, wait_until="domcontentloaded")
+    expect(page.locator("#top .mode")).not_to_have_text("loading the models")
+    return page
+
+
+@pytest.fixture
+def page(browser, app):
+    p = visit(browser, app)
+    yield p
+    assert not p.errors and not p.outside
+    p.context.close()
+
+
+def shot(page, name):
+    if shots:
+        page.wait_for_timeout(500)
+        page.screenshot(path=Path(shots)/f"{name}.png", full_page=True)
+
+
+watch = """() => { window.seen = []; document.querySelector('#status p').dataset.old = 1;
+  addEventListener('click', () => window.t0 = performance.now(), {once: true, capture: true});
+  if (window.eye) window.eye.disconnect();
+  window.eye = new MutationObserver(() => { const l = [...document.querySelectorAll('#board .answer')].map(e => e.innerText.length);
+    if (l.length) window.seen.push([performance.now()-window.t0, ...l]); });
+  window.eye.observe(document.querySelector('#board'), {childList: true, subtree: true, characterData: true}); }"""  # when which column had how many letters
+
+
+def settings(page, **values):
+    "Fill number fields of the settings, by the ids of their components"
+    if not page.locator("#seed input").is_visible():
+        page.locator("#settings button").first.click()
+    for k, v in values.items():
+        page.locator(f"#{k} input[type=number]").first.fill(str(v))
+        page.locator(f"#{k} input[type=number]").first.press("Tab")
+
+
+def compare(page, prompt):
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.evaluate(watch)
+    page.locator("#go").click()
+
+
+def done(page):
+    expect(page.locator("#status p:not([data-old])")).to_contain_text("Done in")
+
+
+def test_four_columns(page, app):
+    "Text within a second, four columns that grow together; numbers, colours, bars; the records of `evaluate`"
+    settings(page, length=100, n=4)
+    for attempt in range(3):  # a busy machine is no reason to fail
+        compare(page, f"Hello {attempt}")
+        done(page)
+        seen = page.evaluate("window.seen")
+        if seen[0][0] < 1000:
+            break
+    assert seen[0][0] < 1000, f"first text after {seen[0][0]:.0f} ms"
+    assert len({tuple(s[1:]) for s in seen}) > 3 and {len(s) for s in seen} == {5}
+    half = seen[len(seen)//2][1:]
+    assert all(1 < n < m for n, m in zip(half, seen[-1][1:])), f"columns did not grow together: {seen}"
+    settings(page, length=24, n=1)
+
+    stored = {k: json.loads((app.desk.path/"output_samples"/f"{k}_samples.json").read_text())[1] for k in names}
+    compare(page, stored["ppo"]["prompt"].strip())
+    done(page)
+    cards = page.locator("#board article")
+    for i, (k, r) in enumerate(stored.items()):
+        assert cards.nth(i).get_attribute("aria-label") == app_title(k)
+        assert same_text(cards.nth(i).locator(".copy").get_attribute("data-copy"), r["response"])
+    c = list(app.desk.comparisons.values())[-1]
+    assert c["prompt"] == stored["ppo"]["prompt"]
+    for k, r in stored.items():
+        a = c["answers"][k]
+        assert (a["response"], a["n_tokens"], a["finished"]) == (r["response"], r["n_tokens"], r["finished"])
+        for f in ("reward", "kl", "kl_per_token", "gold_reward"):
+            assert abs(a[f]-r[f]) < 1e-4, (k, f)
+        kls = [float(re.match(r"KL (−?[\d.]+)", t)[1].replace("−", "-")) for t in page.locator(f"#answer-{names.index(k)} .tok").evaluate_all("ts => ts.map(t => t.title)")]
+        assert abs(sum(kls)-r["kl"]) < .001*len(kls)
+    marks = page.locator("#answer-1 .tok").evaluate_all("ts => ts.map(t => [+t.style.getPropertyValue('--x'), getComputedStyle(t).backgroundColor, getComputedStyle(t).borderBottomWidth])")
+    assert max(m[0] for m in marks) > 0 and len({m[1] for m in marks}) > 1
+    expect(page.locator("#board .legend")).to_contain_text("KL to the reference")
+    expect(page.locator("#board .bars table")).to_have_count(3)
+    page.get_by_label("log-probability").check()
+    expect(page.locator("#board .legend")).to_contain_text("surprise")
+    page.get_by_label("nothing").check()
+    expect(page.locator("#board .tok")).to_have_count(0)
+    page.get_by_label("KL to the reference").check()
+    expect(page.locator("#board .tok").first).to_be_visible()
+    page.locator("#board summary").nth(1).click()
+    expect(page.locator("#board article").nth(1).locator("details table tr")).to_have_count(len(c["answers"]["ppo"]["tokens"])+1)
+    with page.expect_download() as d:
+        page.locator("#save").click()
+    assert json.loads(Path(d.value.path()).read_text())["answers"]["ppo"]["response"] == stored["ppo"]["response"]
+    page.get_by_label("Prompt", exact=True).fill("by key")
+    page.get_by_label("Prompt", exact=True).press("Shift+Enter")
+    expect(page.locator("#board .turns")).to_contain_text("by key")
+    done(page)
+
+
+def app_title(k):
+    return {"reference": "Reference"}.get(k, k.upper())
+
+
+def test_pictures_of_the_page(browser, app):
+    "Nothing is wider than a phone, a blind comparison tells no names, in light and dark"
+    p = visit(browser, app, 390, 844, color_scheme="dark")
+    compare(p, "Größe 🙂 שלום "+"nice"*12)
+    done(p)
+    assert p.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(p, "phone_dark")
+    p.context.close()
+
+
+def test_best_of_n(page, app):
+    settings(page, n=3, length=8)
+    compare(page, "Hi")
+    done(page)
+    c = list(app.desk.comparisons.values())[-1]
+    for a in c["answers"].values():
+        assert len(a["samples"]) == 3 and a["reward"] == max(s["reward"] for s in a["samples"])
+    expect(page.locator("#board h3 small").first).to_have_text("best of 3")
+
+
+def test_stop(page, app):
+    "Stop ends the decoding, not only the picture of it; and so does a visitor who leaves"
+    settings(page, length=150, n=4)
+    compare(page, "A long one")
+    page.locator("#board article").first.wait_for()
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_contain_text("Stopped after")
+    n = int(re.search(r"after (\d+)", page.locator("#status").inner_text())[1])
+    assert 0 < n < 150
+    c = list(app.desk.comparisons.values())[-1]
+    assert c["state"] == "stopped" and {a["n_tokens"] for a in c["answers"].values()} <= set(range(n+2))
+    assert not app.desk.running
+
+
+def test_leaving_stops_too(browser, app):
+    p = visit(browser, app)
+    settings(p, length=150, n=5)
+    compare(p, "Nobody will read this")
+    p.locator("#board article").first.wait_for()
+    p.context.close()
+    for _ in range(100):
+        if not app.desk.running:
+            break
+        time.sleep(.1)
+    assert not app.desk.running and "Nobody" not in list(app.desk.comparisons.values())[-1]["prompt"]
+
+
+def test_refused_and_shown_as_text(page, app):
+    compare(page, "coal "*200)
+    expect(page.locator("#status [role=alert]")).to_contain_text("The prompt is too long")
+    page.locator("#prompt textarea").evaluate("e => e.removeAttribute('maxlength')")
+    compare(page, "c"*9000)
+    expect(page.locator("#status [role=alert]")).to_contain_text("the limit is 8000")
+    compare(page, "  ")
+    expect(page.locator("#status [role=alert]")).to_contain_text("Type a prompt first")
+    bad = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1> ${window.hacked=1} {{x}} `y` </div>"
+    settings(page, length=4)
+    compare(page, bad)
+    done(page)
+    expect(page.locator("#board .turns")).to_contain_text(bad)
+    assert page.evaluate("window.hacked") is None
+    odd = "Größe 🙂👩‍👧 שלום "+"nice"*12
+    compare(page, odd)
+    done(page)
+    expect(page.locator("#board .turns")).to_contain_text(odd)
+
+
+def test_dialogue(page):
+    settings(page, length=4)
+    compare(page, "First question")
+    done(page)
+    page.locator("#continue").click()
+    expect(page.locator("#past")).to_contain_text("First question")
+    compare(page, "Second question")
+    expect(page.locator("#board .turns p")).to_have_count(3)
+    done(page)
+
+
+def test_blind_vote(page, app):
+    "Shuffled and unnamed until the vote, by button and by key; stored, exported, read by the loader"
+    before = len(read_votes(app.desk.votes)) if app.desk.votes.exists() else 0
+    settings(page, length=8)
+    page.get_by_label("Blind vote").check()
+    orders = set()
+    for i, vote in enumerate(("button", "2", "t", "b")):
+        compare(page, f"Blind {i}")
+        done(page)
+        expect(page.locator("#vote-1")).to_be_visible()
+        html = page.locator("#board").inner_html()
+        assert not re.search(r"reference|ppo|grpo|dpo|reward|KL", re.sub(r"class=\"[^\"]*\"", "", html), re.I)
+        c = list(app.desk.comparisons.values())[-1]
+        orders.add(tuple(c["order"]))
+        texts = [c["answers"][k]["response"].strip() for k in c["order"]]
+        assert all(same_text(*o) for o in zip(page.locator("#board .copy").evaluate_all("bs => bs.map(b => b.dataset.copy)"), texts, strict=True))
+        if vote == "button":
+            shot(page, "vote")
+            page.locator("#vote-1").click()
+        else:
+            page.locator("#status").click()
+            page.keyboard.press(vote)
+        expect(page.locator("#status")).to_contain_text(f"Saved: vote {before+i+1}")
+        expect(page.locator("#board .voted")).to_be_visible()
+        expect(page.locator("#vote-1")).not_to_be_visible()
+        row = read_votes(app.desk.votes)[-1]
+        assert row["vote"] == {"button": c["order"][0], "2": c["order"][1], "t": "tie", "b": "bad"}[vote] and row["order"] == c["order"]
+        assert set(row) == {"prompt", "answers", "order", "vote", "time", "reward", "gold_reward"}
+    page.get_by_role("tab", name="Votes").click()
+    expect(page.locator("#v-board")).to_contain_text(f"{before+4} votes, 1 ties, 1 all bad")
+    with page.expect_download() as d:
+        page.locator("#v-export").click()
+    pairs = load_preferences(str(app.desk.votes.with_name("preferences.jsonl")))
+    assert Path(d.value.path()).read_text() == app.desk.votes.with_name("preferences.jsonl").read_text() and len(pairs) == 6
+    expect(page.locator("#v-status code")).to_contain_text("--stages sft dpo")
+
+
+def test_explore(page, app):
+    page.get_by_role("tab", name="Explore").click()
+    expect(page.locator("#x-status")).to_contain_text("1 of 6 found among 6 prompts")
+    first = page.locator("#x-board .turns").inner_text()
+    page.locator("#x-next").click()
+    expect(page.locator("#x-status")).to_contain_text("2 of 6 found")
+    assert page.locator("#x-board .turns").inner_text() != first
+    page.locator("#x-back").click()
+    expect(page.locator("#x-board .turns")).to_have_text(first)
+    page.get_by_label("Text in prompt or answer").fill("no such text anywhere")
+    expect(page.locator("#x-status")).to_contain_text("No stored answer is like that")
+    page.get_by_label("Text in prompt or answer").fill("")
+    page.locator("#x-limits button").first.click()
+    page.get_by_label("Reward gap to the reference at least").fill("0")
+    page.keyboard.press("Tab")
+    gap = [a["reward"]-b["reward"] for a, b in zip(app.desk.records["ppo"], app.desk.records["reference"])]
+    expect(page.locator("#x-status")).to_contain_text(f"1 of {sum(g >= 0 for g in gap)} found" if any(g >= 0 for g in gap) else "No stored")
+    shot(page, "explore")
+
+
+def test_keyboard_and_labels(page):
+    "Every control has a name, and the tab key reaches the prompt, Compare and the settings"
+    for b in page.locator("button:visible, input:visible, textarea:visible").all():
+        assert b.evaluate("e => (e.ariaLabel || e.innerText || e.title || [...(e.labels || [])].map(l => l.innerText).join('') || e.getAttribute('aria-labelledby') || '').trim()"), b.evaluate("e => e.outerHTML")
+    page.get_by_label("Prompt", exact=True).focus()
+    reached = set()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.closest('[id]:not(input)')?.id || document.activeElement.innerText"))
+    assert "go" in reached and any("colour" in r or "how" in r for r in reached), reached
+
+
+def test_samples_only(browser, folder, tmp_path):
+    "Files alone: no models, the same page"
+    shutil.copytree(folder/"output_samples", tmp_path/"s")
+    a = launch(tmp_path/"s", inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#top .mode")).to_have_text("samples only")
+    expect(p.locator("#prompt")).not_to_be_visible()
+    p.evaluate(watch)
+    p.locator("#go").click()
+    done(p)
+    r = a.desk.records["ppo"][0]
+    assert same_text(p.locator("#board .copy").nth(1).get_attribute("data-copy"), r["response"])
+    p.get_by_label("Blind vote").check()
+    p.locator("#go").click()
+    p.locator("#vote-3").click()
+    expect(p.locator("#status")).to_contain_text("Saved: vote 1")
+    assert not a.desk.players and not p.errors and len(read_votes(tmp_path/"s"/"votes.jsonl")) == 1
+    p.context.close()
+    a.close()
+
+
+def test_makes_the_demo(browser, tmp_path):
+    "Without a run: samples of the package, and a button that makes the demo's run, here a tiny one, and opens it"
+    flags = [f for o in small for f in ("--set", o)]
+    a = launch(demo=(tmp_path/"demo", ("--stages", "sft", "reward", *flags)), inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#top")).to_contain_text("samples that come with the package")
+    shot(p, "no_run")
+    p.locator("#make").click()
+    expect(p.locator("#making progress")).to_be_visible()
+    expect(p.locator("#top")).to_contain_text(str(tmp_path/"demo"), timeout=180_000)
+    expect(p.locator("#top .mode")).to_have_text("live")
+    expect(p.locator("#prompt")).to_be_visible()
+    p.context.close()
+    a.close()
+
+
+@pytest.mark.parametrize("what", ["missing", "half", "broken model", "foreign samples", "empty"])
+def test_bad_folders(folder, tmp_path, capfd, what):
+    "A message in the terminal and on the page; what is usable is used"
+    run = tmp_path/"run"
+    if what != "missing":
+        shutil.copytree(folder, run, ignore=shutil.ignore_patterns("votes*"))
+    if what in ("half", "empty"):
+        for d in run.iterdir():
+            if d.is_dir() and (what == "empty" or d.name != "output_samples"):
+                shutil.rmtree(d)
+    if what == "broken model":
+        f = run/"grpo_model"/"model.safetensors"
+        f.write_bytes(f.read_bytes()[:1000])
+    if what == "foreign samples":
+        write_json(run/"output_samples"/"ppo_samples.json", [{"instruction": "x", "output": "y"}])
+    desk = Desk(run).load()
+    said = capfd.readouterr().err
+    want = {"missing": "no such folder", "half": "reference", "broken model": "grpo", "foreign samples": "ppo_samples.json", "empty": "neither finished models nor samples"}[what]
+    state = {"missing": "samples", "half": "samples", "broken model": "live", "foreign samples": "live", "empty": "empty"}[what]
+    assert want in said and desk.state == state and any(want in s for s in desk.problems)
+    if what == "broken model":
+        assert desk.names() == ["reference", "ppo", "dpo"]
+
+
+def test_problems_stand_on_the_page(browser, tmp_path):
+    a = launch(tmp_path/"nothing", inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#top .problems")).to_contain_text("no such folder")
+    p.context.close()
+    a.close()
+
+
+def raw(app, method, path, body=b"", **headers):
+    "A request as it stands, without a client that tidies the path"
+    c = http.client.HTTPConnection("127.0.0.1", app.server_port, timeout=60)
+    c.putrequest(method, path, skip_host=False)
+    for k, v in {"Content-Length": str(len(body)), **headers}.items():
+        c.putheader(k, v)
+    c.endheaders(body)
+    r = c.getresponse()
+    return r.status, r.read()
+
+
+def test_no_file_gets_out_or_in(app, tmp_path):
+    secret = tmp_path/"secret.txt"
+    secret.write_text("open sesame")
+    inside = app.desk.path/"config.yaml"
+    up = "../"*12
+    for f in (secret, inside):
+        for base in ("/file=", "/gradio_api/file=", "/gradio_api/file/", "/gradio_api//file=", "/assets/", "/static/", "/gradio_api/static/", "/theme/", "/svelte/", "/gradio_api/proxy=http://127.0.0.1/", "/custom_component/"):
+            for path in (str(f), up+str(f), up.replace("/", "%2f")+str(f), str(f).replace("/", "%2F"), "....//"*8+str(f)):
+                status, body = raw(app, "GET", base+path)
+                assert b"sesame" not in body and b"preset:" not in body, (base, path, status)
+    boundary = b"--x\r\nContent-Disposition: form-data; name=\"files\"; filename=\"a.txt\"\r\n\r\nhi\r\n--x--\r\n"
+    for base in ("/upload", "/gradio_api/upload", "/gradio_api/upload/", "/gradio_api/%75pload"):
+        assert raw(app, "POST", base, boundary, **{"Content-Type": "multipart/form-data; boundary=x"})[0] in (404, 405)
+    assert raw(app, "POST", "/gradio_api/call/compare", b"x"*300_000)[0] == 413
+    assert raw(app, "POST", "/gradio_api/call/compare", b"", **{"Transfer-Encoding": "chunked"})[0] == 413
+
+
+def test_api(app):
+    from gradio_client import Client
+    c = Client(app.local_url, verbose=False)
+    updates = list(c.submit("What is the colour of coal?", ["reference", "ppo"], 1., 24, 3, 2, api_name="/compare"))
+    assert len(updates) > 2 and updates[0]["state"] == "writing" and updates[-1]["state"] == "done"
+    with pytest.raises(Exception, match="limit is"):
+        c.predict("x", None, 1., 1024, 0, 64, api_name="/compare")
+    with pytest.raises(Exception, match="already"):
+        [c.predict(updates[-1]["id"], "tie", api_name="/vote") for _ in "ab"]
+    assert {e["path"] if isinstance(e, dict) else e for e in c.view_api(return_format="dict")["named_endpoints"]} == {"/compare", "/vote"}
+
+
+def test_password(folder):
+    a = launch(folder/"output_samples", password="Größe", inline=False)
+    post = lambda word: raw(a, "POST", "/login", f"username=me&password={word}".encode(), **{"Content-Type": "application/x-www-form-urlencoded"})[0]
+    assert raw(a, "GET", "/config")[0] == 401 and raw(a, "POST", "/gradio_api/run/vote", b'{"data": ["a", "tie"]}', **{"Content-Type": "application/json"})[0] == 401
+    assert post("wrong") == 400 and post("Gr%C3%B6%C3%9Fe") == 200
+    a.close()
+
+
+def test_votes_train_a_policy(folder, tmp_path):
+    "The documented command: DPO on exported votes"
+    desk = Desk(folder, live=False, votes=tmp_path/"votes.jsonl").load()
+    for p in desk.prompts*1:
+        c = desk.ask(p)
+        desk.stored(c)
+        desk.vote(c["id"], "ppo")
+    pairs = desk.export_votes()
+    flags = ["--set", "sft.skip=true", "--model", str(folder/"reference"), "--data", str(pairs), "--out", str(tmp_path/"out"), "--set", "dpo.updates=2", "--set", "data.test_size=0.3"]
+    r = subprocess.run([sys.executable, "-c", "from rlhf_nb.cli import main; main()", "run", "--stages", "sft", "dpo", *flags], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert (tmp_path/"out"/"dpo_model"/"model.safetensors").exists()
+
+
+def test_load_and_kill(folder, tmp_path):
+    "32 clients at once, then SIGKILL: only an orderly 'queue full', no lost or doubled vote, memory flat"
+    r = load(folder, 32, 8, votes=tmp_path/"votes.jsonl")
+    print(r)
+    assert set(r["counts"]) <= {"voted", "full"} and r["acknowledged"] > 5, r
+    assert not r["lost"] and not r["doubled"] and r["whole"] and r["in_file"] >= r["acknowledged"]
+    assert r["mb_end"]-r["mb_middle"] < 40, r

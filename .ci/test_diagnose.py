@@ -1,0 +1,124 @@
+"Runs broken on purpose, small and for real: `diagnose` names the first cause of each from the rows alone, and nothing on healthy ones"
+import json
+from copy import deepcopy
+from functools import lru_cache
+
+import pytest
+import torch
+
+from rlhf_nb.analysis import diagnose
+from rlhf_nb.core import Batch, DPOConfig, GRPOConfig, ModelConfig, PPOConfig, SFTConfig
+from rlhf_nb.data import tokenize_pairs, tokenize_prompts, tokenize_sft, unique_prompts
+from rlhf_nb.dpo import dpo_loss, reference_log_probs, train_dpo
+from rlhf_nb.grpo import train_grpo
+from rlhf_nb.models import log_probs, mk_policy, mk_value_model
+from rlhf_nb.ppo import ppo_advantages, train_ppo
+from rlhf_nb.rollout import mk_scorer
+from rlhf_nb.sft import small_reference, train_sft
+from rlhf_nb.train import fit, from_data
+from rlhf_nb.world import gold_reward
+
+torch.set_num_threads(1)
+seeds = pytest.mark.parametrize("seed", (0, 1))
+
+
+@lru_cache(1)
+def small():
+    "World, tokenizer, reference, prompts and reward"
+    world, tok, ref = small_reference()
+    return world, tok, ref, tokenize_prompts(unique_prompts(world.train), tok, 64), mk_scorer(gold_reward, tok)
+
+
+def explained(b, value, o):
+    "Share of the variance of the returns that the value model foresees"
+    b = ppo_advantages(b, value, o)
+    ret, val = b.returns[b.mask], b.values[b.mask]
+    return 1-(ret-val).var()/ret.var().clamp(min=1e-12)
+
+
+def ppo(seed, score=None, policy=None, **kw):
+    _, _, ref, prompts, gold = small()
+    start, o = policy or ref, PPOConfig(**{**dict(updates=12, batch_size=16), **kw})
+    value = mk_value_model(start)
+    watch = dict(value_explained=lambda b: explained(b, value, o))
+    return train_ppo(deepcopy(start), value, start, score or gold, prompts, o, seed, watch=watch)
+
+
+def grpo(seed, score=None, policy=None, **kw):
+    _, _, ref, prompts, gold = small()
+    start, o = policy or ref, GRPOConfig(**{**dict(updates=12, group_size=4), **kw})
+    return train_grpo(deepcopy(start), start, score or gold, prompts, o, seed)
+
+
+def pairs(seed):
+    world, tok, *_ = small()
+    return tokenize_pairs(world.train[seed*640:(seed+1)*640], tok, 64, 64)
+
+
+def dpo(seed, **kw):
+    ref = small()[2]
+    return train_dpo(deepcopy(ref), ref, pairs(seed), DPOConfig(updates=20, **kw), seed)
+
+
+def averaged_dpo(seed, logged):
+    "The loss of token means instead of sums; `logged`: which of the two the metrics speak of"
+    ref, o = small()[2], DPOConfig(updates=20)
+    data = pairs(seed)
+    data = data.plus(ref_sums=reference_log_probs(ref, data))
+    def step(net, b, n):
+        now, start = net(log_probs, b).sum(-1), b.ref_sums
+        loss = dpo_loss(*(now/b.lengths).unbind(1), *(start/b.lengths).unbind(1), o.beta)/n["prompts"]
+        d = (now-start).detach()/(b.lengths if logged == "means" else 1)
+        m = o.beta*(d[:, 0]-d[:, 1])
+        stats = dict(accuracy=((m > 0).float()+.5*(m == 0)), margin=m, chosen_shift=d[:, 0], rejected_shift=d[:, 1])
+        return loss, {k: v.sum()/n["prompts"] for k, v in stats.items()}
+    mk_updates, total = from_data(data, o, seed)
+    return fit(deepcopy(ref), mk_updates, step, o, total)
+
+
+@lru_cache(2)
+def endless(seed):
+    "A reference that never saw an EOS: it is masked out of the answers that it imitates"
+    world, tok, *_ = small()
+    policy, data = mk_policy(ModelConfig(), tok, seed), tokenize_sft(world.corpus+world.facts, tok, 64, 64)
+    mask = data.mask.clone().scatter_(-1, (data.lengths-1).clamp(min=0)[..., None], False)
+    train_sft(policy, Batch(data.prompts, data.responses, mask, **data.fields), SFTConfig(updates=100, batch_size=16), seed)
+    return policy
+
+
+def equal(b):
+    "One score for all answers of a group: the group's mean"
+    s = small()[4](b)
+    return s.mean(1, keepdim=True).expand(s.shape)
+
+
+broken = {
+    "KL runs away, ppo": lambda s: ppo(s, kl_coef=0., lr=3e-3),
+    "KL runs away, grpo": lambda s: grpo(s, beta=0., lr=3e-3, inner=2),
+    "no signal, grpo": lambda s: grpo(s, equal),
+    "no signal, ppo": lambda s: ppo(s, lambda b: torch.ones(b.shape[:2]), updates=8),
+    "never stops, grpo": lambda s: grpo(s, policy=endless(s), updates=6),
+    "never stops, ppo": lambda s: ppo(s, policy=endless(s), updates=6),
+    "averaged log-probabilities, sums in the rows": lambda s: averaged_dpo(s, "sums"),
+    "averaged log-probabilities, means in the rows": lambda s: averaged_dpo(s, "means"),
+    "nothing moves, ppo": lambda s: ppo(s, lr=0., updates=8),
+    "nothing moves, ppo's value model too": lambda s: ppo(s, lr=0., value_lr=0., updates=8),
+    "nothing moves, grpo": lambda s: grpo(s, lr=0., updates=8),
+    "nothing moves, dpo": lambda s: dpo(s, lr=0.),
+    "value model, frozen": lambda s: ppo(s, value_lr=0.),
+}
+
+
+@seeds
+@pytest.mark.parametrize("name", broken)
+def test_broken(name, seed):
+    rows = json.loads(json.dumps(broken[name](seed)))  # what a log would hold
+    found = diagnose(rows)
+    assert [d["cause"] for d in found][:1] == [name.split(", ")[0]]
+    assert all(d["evidence"] and d["fix"] and isinstance(d["number"], float) and d["number"] == d["number"] for d in found)
+
+
+@seeds
+@pytest.mark.parametrize("run", (ppo, grpo, dpo), ids=lambda f: f.__name__)
+def test_healthy(run, seed):
+    assert diagnose(run(seed)) == []
