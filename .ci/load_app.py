@@ -43,7 +43,7 @@ def ask(client, url, data):
 
 
 def load(run, clients=32, seconds=60, tokens=32, votes=None):
-    "Counts, seconds to the first answer, memory in the middle and at the end, votes acknowledged and found"
+    "Counts, seconds to the first answer, memory at ten times, votes acknowledged and found"
     votes = Path(votes or Path(run)/"load.jsonl")
     t0 = time.perf_counter()
     server = subprocess.Popen([sys.executable, "-c", serve, str(run), str(votes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -67,7 +67,7 @@ def load(run, clients=32, seconds=60, tokens=32, votes=None):
                         a = ask(c, url, [f"client {i} asks {n}", None, 1., tokens, n, 1])
                         if a == "full":
                             what = "full"
-                            time.sleep(.2)
+                            time.sleep(1)
                         else:
                             r = c.post(f"{url}gradio_api/run/vote", json={"data": [a["id"], a["models"][n % len(a["models"])]]})
                             r.raise_for_status()
@@ -84,10 +84,10 @@ def load(run, clients=32, seconds=60, tokens=32, votes=None):
         threads = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(clients)]
         for t in threads:
             t.start()
-        time.sleep(max(0, end-seconds/2-time.perf_counter()))
-        out["mb_middle"] = rss(server.pid)
-        time.sleep(max(0, end-time.perf_counter()))
-        out["mb_end"] = rss(server.pid)
+        out["mb"] = []
+        for i in range(10):
+            time.sleep(max(0, end-seconds*(9-i)/10-time.perf_counter()))
+            out["mb"].append(round(rss(server.pid), 1))
         killed.set()
     finally:
         os.kill(server.pid, signal.SIGKILL)  # in the middle of it

@@ -154,9 +154,9 @@ def test_four_columns(page, app):
         assert (a["response"], a["n_tokens"], a["finished"]) == (r["response"], r["n_tokens"], r["finished"])
         for f in ("reward", "kl", "kl_per_token", "gold_reward"):
             assert abs(a[f]-r[f]) < 1e-4, (k, f)
-        kls = [float(re.match(r"KL (−?[\d.]+)", t)[1].replace("−", "-")) for t in page.locator(f"#answer-{names.index(k)} .tok").evaluate_all("ts => ts.map(t => t.title)")]
+        kls = [float(re.match(r"KL (−?[\d.]+)", t)[1].replace("−", "-")) for t in cards.nth(names.index(k)).locator(".tok").evaluate_all("ts => ts.map(t => t.title)")]
         assert abs(sum(kls)-r["kl"]) < .001*len(kls)
-    marks = page.locator("#answer-1 .tok").evaluate_all("ts => ts.map(t => [+t.style.getPropertyValue('--x'), getComputedStyle(t).backgroundColor, getComputedStyle(t).borderBottomWidth])")
+    marks = cards.nth(1).locator(".tok").evaluate_all("ts => ts.map(t => [+t.style.getPropertyValue('--x'), getComputedStyle(t).backgroundColor, getComputedStyle(t).borderBottomWidth])")
     assert max(m[0] for m in marks) > 0 and len({m[1] for m in marks}) > 1
     expect(page.locator("#board .legend")).to_contain_text("KL to the reference")
     expect(page.locator("#board .bars table")).to_have_count(3)
@@ -225,7 +225,7 @@ def test_leaving_stops_too(browser, app):
         if not app.desk.running:
             break
         time.sleep(.1)
-    assert not app.desk.running and "Nobody" not in list(app.desk.comparisons.values())[-1]["prompt"]
+    assert not app.desk.running and not any("Nobody" in c["prompt"] for c in app.desk.comparisons.values())
 
 
 def test_refused_and_shown_as_text(page, app):
@@ -309,8 +309,9 @@ def test_explore(page, app):
     expect(page.locator("#x-status")).to_contain_text("No stored answer is like that")
     page.get_by_label("Text in prompt or answer").fill("")
     page.locator("#x-limits button").first.click()
+    page.get_by_label("Reward gap to the reference at least").fill("many")
+    expect(page.locator("#x-status")).to_contain_text("A limit is a number")
     page.get_by_label("Reward gap to the reference at least").fill("0")
-    page.keyboard.press("Tab")
     gap = [a["reward"]-b["reward"] for a, b in zip(app.desk.records["ppo"], app.desk.records["reference"])]
     expect(page.locator("#x-status")).to_contain_text(f"1 of {sum(g >= 0 for g in gap)} found" if any(g >= 0 for g in gap) else "No stored")
     shot(page, "explore")
@@ -461,8 +462,8 @@ def test_votes_train_a_policy(folder, tmp_path):
 
 def test_load_and_kill(folder, tmp_path):
     "32 clients at once, then SIGKILL: only an orderly 'queue full', no lost or doubled vote, memory flat"
-    r = load(folder, 32, 8, votes=tmp_path/"votes.jsonl")
+    r = load(folder, 32, 10, votes=tmp_path/"votes.jsonl")
     print(r)
-    assert set(r["counts"]) <= {"voted", "full"} and r["acknowledged"] > 5, r
+    assert set(r["counts"]) <= {"voted", "full"} and r["acknowledged"] > 3, r
     assert not r["lost"] and not r["doubled"] and r["whole"] and r["in_file"] >= r["acknowledged"]
-    assert r["mb_end"]-r["mb_middle"] < 40, r
+    assert r["mb"][-1]-r["mb"][4] < 40, r

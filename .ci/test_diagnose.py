@@ -12,7 +12,7 @@ from rlhf_nb.data import tokenize_pairs, tokenize_prompts, tokenize_sft, unique_
 from rlhf_nb.dpo import dpo_loss, reference_log_probs, train_dpo
 from rlhf_nb.grpo import train_grpo
 from rlhf_nb.models import log_probs, mk_policy, mk_value_model
-from rlhf_nb.ppo import ppo_advantages, train_ppo
+from rlhf_nb.ppo import train_ppo
 from rlhf_nb.rollout import mk_scorer
 from rlhf_nb.sft import small_reference, train_sft
 from rlhf_nb.train import fit, from_data
@@ -29,19 +29,11 @@ def small():
     return world, tok, ref, tokenize_prompts(unique_prompts(world.train), tok, 64), mk_scorer(gold_reward, tok)
 
 
-def explained(b, value, o):
-    "Share of the variance of the returns that the value model foresees"
-    b = ppo_advantages(b, value, o)
-    ret, val = b.returns[b.mask], b.values[b.mask]
-    return 1-(ret-val).var()/ret.var().clamp(min=1e-12)
-
-
 def ppo(seed, score=None, policy=None, **kw):
     _, _, ref, prompts, gold = small()
     start, o = policy or ref, PPOConfig(**{**dict(updates=12, batch_size=16), **kw})
     value = mk_value_model(start)
-    watch = dict(value_explained=lambda b: explained(b, value, o))
-    return train_ppo(deepcopy(start), value, start, score or gold, prompts, o, seed, watch=watch)
+    return train_ppo(deepcopy(start), value, start, score or gold, prompts, o, seed)
 
 
 def grpo(seed, score=None, policy=None, **kw):

@@ -121,7 +121,7 @@ class Plot(Figure):
     "A figure that knows what it shows, and that a notebook displays without pyplot (whose global state threads must not share)"
     alt = ''
     def _repr_png_(self):
-        full,small = io.BytesIO(),io.BytesIO(); self.savefig(full, format='png')
+        full,small = io.BytesIO(),io.BytesIO(); self.savefig(full, format='png', dpi=self.get_dpi())
         Image.open(full).convert('RGB').quantize(64).save(small, 'png', optimize=True)     # a third of the size
         return small.getvalue(),dict(alt=self.alt)
 

@@ -99,7 +99,7 @@ class Desk:
         "Models that can be compared"
         return list(self.players or self.records)
 
-    def __repr__(self): return f"Desk({str(self.path)!r}, {self.state}: {', '.join(self.names())})"
+    def __repr__(self): return f"Desk({'samples of the package' if self.shipped else str(self.path)!r}, {self.state}: {', '.join(self.names())})"
 
 # %% ../nbs/15_app.ipynb #6634bb75
 class Player:
@@ -333,7 +333,6 @@ def _more(a):
 def card(
     a:dict,             # An answer of a comparison, or a sample record
     name:str,           # Shown above
-    i:int=0,            # Number of the column
     colour:str='kl',    # `kl`, `log_prob` or `none`
     hide:bool=False     # The text alone
 )->str:
@@ -341,7 +340,7 @@ def card(
     done = 'reward' in a
     badge = '' if not done and not a.get('writing') else 'writing' if not done else '' if hide else 'finished' if a['finished'] else 'cut'
     n = f" <small>best of {len(a['samples'])}</small>" if a.get('samples') and not hide else ''
-    body = f'<div class="answer" id="answer-{i}" dir="auto">{_text(a, "none" if hide else colour)}</div>'
+    body = f'<div class="answer" dir="auto">{_text(a, "none" if hide else colour)}</div>'
     copy = f'<button type="button" class="copy" data-copy="{esc(a["response"].strip())}">Copy<span class="out"> the answer of {esc(name)}</span></button>' if done else ''
     badge = f'<span class="badge {badge}">{badge}</span>' if badge else ''
     return f'<article aria-label="{esc(name)}"><header><h3>{esc(name)}{n}</h3>{badge}</header>{body}{_stats(a) if done and not hide else ""}<footer>{copy}{_more(a) if not hide else ""}</footer></article>'
@@ -369,7 +368,7 @@ def board(
 )->str:
     "A comparison as HTML"
     order,hide = c.get('order', c['models']),bool(c.get('blind') and not c.get('vote'))
-    cards = ''.join(card(c['answers'][k], f'Answer {"ABCD"[i]}' if hide else title(k), i, colour, hide) for i,k in enumerate(order) if k in c['answers'])
+    cards = ''.join(card(c['answers'][k], f'Answer {"ABCD"[i]}' if hide else title(k), colour, hide) for i,k in enumerate(order) if k in c['answers'])
     done = c['state'] in ('done','stopped') and not hide
     vote = '' if not c.get('vote') else f"<p class=\"voted\">Your vote: {esc({'tie':'a tie','bad':'all bad'}.get(c['vote'], title(c['vote'])))}</p>"
     key = legend(colour) if done and any('tokens' in a for a in c['answers'].values()) else ''
@@ -377,7 +376,7 @@ def board(
 
 # %% ../nbs/15_app.ipynb #22c856bc
 style = """
-#board .cards {display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 15.5rem), 1fr)); gap:.8rem}
+.board .cards {display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 15.5rem), 1fr)); gap:.8rem}
 .board {font-size:.95rem; line-height:1.45}
 .board article {border:1px solid var(--border-color-primary, #ccc); border-radius:.6rem; padding:.8rem .9rem; display:flex; flex-direction:column; gap:.6rem;
   background:var(--rlhf-card, #fff); min-width:0}
@@ -551,7 +550,7 @@ def make_demo(self:Desk,
             todo = {k:getattr(c, k).updates for k in ('sft','reward','dpo','ppo','grpo')}
             done = {k:min(v or 0, len(read_rows(out/'logs'/f'{k}.jsonl'))) for k,v in todo.items()}
             now = ', '.join(f'{k} {done[k]} of {v} updates' for k,v in todo.items() if v and 0<done[k]<v)
-            yield dict(share=.9*sum(done[k]/v for k,v in todo.items() if v)/len(todo), text=now or 'Samples and evaluation' if all(done.values()) else now or 'Making the world')
+            yield dict(share=.9*sum(done[k]/v for k,v in todo.items() if v)/len(todo), text=now or 'Working')
         time.sleep(.5)
     if self.maker.returncode:
         self.maker_log.seek(0)
@@ -660,7 +659,7 @@ def _compare_tab(desk):
           concurrency_limit=desk.parallel, concurrency_id='models', api_visibility='private', show_progress='hidden')
     stop.click(on_stop, None, None, **quick)
     for b,which in [*zip(picks, range(4)),*zip(others, ('tie','bad'))]: b.click(on_vote(which), [cid,colour], [status,shown,voting,after,whose], **quick)
-    colour.change(on_colour, [cid,colour], shown, **quick)
+    colour.change(on_colour, [cid,colour], shown, trigger_mode='always_last', **quick)
     save.click(on_save, cid, saved, **quick).then(None, saved, None, js="s => rlhf_save(s, 'comparison.json')")
     go_on.click(on_continue, [cid,whose], [history,past,prompt,status], **quick)
     fresh.click(on_fresh, None, [history,past,prompt,status], **quick)
@@ -673,8 +672,9 @@ def _compare_tab(desk):
         single = [[s] for s,p in shown_as if p.count('Human:')==1][:6]
         return {prompt:gr.update(visible=live), stored:gr.update(visible=not live, choices=shown_as, value=desk.prompts[0] if desk.prompts else None),
                 models:gr.update(choices=[(title(k),k) for k in names], value=names[:4]), examples:gr.update(visible=live and bool(single), samples=single or [['']]),
-                **({seed:c.seed, length:gr.update(value=c.eval.max_new_tokens), temperature:c.eval.temperature} if c else {})}
-    return [prompt,stored,models,examples,seed,length,temperature],fill
+                colour:gr.update(visible=live), n:gr.update(visible=live),
+                **{o:gr.update(visible=live, **({'value':v} if c else {})) for o,v in ((seed,c and c.seed),(length,c and c.eval.max_new_tokens),(temperature,c and c.eval.temperature))}}
+    return [prompt,stored,models,examples,colour,n,seed,length,temperature],fill
 
 def _explore_tab(desk):
     "Stored samples, filtered"
@@ -685,7 +685,7 @@ def _explore_tab(desk):
         failure = gr.Dropdown([('any','')], value='', label='Failure', elem_id='x-failure')
         text = gr.Textbox(label='Text in prompt or answer', elem_id='x-text')
     with gr.Accordion('Limits', open=False, elem_id='x-limits'):
-        with gr.Row(): limits = [gr.Number(None, label=f'{what} at {end}', elem_id=f'x-{key}-{end}', min_width=120) for key,what in (('gap','Reward gap to the reference'),('kl','KL, nats'),('n_tokens','Length, tokens')) for end in ('least','most')]
+        with gr.Row(): limits = [gr.Textbox(label=f'{what} at {end}', placeholder='no limit', max_length=20, elem_id=f'x-{key}-{end}', min_width=120) for key,what in (('gap','Reward gap to the reference'),('kl','KL, nats'),('n_tokens','Length, tokens')) for end in ('least','most')]
     with gr.Row():
         back,on = gr.Button('Previous', elem_id='x-back'),gr.Button('Next', elem_id='x-next')
     where,shown = gr.HTML(_status(), elem_id='x-status'),gr.HTML(elem_id='x-board')
@@ -697,12 +697,14 @@ def _explore_tab(desk):
         flags = _flags(c['answers'].get(model))
         return {where:_status(f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {"; ".join(flags) or "no failure found"}'), shown:board(c), place:at}
     def on_find(model, sort, failure, text, *ls):
+        try: ls = [float(o.replace(',', '.').replace('−', '-')) if o and o.strip() else None for o in ls]
+        except ValueError: return {where:_status('A limit is a number, such as 0.5', 'bad')}
         h = find(desk.records, model, sort, failure or None, text or '', **{k:ls[2*i:2*i+2] for i,k in enumerate(('gap','kl','n_tokens'))})
         return {hits:h, place:0, **show(h, 0, model)}
     def step(d): return lambda hits,at,model: show(hits, at+d, model)
     quick = dict(queue=False, api_visibility='private', show_progress='hidden')
     ins = [model,sort,failure,text,*limits]
-    gr.on([o.change for o in ins], on_find, ins, [hits,place,where,shown], **quick)
+    gr.on([o.change for o in ins], on_find, ins, [hits,place,where,shown], trigger_mode='always_last', **quick)
     back.click(step(-1), [hits,place,model], [place,where,shown], **quick); on.click(step(1), [hits,place,model], [place,where,shown], **quick)
     def fill():
         names = list(desk.records)
@@ -786,11 +788,11 @@ def _api(desk):
             while desk.state=='loading': time.sleep(.1)
             c = desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n)
             yield from desk.compare(c) if desk.players else [desk.stored(c)]
-        except ValueError as e: raise gr.Error(str(e)) from None
+        except ValueError as e: raise gr.Error(str(e), print_exception=False) from None
     def vote(id:str, choice:str) -> int:
         "A vote on a comparison: a model's name, tie or bad; returns the number of votes"
         try: return desk.vote(id, choice)
-        except ValueError as e: raise gr.Error(str(e)) from None
+        except ValueError as e: raise gr.Error(str(e), print_exception=False) from None
     gr.api(compare, api_name='compare', concurrency_limit=desk.parallel, concurrency_id='models')
     gr.api(vote, api_name='vote', queue=False)
 
@@ -800,7 +802,7 @@ style += """
 .mode {border:1px solid currentColor; border-radius:1rem; padding:.05rem .6rem; font-size:.85rem} .mode.live {border-width:2px; font-weight:650}
 .problems {border-left:4px solid #b35900; padding:.3rem 0 .3rem 1.6rem; margin:.5rem 0; overflow-wrap:anywhere}
 .status {min-height:1.4rem; margin:.1rem 0; overflow-wrap:anywhere} .status.bad {border-left:4px solid #b35900; padding-left:.6rem; font-weight:650} .status progress {width:10rem; accent-color:#0072b2}
-.votes table {border-collapse:collapse; margin:.8rem 0; font-variant-numeric:tabular-nums} .votes caption {text-align:left; font-weight:650} .votes td, .votes th {text-align:left; padding:.15rem 1rem .15rem 0; font-weight:500}
+.votes table {border-collapse:collapse; margin:.8rem 0; font-variant-numeric:tabular-nums} .votes :is(table, tbody, tr, td, th) {border:none !important} .votes tr+tr {border-top:1px solid var(--border-color-primary) !important} .votes caption {text-align:left; font-weight:650} .votes td, .votes th {text-align:left; padding:.15rem 1rem .15rem 0; font-weight:500}
 .figures {display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap:1rem} .figures figure {margin:0} .figures img {width:100%; background:#fff; border-radius:.4rem} .figures figcaption {font-size:.8rem; opacity:.85}
 @media (max-width:640px) {#how .form {flex-direction:column}}
 .gradio-container .dark {--rlhf-card:#18181b} .dark {--rlhf-card:#18181b}
@@ -859,7 +861,7 @@ def mk_app(
             try:
                 for o in desk.make_demo(*demo): yield _status(o['text'], share=o['share'])
             except (ValueError,OSError) as e: yield _status(str(e), 'bad')
-        make.click(on_make, None, making, concurrency_limit=None, **quick).then(None, None, None, js="() => { if (document.querySelector('#making').innerText.startsWith('Done')) location.reload() }")
+        make.click(on_make, None, making, concurrency_limit=None, **quick).then(None, None, None, js="() => { if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload() }")
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
 
 # %% ../nbs/15_app.ipynb #c241d7b0

@@ -321,7 +321,7 @@ def main(a):
     p.add_argument('--ppo-prompts', type=int, default=8, help='prompts of a PPO step (default: %(default)s)')
     p.add_argument('--trl-python', default=sys.executable, help='python that has TRL beside the requirements of this package (default: this one)')
     p.add_argument('--trl-ppo-python', help='the same for PPO: one with trl 1.12 (default: --trl-python)')
-    p.add_argument('--json', help='save there, beside the results of the other size')
+    p.add_argument('--json', help='save there, beside the results of the other size and of other work')
     a = p.parse_args([o for o in a.args if o!='--'])
     if bool(a.pairs)!=bool(a.tokenizer): raise ValueError('--pairs and --tokenizer belong together')
     if a.steps<1 or a.warmup<0: raise ValueError(f'at least one step and no negative warm-up, got {a.steps} and {a.warmup}')
@@ -339,5 +339,7 @@ def main(a):
             print(f"{what}: {', '.join(f'{k} {v:.3g}' for k,v in r['speed'].items())} {r['unit']} per CPU-second", file=sys.stderr, flush=True)
             if a.json: # after each line: a long measurement that is cut short is not lost
                 old = read_json(a.json) if Path(a.json).exists() else {}
-                write_json(a.json, {**old, a.size:res})
+                same = (r for r in old.get(a.size, {}).get('rows', []) if old[a.size]['processor']==res['processor'])
+                every = {r['work']:r for r in (*same,*res['rows'])}    # lines that were not measured now stay
+                write_json(a.json, {**old, a.size:{**res, 'rows':sorted(every.values(), key=lambda r: work.index(r['work']))}})
     print(bench_table(res))

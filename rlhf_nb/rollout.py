@@ -233,6 +233,9 @@ def rollouts(
                    entropy=-(b.log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
                    finished=b.finished.float().mean().item(), new_tokens=int(b.mask.sum()), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
         b = prepare(b)
+        if 'returns' in b.fields: # what share of the returns' variance the value model foresaw
+            r,e = b.returns[b.mask],(b.returns-b.values)[b.mask]
+            row['value_explained'] = 1-(e.var()/r.var().clamp(min=1e-12)).item()
         row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4))
         minis = []
         for e in range(epochs):

@@ -6,7 +6,7 @@
 __all__ = ['sft_loss', 'sft_step', 'train_sft', 'generate_plain', 'small_reference']
 
 # %% ../nbs/05_sft.ipynb #6db3e3b9
-import tempfile
+import os,shutil,tempfile
 from pathlib import Path
 
 import torch
@@ -73,6 +73,9 @@ def small_reference(
         tok = world_tokenizer(world)
         policy = mk_policy(ModelConfig(), tok)
         train_sft(policy, tokenize_sft(world.corpus+world.facts, tok, 64, 64), SFTConfig(updates=updates))
-        save_model(policy, tok, path)
+        mine = path.with_name(f'{path.name}_{os.getpid()}')       # two notebooks may be at it at once
+        save_model(policy, tok, mine)
+        try: mine.rename(path)
+        except OSError: shutil.rmtree(mine)                       # the other was first
     policy,tok = load_policy(str(path))
     return world,tok,policy
