@@ -64,7 +64,7 @@ def app(folder):
 
 @pytest.fixture(scope="session")
 def browser():
-    exe = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    exe = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not exe:
         pytest.skip("no chromium")
     with sync_playwright() as p:

@@ -38,7 +38,7 @@ def t_interval(
 ): # Mean, low, high: (...)
     "Student's 95% interval of the mean"
     n,m = x.shape[-1],x.mean(-1)
-    h = t_quantile(n-1)*x.std(-1)/n**.5
+    h = t_quantile(n-1)*(x.std(-1) if n>1 else torch.zeros_like(m))/n**.5
     return m,m-h,m+h
 
 def score_interval(
@@ -46,7 +46,7 @@ def score_interval(
 ): # Mean, low, high: (...)
     "Wilson's 95% interval for as many coin tosses as vary like the mean of `x`"
     n,p = x.shape[-1],x.mean(-1)
-    s2 = x.var(-1)
+    s2 = x.var(-1) if n>1 else torch.zeros_like(p)
     toss = ((x==0)|(x==1)).all(-1)
     m = torch.where(toss|~(s2>1e-12), n, n*p*(1-p)/s2.clamp(min=1e-12))
     z = torch.where(toss, 1.96, min(t_quantile(n-1), 99.)).to(x)
