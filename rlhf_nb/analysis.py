@@ -69,10 +69,9 @@ def reading_guide(
     rows:list # Metrics rows
 )->str:
     "What to look for in the metrics that these rows have, as a Markdown table"
-    return _table([['metric','first','last','how to read it']]+[[f'`{k}`',_num(rows[0].get(k)),_num(rows[-1].get(k)),v] for k,v in guide.items() if k in rows[-1]])
+    return md_table([['metric','first','last','how to read it']]+[[f'`{k}`',_num(rows[0].get(k)),_num(rows[-1].get(k)),v] for k,v in guide.items() if k in rows[-1]])
 
 def _num(x, digits=3): return '' if x is None or x!=x else f'{x:.{digits}g}' if abs(x)<1000 else f'{x:,.0f}'
-def _table(rows): return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in [rows[0],['---']*len(rows[0]),*rows[1:]])
 
 # %% ../nbs/14_analysis.ipynb #45c4357f
 panels = dict(ppo=(('reward','gold'),('kl',),('entropy',),('length',),('clip_frac',),('value_loss','policy_loss')),
@@ -195,7 +194,7 @@ def live(
 def _live_view(rows, total, desc, keys):
     ks = [k for k in keys if k in rows[-1]]
     of = f' of {total}' if total else ''
-    table = f"**{desc}** update {rows[-1]['update']+1}{of}\n\n"+_table([['update',*ks]]+[[r['update'],*(_num(r[k]) for k in ks)] for r in rows[-5:]])
+    table = f"**{desc}** update {rows[-1]['update']+1}{of}\n\n"+md_table([['update',*ks]]+[[r['update'],*(_num(r[k]) for k in ks)] for r in rows[-5:]])
     return plot_training(rows, desc or None)[0],table
 
 def _in_place():
@@ -390,7 +389,7 @@ def costs_table(
     "The same as a Markdown table"
     f = lambda x,u='': '—' if x!=x else f'{x:,.0f}{u}' if abs(x)>=100 else f'{x:.3g}{u}'
     head = ['stage','runs','updates','seconds','of them sampling','scoring','training','tokens trained on','tokens per second','sampled per second of sampling','peak memory']
-    return _table([head]+[[r.stage,r.runs,f(r.updates),f(r.seconds),f(r.sample_seconds),f(r.score_seconds),f(r.train_seconds),f(r.tokens),f(r.tokens_per_second),
+    return md_table([head]+[[r.stage,r.runs,f(r.updates),f(r.seconds),f(r.sample_seconds),f(r.score_seconds),f(r.train_seconds),f(r.tokens),f(r.tokens_per_second),
                            f(r.sampled_per_second),f(r.peak_memory/2**20, ' MiB')] for r in df.itertuples()])
 
 def plot_costs(
@@ -685,7 +684,7 @@ def _models(runs):
     for name in names:
         have = [m[name] for m in ms.values() if name in m]
         rows.append([_name(name),*(_iv(_pool([h[k] for h in have if k in h])) if any(k in h for h in have) else '' for k in cols),have[0]['reward']['n']])
-    out = [f'{what[0].upper()+what[1:]}; n = {", ".join(map(str, sorted(n)))} prompts a model and run.','',_table(rows),'']
+    out = [f'{what[0].upper()+what[1:]}; n = {", ".join(map(str, sorted(n)))} prompts a model and run.','',md_table(rows),'']
     for name in names:
         w = _each(ms, name, 'win_rate')
         if w: out.append(f"- **{_name(name)}** against the reference, by {next(iter(w.values())).get('by', 'reward').replace('_', ' ')}: **{claim(list(w.values()))}**; win rate "+
@@ -705,7 +704,7 @@ def _between(runs):
         ds = [dict(d, low=min(d['low'], 0.), high=max(d['high'], 0.)) if d.get('p_holm', 0.)>=.05 else d for _,d in v]
         c = claim(ds, 0.)
         rows.append([m.replace('_', ' '),_name(a),_name(b),_iv(_pool([d for _,d in v])),', '.join(_p(d['p_holm']) for _,d in v if 'p_holm' in d),v[0][1]['n'],c.replace('better', f'{_name(a)} higher').replace('worse', f'{_name(b)} higher')])
-    return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons (Holm), is below .05.','',_table(rows)]
+    return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons (Holm), is below .05.','',md_table(rows)]
 
 def _judges(runs):
     "Lines on the judges and where they disagree with gold"
@@ -724,7 +723,7 @@ def _judges(runs):
         if j!='gold' and 'gold' in names:
             off = [_name(m) for (k,m),v in say.items() if k==j and ('gold',m) in say and v.split(' ')[0]!=say['gold',m].split(' ')[0]]
             out.append(f"- Judge *{j}* {'says the same as gold of every model' if not off else 'disagrees with gold about '+', '.join(off)}.")
-    return [_table(rows),'',*out]
+    return [md_table(rows),'',*out]
 
 def _cells(vs):
     "A value of each run: numbers with intervals pooled, counts one by one"
@@ -740,7 +739,7 @@ def _reward_model(runs):
     rows = [['seed','head','accuracy on held-out pairs','n','a rule that reads nothing','best possible','ECE']]
     for s,d in rms.items():
         rows.append([s,d.get('head', ''),f(d['accuracy']),d['accuracy']['n'],f"{d['rule']}: {f(d['rule_accuracy'])}" if 'rule' in d else '',f(d['bayes']) if 'bayes' in d else '',_num(d.get('ece'))])
-    return [_table(rows)]
+    return [md_table(rows)]
 
 def _against_best_of_n(runs):
     "What the methods reach at their KL, beside best-of-n at no more KL"
@@ -783,7 +782,7 @@ def _training(runs, tr, pics):
         ks = [k for k in guide if all(k in d['metrics'] for d in by.values())]
         out += [f'### {stage}','',*pics.get(stage, []),'',f"Updates: {', '.join(str(d['updates'])+(f' (seed {s})' if len(by)>1 else '') for s,d in by.items())}. First and last: mean of the first and the last tenth"+(', mean over seeds [lowest, highest].' if len(by)>1 else '.'),'']
         f = lambda k,w: _iv(_pool([dict(mean=d['metrics'][k][w], low=math.nan, high=math.nan) for d in by.values()]), '.3g')
-        out += [_table([['metric','first','last','how to read it']]+[[f'`{k}`',f(k, 'first'),f(k, 'last'),guide[k]] for k in ks]),'','**Diagnosis** (from the rows alone):','']
+        out += [md_table([['metric','first','last','how to read it']]+[[f'`{k}`',f(k, 'first'),f(k, 'last'),guide[k]] for k in ks]),'','**Diagnosis** (from the rows alone):','']
         if not any(d['diagnosis'] for d in by.values()): out += [f"Nothing found{f' in any of {len(by)} seeds' if len(by)>1 else ''}.",'']
         else:
             for s,d in by.items(): out += [f'Seed {s}:' if len(by)>1 else '','',show_diagnosis(d['diagnosis']),'']
@@ -857,7 +856,7 @@ def _failure_lines(fails, most=24):
         by = {r.model:r for r in d.itertuples()}
         rows.append([f.replace('_', ' '),*(_iv(dict(mean=by[m].mean, low=by[m].low, high=by[m].high)) if m in by else '' for m in names),d.n.iloc[0]])
     more = f' The {most} most frequent of {total} rates; all of them, with tests, are in `failure_analysis/`.' if total>most else ''
-    return [f'Share of answers, {what}.{more}','',_table(rows)]
+    return [f'Share of answers, {what}.{more}','',md_table(rows)]
 
 def _memory(logs): return ['','Seconds as they passed, with other stages beside them where the run had several jobs. '+('Peak memory: tensors on a GPU; on a CPU all of the process.' if any('peak_memory' in r for l in logs for rs in l.values() for r in rs) else 'Peak memory is not in the rows.')]
 

@@ -293,7 +293,7 @@ def seeds_table(
     fmt = lambda o: f"{o['mean']:.2f} [{o['lowest']:.2f}, {o['highest']:.2f}]" if o else ''
     rows = [['model',*(k.replace('_', ' ') for k in keys),*rates]]
     rows += [[n,*(fmt(v.get(k)) for k in keys),*(fmt(v.get('rates', {}).get(k)) for k in rates)] for n,v in d.items()]
-    return '\n'.join('| '+' | '.join(r)+' |' for r in [rows[0],['---']*len(rows[0]),*rows[1:]])
+    return md_table(rows)
 
 # %% ../nbs/16_cli.ipynb #bc2ec4f4
 def _flags(p, out):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['sample_keys', 't_quantile', 't_interval', 'score_interval', 'by_prompt', 'mean_ci', 'share_ci', 'paired_test', 'holm',
-           'WinRate', 'tally', 'win_rate', 'length_controlled', 'glm', 'side_by_side', 'group_kl', 'sample_records',
-           'plain_values', 'check_disjoint', 'groups', 'column', 'check_prompts', 'compare', 'comparison_table',
-           'signs_agree', 'summarise', 'at_equal_length', 'summary_table', 'best_of_n', 'gibbs', 'training_path',
-           'overoptimisation', 'frontier_rows', 'write_results', 'read_samples', 'samples_md']
+           'md_table', 'WinRate', 'tally', 'win_rate', 'length_controlled', 'glm', 'side_by_side', 'group_kl',
+           'sample_records', 'plain_values', 'check_disjoint', 'groups', 'column', 'check_prompts', 'compare',
+           'comparison_table', 'signs_agree', 'summarise', 'at_equal_length', 'summary_table', 'best_of_n', 'gibbs',
+           'training_path', 'overoptimisation', 'frontier_rows', 'write_results', 'read_samples', 'samples_md']
 
 # %% ../nbs/11_evaluate.ipynb #56e66376
 import math
@@ -105,6 +105,12 @@ def holm(
     return out
 
 # %% ../nbs/11_evaluate.ipynb #a0ad5af8
+def md_table(
+    rows:list # Lists of cells; the first holds the head
+)->str:
+    "Rows as a Markdown table"
+    return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in [rows[0],['---']*len(rows[0]),*rows[1:]])
+
 class WinRate(dict):
     "Wins, ties and losses against another model, with interval and test"
     @property
@@ -119,7 +125,7 @@ class WinRate(dict):
         row['detectable from .5'] = f"±{self['mdd']:.3f}"
         if 'by' in self: row['judge'] = self['by'].replace('_', ' ')
         row['verdict'] = f'**{self.verdict}**'
-        return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in (row, ['---']*len(row), row.values()))
+        return md_table([list(row),list(row.values())])
 
 def tally(
     points, # (B,n) 1 for a win, .5 for a tie, 0 for a loss, NaN for a comparison that failed; or (B,)
@@ -401,7 +407,7 @@ def summary_table(
     for name,v in s.items():
         kl = lambda k: '0' if name=='reference' and k=='kl' else fmt(v[k])
         rows.append([name,*(kl(k) for k in cols),fmt(v['win_rate'], 'rate') if 'win_rate' in v else '',str(v['reward']['n'])])
-    return '\n'.join('| '+' | '.join(r)+' |' for r in [rows[0],['---']*len(rows[0]),*rows[1:]])
+    return md_table(rows)
 
 # %% ../nbs/11_evaluate.ipynb #03ee83c0
 def best_of_n(

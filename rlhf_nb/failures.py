@@ -722,7 +722,6 @@ def fence(
     f = '`'*max(3, 1+max(map(len, re.findall('`+', s)), default=0))
     return f'{f}text\n{s}\n{f}'
 
-def _table(rows): return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in [rows[0],['---']*len(rows[0]),*rows[1:]])
 def _f(v, sign=''): return f'{round(v, 2)+0.:{sign}.2f}'                  # no -0.00
 def _ci(v, lo, hi, sign=''): return f'{_f(v, sign)} [{_f(lo, sign)}, {_f(hi, sign)}]'
 def _cell(r): return _ci(r['value'], r['low'], r['high'])+(f"; {_ci(r['difference'], r['difference_low'], r['difference_high'], '+')}{'*' if r['p_holm']<.05 else ''}" if 'p' in r else '')
@@ -767,7 +766,7 @@ def failures_md(
         never = [k for k,v in by.items() if k in failure_names and not any(r['value'] for r in v.values())]
         name = {**failure_names,**measures}
         n = lambda v: next(iter(v.values()))['n']
-        out += ['',f'## {s}','','Value with interval; difference from the reference with interval; * where p < .05 after Holm.','',_table([['mode','','',*models,'n'],
+        out += ['',f'## {s}','','Value with interval; difference from the reference with interval; * where p < .05 after Holm.','',md_table([['mode','','',*models,'n'],
             *([mode_of[k],f'`{k}`',name[k],*(_cell(v[m]) if m in v else '' for m in models),n(v)] for k,v in by.items() if k not in never)])]
         if never: out += ['','Never seen, in any model: '+', '.join(f'`{k}` (n={n(by[k])}; at most {max(r["high"] for r in by[k].values()):.3f})' for k in never)+'.']
     if d['shift']:
@@ -776,11 +775,11 @@ def failures_md(
             if r['base'] or r['ood']: at.setdefault(r['metric'], {})[r['model']] = r
         f = lambda r: _ci(r['difference'], r['low'], r['high'], '+')+('*' if r['low']>0 or r['high']<0 else '') if r else '0'
         out += ['',f'## Out of distribution: `ood` less `{d["base"]}`','','How much more often each model itself fails there; * where the interval excludes 0, without correction.','',
-                _table([['',*models,'n'],*([f'`{k}`',*(f(v.get(m)) for m in models),'{n_base}, {n}'.format(**next(iter(v.values())))] for k,v in at.items())])]
+                md_table([['',*models,'n'],*([f'`{k}`',*(f(v.get(m)) for m in models),'{n_base}, {n}'.format(**next(iter(v.values())))] for k,v in at.items())])]
     if d['detectors']:
         f = lambda c: '' if c is None else f"{_ci(c['mean'], c['low'], c['high'])} (n={c['n']})"
         out += ['','## The rules against the truth of the world','','On these very answers, averaged by prompt.','',
-                _table([['rule','precision','recall','flagged','true','answers'],*([k,f(v['precision']),f(v['recall']),v['flagged'],v['true'],v['answers']] for k,v in d['detectors'].items())])]
+                md_table([['rule','precision','recall','flagged','true','answers'],*([k,f(v['precision']),f(v['recall']),v['flagged'],v['true'],v['answers']] for k,v in d['detectors'].items())])]
     return '\n'.join([*out,'','## Limits','',limits,'','Examples: [examples.md](examples.md).',''])
 
 # %% ../nbs/13_failures.ipynb #06295973

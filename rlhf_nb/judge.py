@@ -647,7 +647,6 @@ def audit(
 def _f(o, d=2): # a mean, rate or kappa with its interval
     m = o and o.get('mean', o.get('rate', o.get('kappa')))
     return '–' if m is None else f'{m:.{d}f}' if o.get('low') is None else f"{m:.{d}f} [{o['low']:.{d}f}, {o['high']:.{d}f}]"
-def _md(rows): return '\n'.join('| '+' | '.join(r)+' |' for r in [rows[0],['---']*len(rows[0]),*rows[1:]])
 def _p(p): return '–' if p is None else '< .001' if p<.001 else f'{p:.3f}'
 
 def audit_table(
@@ -657,7 +656,7 @@ def audit_table(
     cols = dict(accuracy='accuracy', flips='flips', longer='points of the longer (.50: no preference)', injection='turned by injection', slot_bias='second slot')
     rows = [['judge',*cols.values(),'p of the slot','failed','pairs']]
     rows += [[k,*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']),str(v['failed']),str(v['n'])] for k,v in d.items()]
-    return _md(rows)
+    return md_table(rows)
 
 # %% ../nbs/12_judge.ipynb #f7511be0
 def _slug(name): return re.sub(r'[^\w.-]+', '_', name)
@@ -669,7 +668,7 @@ def judge_table(
     for k,w in d.items():
         rows.append([k,*((_f(w),f"{w['wins']} / {w['ties']} / {w['losses']}",_p(w['p']),_p(w['p_holm']),WinRate(w).verdict) if w['n'] else ('–',)*4+('not judged',)),
                      str(w['n']),str(w['failed']),f"±{w['mdd']:.2f}" if w['n'] else '–'])
-    return _md(rows)
+    return md_table(rows)
 
 def order_table(
     d:dict # {model: dict}, from `judged`
@@ -678,7 +677,7 @@ def order_table(
     n = sum(w['wins']+w['ties']+w['losses'] for w in d.values() if w['n'])
     if not any(w['flips'] and w['flips']['mean'] for w in d.values()): return f'No flip in {n} pairs.'
     rows = [['model','flips [95%]','second slot [95%]','p of the slot','decided verdicts','same text']]
-    return _md(rows+[[k,_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
+    return md_table(rows+[[k,_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
 
 def length_table(d:dict)->str:
     "The same at equal length"
@@ -687,7 +686,7 @@ def length_table(d:dict)->str:
         c = w['length_controlled']
         slope = dict(mean=c.get('slope'), low=c.get('slope_low'), high=c.get('slope_high'))
         rows.append([k,_f(w),c['refused'] if 'refused' in c else _f(c),_f(slope),_f(w['longer'], 1)])
-    return _md(rows)
+    return md_table(rows)
 
 def win_rates_md(
     rates:dict,     # {judge: {model: dict}}
@@ -717,7 +716,7 @@ def win_rates_md(
     if agree:
         rows = [['','models','agreement [95%]','kappa [95%]','opposite','verdicts']]
         rows += [[k,m,_f(v['agree']),_f(v),'–' if v['opposite'] is None else f"{v['opposite']:.2f}",str(v['n'])] for k,o in agree.items() for m,v in o.items()]
-        out += ['', '## Agreement', '', 'Cohen\'s kappa: agreement beyond chance. Opposite: one says a, the other b.', '', _md(rows)]
+        out += ['', '## Agreement', '', 'Cohen\'s kappa: agreement beyond chance. Opposite: one says a, the other b.', '', md_table(rows)]
     if audits: out += ['', '## Audit on pairs with known answers', '', audit_table(audits)]
     return '\n'.join(out)+'\n'
 
