@@ -901,7 +901,7 @@ def launch(
     auth = dict(auth=lambda name,word: hmac.compare_digest(word.encode(), password.encode()), auth_message='Any name, and the password') if password else {}
     try: app.launch(server_name=host, server_port=port, share=share, inline=inline, prevent_thread_lock=True, quiet=True, css=style, head=f'<script>{script}</script>', theme=gr.themes.Default(primary_hue='blue',
         font=['system-ui','sans-serif'], font_mono=['ui-monospace','monospace']), footer_links=['api'], run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
-        show_error=False, state_session_capacity=1000, app_kwargs=dict(middleware=[(Guard,(),{})]), allowed_paths=[], max_file_size=0, **auth)
+        show_error=False, state_session_capacity=128, app_kwargs=dict(middleware=[(Guard,(),{})]), allowed_paths=[], max_file_size=0, **auth)
     except OSError as e:
         raise OSError(f'{host}:{port or "7860 to 7959"}: busy, or not an address of this machine ({e}). Choose another --port, or leave it out for the next free one') from None
     desk.start()

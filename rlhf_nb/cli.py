@@ -8,7 +8,7 @@ __all__ = ['needs', 'stages', 'folders', 'Line', 'world_rates', 'run_stages', 'o
            'cmd_judge', 'cmd_failures', 'cmd_analyze', 'cmd_app', 'cmd_config', 'cmd_bench', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #c0e50f24
-import argparse,ctypes,gc,importlib,json,multiprocessing,os,platform,re,shlex,shutil,statistics,sys,time,traceback
+import argparse,ctypes,importlib,json,multiprocessing,os,platform,re,shlex,shutil,statistics,sys,time,traceback
 from dataclasses import asdict,replace
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -220,9 +220,9 @@ def _child(line, stage, slot, threads, pipe):
 
 _known = ValueError,OSError,FloatingPointError   # what a user can do something about
 
-def _give_back():
-    "Return to the system what a stage has freed, so that the next one starts small"
-    gc.collect()
+def _give_back(acc):
+    "Let go of a stage's models and optimizers, which the accelerator remembers, and return their memory to the system"
+    acc.free_memory()
     if platform.libc_ver()[0]=='glibc': ctypes.CDLL(None).malloc_trim(0)
 
 def run_stages(
@@ -242,7 +242,7 @@ def run_stages(
     if jobs==1 or len(todo)==1:
         for s in todo:
             t = time.perf_counter(); getattr(line, s)(); secs[s] = time.perf_counter()-t
-            _give_back()
+            _give_back(line.acc)
             say(f'{s}: {secs[s]:.0f} s')
         return secs
     ctx,running,left = multiprocessing.get_context('fork'),{},list(todo)
