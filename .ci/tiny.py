@@ -48,7 +48,7 @@ def batch(groups, sizes, longest=7, seed=0):
 
 def timeless(rows):
     "Metrics rows without what differs from run to run"
-    return [{k: v for k, v in r.items() if "seconds" not in k} for r in rows]
+    return [{k: v for k, v in r.items() if "seconds" not in k and k != "peak_memory"} for r in rows]
 
 
 def fork(f, *args):

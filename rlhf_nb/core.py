@@ -6,10 +6,10 @@
 __all__ = ['Pos', 'Unit', 'NonNeg', 'presets', 'child_seed', 'generator', 'seed_all', 'pass_order', 'Batch', 'WorldConfig',
            'DataConfig', 'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig',
            'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config', 'mk_config', 'load_config', 'config_yaml', 'replacing',
-           'write_text', 'write_json', 'read_json', 'append_row', 'read_rows', 'Run', 'progress']
+           'write_text', 'write_json', 'read_json', 'append_row', 'read_rows', 'Run', 'command', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import difflib,hashlib,json,os,random,shutil,sys
+import difflib,hashlib,importlib,json,os,random,shutil,sys
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict,dataclass,field,fields,is_dataclass
@@ -464,6 +464,14 @@ class Run:
         "Metrics rows of `stage`"
         return read_rows(self.log(stage))
     def __repr__(self): return f'Run({str(self.path)!r})'
+
+# %% ../nbs/00_core.ipynb #a43ab004
+def command():
+    "Entry point of the `rlhf_nb` command"
+    if sys.argv[1:2]!=['app']: return importlib.import_module('rlhf_nb.cli').main()
+    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')     # a page for this machine reports to nobody
+    try: importlib.import_module('rlhf_nb.app').app_main(sys.argv[2:])
+    except (ValueError,OSError) as e: sys.exit(f'rlhf_nb: {e}')
 
 # %% ../nbs/00_core.ipynb #46e780b6
 def progress(

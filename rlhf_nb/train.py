@@ -130,6 +130,7 @@ def steps(
             done += 1
             for k,v in stats.items(): sums[k] += v
             if until and until(stats): break
+        if acc.num_processes>1: tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
         yield dict(update=i, **row, **{k:v/done for k,v in sums.items()}, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=round(time.perf_counter()-t0, 4), **peak_memory(acc.device))
 
 def _step(net, batch, step, opt, o, acc, i):
