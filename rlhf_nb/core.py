@@ -307,7 +307,7 @@ _hh = {
         max_new_tokens=96, micro_tokens=4096, beta2=.999),
     'dpo': dict(lr=1e-6, updates=None, batch_size=16, beta=.1, n_pairs=None, # Rafailov et al. 2023
         micro_tokens=4096, beta2=.999, schedule='linear', warmup=.1),
-    'eval': dict(n_prompts=100, max_new_tokens=96, batch_size=32)}
+    'eval': dict(n_prompts=100, max_new_tokens=96, batch_size=64)}
 
 def _merge(a, b):
     "Nested dictionaries: `b` over `a`"

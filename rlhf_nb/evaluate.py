@@ -20,7 +20,6 @@ import torch
 from .core import *
 from .data import tokenize_prompts
 from .models import *
-from .models import _logits,_slices
 from .rollout import *
 from .train import *
 
@@ -209,31 +208,30 @@ def side_by_side(
     batches:list # (B,G,R) each, of the same prompts
 )->Batch:        # (B, the sum of G, the longest R), `finished` with it
     "The responses of several models in one group: what reads them all reads each prompt once"
-    R = max(b.shape[2] for b in batches)
-    wide = lambda x: torch.cat([torch.nn.functional.pad(o, (0,R-o.shape[2])) for o in x], 1)
-    return Batch(batches[0].prompts, wide([b.responses for b in batches]), wide([b.mask for b in batches]), finished=torch.cat([b.finished for b in batches], 1))
+    return Batch(batches[0].prompts, _wide([b.responses for b in batches]), _wide([b.mask for b in batches]), finished=torch.cat([b.finished for b in batches], 1))
+
+def _wide(x):
+    "Tensors (B,G,R,...) side by side, padded to the longest R"
+    R = max(o.shape[2] for o in x)
+    return torch.cat([torch.cat([o, o.new_zeros(*o.shape[:2], R-o.shape[2], *o.shape[3:])], 2) for o in x], 1)
 
 @torch.no_grad()
 def group_kl(
-    policies:list,        # K causal LMs, each the author of its share of the responses
+    policies:list,        # K causal LMs
     reference,            # Causal LM with the same vocabulary
-    batch:Batch,          # (B,K*n,R), from `side_by_side`
+    batches:list,         # K batches (B,n,R) of the same prompts, each from `sample` of its policy with `keep_hidden`
     temperature:float=1.0 # Of sampling, applied to all
 ): # (B,K*n,R) nats, as `exact_kl` of each
-    "KL(policy || reference) for several policies; the reference reads each prompt once"
-    dev,n = reference.device,batch.shape[1]//len(policies)
-    l,B = Layout(batch.to(dev)),reference.get_output_embeddings()
-    b,author = hidden(reference, l)[l.read],l.mask.nonzero()[:,1]//n
-    kl = torch.zeros(len(b), device=dev)
-    for k,m in enumerate(policies):
-        A,g = m.get_output_embeddings(),slice(k*n,k*n+n)
-        if len(A.weight)!=len(B.weight): raise ValueError(f'KL needs one vocabulary: a policy has {len(A.weight)} tokens, the reference {len(B.weight)}')
-        own = Layout(Batch(batch.prompts, batch.responses[:,g], batch.mask[:,g]).to(dev))
-        a,at = hidden(m, own)[own.read],(author==k).nonzero()[:,0]
-        for s in _slices(len(a), max(1, SLICE//len(A.weight))):
-            p,q = (_logits(h, o.weight, o.bias, h.dtype, temperature).log_softmax(-1) for h,o in ((a[s],A),(b[at[s]],B)))
-            kl[at[s]] = (p.exp()*(p-q)).sum(-1)
-    return l.per_token(kl)
+    "KL(policy || reference) of samples: the policies do not read them again, the reference reads each prompt once"
+    heads = [m.get_output_embeddings() for m in (*policies,reference)]
+    both = side_by_side(batches).plus(hidden=_wide([b.hidden for b in batches]))
+    def kl(x):
+        l = Layout(x)
+        a,b,author = x.hidden[x.mask],hidden(reference, l)[l.read],x.mask.nonzero()[:,1]//batches[0].shape[1]
+        out = torch.zeros(len(a), device=a.device)
+        for k,A in enumerate(heads[:-1]): out[author==k] = head_kl(a[author==k], A, b[author==k], heads[-1], temperature)
+        return l.per_token(out)
+    return in_pieces(kl, both)
 
 # %% ../nbs/11_evaluate.ipynb #20960744
 def sample_records(
@@ -249,23 +247,25 @@ def sample_records(
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
     check_disjoint(prompts, train_prompts)
-    o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[] for k in models}
+    o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[None]*len(prompts) for k in models}
     others,n = [k for k in models if k!='reference'],o.n_samples
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))   # prompts of similar length: less padding in the cache
     for i in range(0, len(ids), o.batch_size):
-        bs = {k:sample(m, ids[i:i+o.batch_size], n, o.max_new_tokens, o.temperature, child_seed(seed, 'eval')) for k,m in models.items()}
+        at = order[i:i+o.batch_size]
+        bs = {k:sample(m, [ids[j] for j in at], n, o.max_new_tokens, o.temperature, child_seed(seed, 'eval'), keep_hidden=k in others) for k,m in models.items()}
         b = side_by_side(list(bs.values()))
         kl = torch.zeros(b.shape[:2])
         if others:
-            f = lambda x: group_kl([models[k] for k in others], models['reference'], x, o.temperature or 1.)
-            kl[:,[list(models).index(k)*n+j for k in others for j in range(n)]] = in_pieces(f, side_by_side([bs[k] for k in others])).sum(-1).cpu()
+            each = group_kl([models[k] for k in others], models['reference'], [bs[k] for k in others], o.temperature or 1.)
+            kl[:,[list(models).index(k)*n+j for k in others for j in range(n)]] = each.sum(-1).cpu()
         vals = dict(reward=score(b), kl=kl, n_tokens=b.lengths, finished=b.finished)
         if gold is not None: vals['gold_reward'] = gold(b)
         vals = {k:v.tolist() for k,v in vals.items()}
-        for j,(p,rs) in enumerate(zip(prompts[i:i+o.batch_size], texts(b, tok)[1])):
-            for g,r in enumerate(rs):
-                v,name = {k:x[j][g] for k,x in vals.items()},list(models)[g//n]
-                out[name].append(dict(prompt=p, response=r, model=name, **v, kl_per_token=v['kl']/max(1, v['n_tokens'])))
-    return out
+        for x,(j,rs) in enumerate(zip(at, texts(b, tok)[1])):
+            recs = [dict(prompt=prompts[j], response=r, model=list(models)[g//n], **{k:v[x][g] for k,v in vals.items()}) for g,r in enumerate(rs)]
+            for r in recs: r['kl_per_token'] = r['kl']/max(1, r['n_tokens'])
+            for k in models: out[k][j] = [r for r in recs if r['model']==k]
+    return {k:[r for rs in rows for r in rs] for k,rows in out.items()}
 
 @torch.no_grad()
 def plain_values(
