@@ -98,7 +98,7 @@ class Desk:
         "Start again with another folder"
         self.problems,self.state,self.config = [],'loading',None
         self.records,self.players,self.prompts,self.spread,self.comparisons = {},{},[],[],OrderedDict()
-        self.ready,self.shipped = threading.Event(),run is None or not Path(run).is_dir()
+        self.ready,self.seen,self.shipped = threading.Event(),threading.Event(),run is None or not Path(run).is_dir()
         if run is not None and self.shipped: self.trouble(f'{run}: no such folder. What you see are samples that come with the package')
         self.path = shipped_samples() if self.shipped else Path(run)
         self.votes = Path(self.given or Path('outputs/app' if self.shipped else self.path)/'votes.jsonl')
@@ -120,10 +120,11 @@ class Player:
     def __init__(self, policy, tok, score=None, gold=None): self.policy,self.tok,self.score,self.gold = policy,tok,score,gold
 
 @patch
-def load(self:Desk):
-    "Read the samples, then the models"
+def load(self:Desk, wait:float=0.):
+    "Read the samples, then the models, but not before somebody looks at the page or `wait` seconds have passed"
     try: self._read_samples()
     finally: self.ready.set()
+    self.seen.wait(wait)                # the first visitor's page before the models: both want the one interpreter
     if self.live and not self.shipped: self._load_players()
     if not self.names(): self.trouble(f'{self.path}: neither finished models nor samples in this folder. '
         f'`rlhf_nb run --resume --out {self.path}` goes on with a run that stopped')
@@ -132,7 +133,6 @@ def load(self:Desk):
 
 @patch
 def _read_samples(self:Desk):
-    from rlhf_nb.evaluate import read_samples
     there = [f for o in (self.path,self.path/'output_samples') for f in o.glob('*_samples.json')]
     try: self.records = read_samples(self.path) if there else {}
     except (ValueError,OSError) as e: self.trouble(str(e))
@@ -163,7 +163,7 @@ def _load_players(self:Desk):
 def start(self:Desk):
     "Load in a thread"
     def f():
-        try: self.load()
+        try: self.load(3.)
         except Exception as e: # a thread has nobody else to tell
             self.trouble(f'{type(e).__name__}: {e}')
             self.state = 'samples' if self.records else 'empty'
@@ -860,6 +860,7 @@ def mk_app(
             desk.ready.wait()
             page = {offer:gr.update(visible=desk.shipped), **fill(), **x_fill()}
             yield {top:_banner(desk), **page}
+            desk.seen.set()
             if desk.state=='loading':
                 while desk.state=='loading': time.sleep(.1)
                 yield {top:_banner(desk), **fill()}
@@ -934,6 +935,7 @@ def app_main(
     word = (os.environ.get('RLHF_NB_PASSWORD') or getpass.getpass('Password for visitors: ')) if a.password else None
     run = a.run or ('outputs/demo' if Path('outputs/demo').is_dir() else None)
     if not torch.cuda.is_available(): torch.set_num_threads(1)     # small models: a second thread costs more than it gives
+    sys.setswitchinterval(5e-4)                                     # importing what loads the models must not hold up the page
     app = launch(run, a.host, a.port, word, a.share, policies=policies, live=not a.samples_only, votes=a.votes)
     print(f'{app.share_url or app.local_url}  {app.desk.path}  (Ctrl-C ends it)', flush=True)
     try: threading.Event().wait()

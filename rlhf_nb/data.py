@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np,torch
 from datasets import load_dataset_builder
-from .core import Batch,Config,child_seed,generator,pass_order
+from .core import Batch,Config,child_seed,pass_order
 from .world import make_world
 
 # %% ../nbs/02_data.ipynb #40cee5e5

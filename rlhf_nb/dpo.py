@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from .core import *
 from .models import *
-from .reward import bradley_terry_loss
 from .train import *
 
 # %% ../nbs/10_dpo.ipynb #b7e65a14

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .core import *
-from .data import tokenize_prompts,tokenize_sft,wilson
+from .data import tokenize_prompts,tokenize_sft
 from .evaluate import *
 from .models import *
 from .rollout import *

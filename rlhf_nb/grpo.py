@@ -6,8 +6,6 @@
 __all__ = ['group_advantages', 'token_weights', 'kl_loss', 'grpo_step', 'grpo_advantages', 'drop_truncated', 'train_grpo']
 
 # %% ../nbs/09_grpo.ipynb #d9bbf923
-import torch
-
 from .core import *
 from .models import *
 from .ppo import clipped_policy_loss

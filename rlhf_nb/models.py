@@ -8,7 +8,7 @@ __all__ = ['SLICE', 'HEAD_TYPE', 'Layout', 'grouped_attention', 'max_tokens', 'h
            'fit_tokenizer', 'load_policy', 'mk_policy', 'load_reward_model', 'save_model']
 
 # %% ../nbs/03_models.ipynb #ffb4c918
-import ctypes,json,platform
+import ctypes,platform
 from copy import deepcopy
 from pathlib import Path
 

@@ -9,7 +9,6 @@ __all__ = ['bradley_terry_loss', 'reward_step', 'train_reward', 'pair_scores', '
 # %% ../nbs/06_reward.ipynb #71851d22
 import math
 
-import torch
 import torch.nn.functional as F
 
 from .core import *

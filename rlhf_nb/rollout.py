@@ -11,7 +11,6 @@ import hashlib,time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .core import *
 from .models import *
