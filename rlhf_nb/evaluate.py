@@ -81,7 +81,7 @@ def paired_test(
     d,         # (B,n) differences between the answers of two models, or (B,)
     draws=9999 # Random sign flips, where there are too many to try all
 )->float: # p, two-sided
-    "Sign-flip permutation test of mean 0; a prompt's answers flip together"
+    "Sign-flip permutation test, on the mean, of differences that are symmetric around 0; a prompt's answers flip together"
     d = by_prompt(d)
     d = d[d!=0]
     n,s = len(d),d.sum().abs()-1e-9*d.abs().sum()

@@ -41,7 +41,7 @@ def kl_loss(
     old_log_probs,  # (B,G,R) of the policy that sampled
     ref_log_probs,  # (B,G,R)
     weights,        # (B,G,R)
-    corrected=False # Multiply by the ratio, which makes its gradient that of KL(policy || reference)
+    corrected=False # Multiply by the ratio, which makes its gradient that of each token's KL(policy || reference), its prefix given
 ):
     "k3 as a loss, summed over tokens (Shao et al. 2024, eq. 4; corrected: DeepSeek-AI 2025, V3.2)"
     k3 = kl_estimates(log_probs, ref_log_probs)[2]
