@@ -350,6 +350,14 @@ def test_samples_only(browser, folder, tmp_path):
     a.close()
 
 
+def test_page_before_models(folder):
+    "What the first page shows needs nothing that takes seconds to import: not transformers, not the training loop"
+    code = ("import sys; from rlhf_nb.app import Desk, mk_app; d = Desk(sys.argv[1]); d._read_samples(); mk_app(d); "
+            "print(len(d.records), [m for m in ('transformers', 'accelerate', 'datasets', 'matplotlib') if m in sys.modules])")
+    r = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert r.stdout.strip() == f"{len(names)} []", r.stdout+r.stderr
+
+
 def test_makes_the_demo(browser, tmp_path):
     "Without a run: samples of the package, and a button that makes the demo's run, here a tiny one, and opens it"
     flags = [f for o in small for f in ("--set", o)]

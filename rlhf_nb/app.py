@@ -91,14 +91,14 @@ class Desk:
         keep:int=256         # Comparisons that can still be voted on or saved
     ):
         self.policies,self.live,self.max_chars,self.max_tokens,self.given,self.keep = policies or {},live,max_chars,max_tokens,votes,keep
-        self.lock,self.running,self.maker = threading.RLock(),{},None
+        self.lock,self.running,self.maker,self.seen = threading.RLock(),{},None,threading.Event()
         self.open(run)
 
     def open(self, run):
         "Start again with another folder"
         self.problems,self.state,self.config = [],'loading',None
         self.records,self.players,self.prompts,self.spread,self.comparisons = {},{},[],[],OrderedDict()
-        self.ready,self.seen,self.shipped = threading.Event(),threading.Event(),run is None or not Path(run).is_dir()
+        self.ready,self.shipped = threading.Event(),run is None or not Path(run).is_dir()
         if run is not None and self.shipped: self.trouble(f'{run}: no such folder. What you see are samples that come with the package')
         self.path = shipped_samples() if self.shipped else Path(run)
         self.votes = Path(self.given or Path('outputs/app' if self.shipped else self.path)/'votes.jsonl')
@@ -124,8 +124,9 @@ def load(self:Desk, wait:float=0.):
     "Read the samples, then the models, but not before somebody looks at the page or `wait` seconds have passed"
     try: self._read_samples()
     finally: self.ready.set()
-    self.seen.wait(wait)                # the first visitor's page before the models: both want the one interpreter
-    if self.live and not self.shipped: self._load_players()
+    if self.live and not self.shipped:
+        self.seen.wait(wait)            # the first visitor's page before the models: both want the one interpreter
+        self._load_players()
     if not self.names(): self.trouble(f'{self.path}: neither finished models nor samples in this folder. '
         f'`rlhf_nb run --resume --out {self.path}` goes on with a run that stopped')
     self.state = 'live' if self.players else 'samples' if self.records else 'empty'
