@@ -122,11 +122,12 @@ class Player:
 @patch
 def load(self:Desk, wait:float=0.):
     "Read the samples, then the models, but not before somebody looks at the page or `wait` seconds have passed"
-    try: self._read_samples()
+    self.seen.wait(wait)                # both want the one interpreter
+    try:
+        self._read_samples()
+        import rlhf_nb.failures         # here, before a page asks for it: two threads that import transformers at once break it
     finally: self.ready.set()
-    if self.live and not self.shipped:
-        self.seen.wait(wait)            # the first visitor's page before the models: both want the one interpreter
-        self._load_players()
+    if self.live and not self.shipped: self._load_players()
     if not self.names(): self.trouble(f'{self.path}: neither finished models nor samples in this folder. '
         f'`rlhf_nb run --resume --out {self.path}` goes on with a run that stopped')
     self.state = 'live' if self.players else 'samples' if self.records else 'empty'
@@ -756,6 +757,7 @@ def _votes_tab(desk):
     with gr.Row(): again,out = gr.Button('Count again', elem_id='v-again'),gr.Button('Export as preference pairs', variant='primary', elem_id='v-export')
     status,saved = gr.HTML(_status(), elem_id='v-status'),gr.Textbox(visible='hidden')
     def on_count():
+        desk.ready.wait()
         try: return votes_html(desk.summary())
         except (ValueError,KeyError) as e: return _status(str(e), 'bad')
     def on_export():
@@ -773,6 +775,7 @@ def _curves_tab(desk):
     "Pictures of the run, drawn when the tab is opened"
     shown,drawn = gr.HTML(elem_id='curves'),{}
     def on_open():
+        desk.ready.wait()
         if desk.shipped: return _status('The samples of the package come without training logs')
         if desk.path not in drawn:
             try: drawn[desk.path] = curves_html(desk.path)
@@ -858,10 +861,10 @@ def mk_app(
         quick = dict(api_visibility='private', show_progress='hidden')
         v_tab.select(on_count, None, v_shown, queue=False, **quick); c_tab.select(on_open, None, c_shown, queue=False, **quick)
         def on_load():
+            desk.seen.set()
             desk.ready.wait()
             page = {offer:gr.update(visible=desk.shipped), **fill(), **x_fill()}
             yield {top:_banner(desk), **page}
-            desk.seen.set()
             if desk.state=='loading':
                 while desk.state=='loading': time.sleep(.1)
                 yield {top:_banner(desk), **fill()}
