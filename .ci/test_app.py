@@ -351,11 +351,20 @@ def test_samples_only(browser, folder, tmp_path):
 
 
 def test_page_before_models(folder):
-    "What the first page shows needs nothing that takes seconds to import: not transformers, not the training loop"
-    code = ("import sys; from rlhf_nb.app import Desk, mk_app; d = Desk(sys.argv[1]); d._read_samples(); mk_app(d); "
-            "print(len(d.records), [m for m in ('transformers', 'accelerate', 'datasets', 'matplotlib') if m in sys.modules])")
+    "The first page, all stored answers and votes need nothing that takes seconds to import: not transformers, not the training loop"
+    code = """if True:
+        import sys
+        from rlhf_nb.app import Desk, board, find, mk_app, mk_prompt, vote_summary, votes_html
+        d = Desk(sys.argv[1], live=False).load()
+        mk_app(d)
+        board(d.stored(d.ask(d.prompts[0])))
+        find(d.records, "ppo", failure="empty")
+        mk_prompt("Human: a Assistant: b Human: c")
+        vote = dict(prompt=d.prompts[0], answers=dict(reference="a", ppo="b"), order=["reference", "ppo"], vote="ppo", reward=dict(reference=0., ppo=1.))
+        votes_html(vote_summary([vote]*3))
+        print(len(d.records), d.state, [m for m in ("transformers", "accelerate", "datasets", "matplotlib") if m in sys.modules])"""
     r = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    assert r.stdout.strip() == f"{len(names)} []", r.stdout+r.stderr
+    assert r.stdout.strip() == f"{len(names)} samples []", r.stdout+r.stderr
 
 
 def test_makes_the_demo(browser, tmp_path):

@@ -122,12 +122,11 @@ class Player:
 @patch
 def load(self:Desk, wait:float=0.):
     "Read the samples, then the models, but not before somebody looks at the page or `wait` seconds have passed"
-    self.seen.wait(wait)                # both want the one interpreter
-    try:
-        self._read_samples()
-        import rlhf_nb.failures         # here, before a page asks for it: two threads that import transformers at once break it
+    try: self._read_samples()
     finally: self.ready.set()
-    if self.live and not self.shipped: self._load_players()
+    if self.live and not self.shipped:
+        self.seen.wait(wait)            # a page and an import both want the one interpreter
+        self._load_players()
     if not self.names(): self.trouble(f'{self.path}: neither finished models nor samples in this folder. '
         f'`rlhf_nb run --resume --out {self.path}` goes on with a run that stopped')
     self.state = 'live' if self.players else 'samples' if self.records else 'empty'
@@ -144,8 +143,9 @@ def _read_samples(self:Desk):
 
 @patch
 def _load_players(self:Desk):
-    from rlhf_nb.models import load_policy,load_reward_model
-    from rlhf_nb.rollout import mk_scorer
+    with no_gc():
+        from rlhf_nb.models import load_policy,load_reward_model
+        from rlhf_nb.rollout import mk_scorer
     from rlhf_nb.world import gold_reward
     try: c = self.config = Run(self.path).config
     except (ValueError,OSError) as e: return None if self.records else self.trouble(str(e))
@@ -167,8 +167,8 @@ def start(self:Desk):
     def f():
         try: self.load(3.)
         except Exception as e: # a thread has nobody else to tell
-            self.trouble(f'{type(e).__name__}: {e}')
             self.state = 'samples' if self.records else 'empty'
+            self.trouble(f'{type(e).__name__}: {e}')
     threading.Thread(target=f, daemon=True).start()
     return self
 
@@ -757,7 +757,6 @@ def _votes_tab(desk):
     with gr.Row(): again,out = gr.Button('Count again', elem_id='v-again'),gr.Button('Export as preference pairs', variant='primary', elem_id='v-export')
     status,saved = gr.HTML(_status(), elem_id='v-status'),gr.Textbox(visible='hidden')
     def on_count():
-        desk.ready.wait()
         try: return votes_html(desk.summary())
         except (ValueError,KeyError) as e: return _status(str(e), 'bad')
     def on_export():
@@ -773,14 +772,15 @@ def _votes_tab(desk):
 
 def _curves_tab(desk):
     "Pictures of the run, drawn when the tab is opened"
-    shown,drawn = gr.HTML(elem_id='curves'),{}
+    shown,drawn,one = gr.HTML(elem_id='curves'),{},threading.Lock()
     def on_open():
-        desk.ready.wait()
+        while desk.state=='loading': time.sleep(.1)     # what draws imports transformers, and two threads that import it at once break it
         if desk.shipped: return _status('The samples of the package come without training logs')
-        if desk.path not in drawn:
-            try: drawn[desk.path] = curves_html(desk.path)
-            except (ValueError,OSError,KeyError) as e: return _status(f'{type(e).__name__}: {e}', 'bad')
-        return drawn[desk.path]
+        with one:
+            if desk.path not in drawn:
+                try: drawn[desk.path] = curves_html(desk.path)
+                except (ValueError,OSError,KeyError) as e: return _status(f'{type(e).__name__}: {e}', 'bad')
+            return drawn[desk.path]
     return shown,on_open
 
 snippet = """from gradio_client import Client   # pip install gradio_client
@@ -861,10 +861,10 @@ def mk_app(
         quick = dict(api_visibility='private', show_progress='hidden')
         v_tab.select(on_count, None, v_shown, queue=False, **quick); c_tab.select(on_open, None, c_shown, queue=False, **quick)
         def on_load():
-            desk.seen.set()
             desk.ready.wait()
             page = {offer:gr.update(visible=desk.shipped), **fill(), **x_fill()}
             yield {top:_banner(desk), **page}
+            desk.seen.set()
             if desk.state=='loading':
                 while desk.state=='loading': time.sleep(.1)
                 yield {top:_banner(desk), **fill()}

@@ -7,10 +7,10 @@ __all__ = ['Pos', 'Unit', 'NonNeg', 'presets', 'sample_keys', 'child_seed', 'gen
            'WorldConfig', 'DataConfig', 'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig',
            'PPOConfig', 'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config', 'mk_config', 'load_config', 'config_yaml',
            'replacing', 'write_text', 'write_json', 'read_json', 'append_row', 'read_rows', 'Run', 'groups',
-           'check_prompts', 'read_samples', 'command', 'progress']
+           'check_prompts', 'read_samples', 'no_gc', 'command', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import difflib,hashlib,importlib,json,math,os,random,shutil,sys
+import difflib,gc,hashlib,importlib,json,math,os,random,shutil,sys
 from contextlib import contextmanager
 from dataclasses import asdict,dataclass,field,fields,is_dataclass
 from pathlib import Path
@@ -523,11 +523,24 @@ def _check_record(r, keys, where):
         if not (num if t in (int,float) else isinstance(r[k], t)): raise ValueError(f"{where}: '{k}' must be {want[t]}, got {str(r[k])[:60]!r}")
 
 # %% ../nbs/00_core.ipynb #a43ab004
+@contextmanager
+def no_gc():
+    "Imports go faster while nobody looks for garbage"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
 def command():
     "Entry point of the `rlhf_nb` command"
-    if sys.argv[1:2]!=['app']: return importlib.import_module('rlhf_nb.cli').main()
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')     # a page for this machine reports to nobody
-    try: importlib.import_module('rlhf_nb.app').app_main(sys.argv[2:])
+    is_app = sys.argv[1:2]==['app']
+    if is_app: os.environ.setdefault('MPLBACKEND', 'agg')          # gradio asks for the backend at each event; where none is set that imports pyplot
+    with no_gc(): m = importlib.import_module('rlhf_nb.app' if is_app else 'rlhf_nb.cli')
+    gc.freeze()                                                    # nor shall anybody look there later
+    if not is_app: return m.main()
+    try: m.app_main(sys.argv[2:])
     except (ValueError,OSError) as e: sys.exit(f'rlhf_nb: {e}')
 
 # %% ../nbs/00_core.ipynb #46e780b6

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np,torch
-from datasets import load_dataset_builder
 from .core import Batch,Config,child_seed,pass_order
 from .world import make_world
 
@@ -198,6 +197,7 @@ def _check_lines(files, source):
 # %% ../nbs/02_data.ipynb #d2306457
 def _read(source, data_dir=None):
     "Splits of a Hub data set, a folder or a file: {name: (rows, files)}"
+    from datasets import load_dataset_builder           # here: who only takes a dialogue apart does not wait for it
     path,log = Path(source),logging.getLogger('datasets')
     if path.is_file() or _suffix(source) in _kinds:
         if not path.is_file(): raise FileNotFoundError(f'{source}: no such file')

@@ -19,9 +19,6 @@ import torch
 
 from .core import *
 from .data import tokenize_prompts
-from .models import *
-from .rollout import *
-from .train import *
 
 # %% ../nbs/11_evaluate.ipynb #c4802b98
 def t_quantile(
@@ -223,6 +220,8 @@ def group_kl(
     temperature:float=1.0 # Of sampling, applied to all
 ): # (B,K*n,R) nats, as `exact_kl` of each
     "KL(policy || reference) of samples: the policies do not read them again, the reference reads each prompt once"
+    from rlhf_nb.models import Layout,head_kl,hidden
+    from rlhf_nb.train import in_pieces
     heads = [m.get_output_embeddings() for m in (*policies,reference)]
     both = side_by_side(batches).plus(hidden=_wide([b.hidden for b in batches]))
     def kl(x):
@@ -246,6 +245,7 @@ def sample_records(
     train_prompts=() # Texts that the models learned from; none of them may be among the prompts
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
+    from rlhf_nb.rollout import sample,texts
     check_disjoint(prompts, train_prompts)
     o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[None]*len(prompts) for k in models}
     others,n = [k for k in models if k!='reference'],o.n_samples

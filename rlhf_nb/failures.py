@@ -19,9 +19,6 @@ import torch
 from .core import *
 from .data import tokenize_prompts,tokenize_sft
 from .evaluate import *
-from .models import *
-from .rollout import *
-from .train import *
 from .world import facts,outcome
 
 # %% ../nbs/13_failures.ipynb #774e164a
@@ -609,6 +606,8 @@ def perplexity(
     micro_tokens:int=16384
 )->list: # Rows as from `over_set`
     "Perplexity of the answer tokens, EOS included"
+    from rlhf_nb.models import log_probs
+    from rlhf_nb.train import in_pieces
     nll,n = {k:-in_pieces(lambda b: log_probs(m, b), data, micro_tokens).double().sum((1,2)).cpu() for k,m in models.items()},data.lengths.sum(1).double().cpu()
     mk = lambda x: lambda keep: (x[keep].sum()/n[keep].sum()).exp()[None]
     return over_set({k:mk(v) for k,v in nll.items()}, ['perplexity'], len(data))
@@ -822,6 +821,7 @@ def sample_texts(
     seed:int=0
 )->dict: # {name: records} with prompt, response, model, n_tokens, finished, log_prob (of the whole answer)
     "Answers of all models to the same prompts with the same noise"
+    from rlhf_nb.rollout import sample,texts
     o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[] for k in models}
     for k,m in models.items():
         for i in range(0, len(ids), o.batch_size):

@@ -22,7 +22,6 @@ from fastcore.basics import patch
 from .core import *
 from .data import tokenize_prompts
 from .evaluate import *
-from .models import scores
 from .world import facts
 
 # %% ../nbs/12_judge.ipynb #f6e4d3f7
@@ -58,6 +57,7 @@ def by_model(
     max_response:int=256  # Tokens of an answer; a longer one is cut
 ): # A judge
     "A judge that asks a reward model"
+    from rlhf_nb.models import scores
     @torch.no_grad()
     def source(ps, rs):
         ids = [tok(r, add_special_tokens=False)['input_ids'] for r in rs]

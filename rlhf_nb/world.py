@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tokenizers import AddedToken,Tokenizer,decoders,models,pre_tokenizers,trainers
-from transformers import PreTrainedTokenizerFast
 from .core import WorldConfig,child_seed
 
 # %% ../nbs/01_world.ipynb #9c37ea3d
@@ -332,8 +331,9 @@ def make_world(
 def world_tokenizer(
     world:World,        # Its corpus and facts are learned from
     vocab_size:int=900  # Tokens, the 256 bytes included
-)->PreTrainedTokenizerFast:
+)->'PreTrainedTokenizerFast':
     "A byte-level BPE for the world's texts"
+    from transformers import PreTrainedTokenizerFast    # here: who only reads the world's texts does not wait for it
     t = Tokenizer(models.BPE())
     t.pre_tokenizer,t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
     special = ['<|eos|>','<|pad|>','<|bos|>']
