@@ -239,7 +239,7 @@ def compare(self:Desk,
     steps,secs,last = {k:[] for k in runs},dict.fromkeys(runs, 0.),0.
     live = dict(runs)
     def text(k):
-        row = [int(i[0,0]) for i,_,m,_ in steps[k] if m[0,0]]
+        row = [int(i[0,0]) for i,_,m in steps[k] if m[0,0]]
         return dict(response=self.players[k].tok.decode(row, skip_special_tokens=True).rstrip('\ufffd'), n_tokens=len(row), writing=k in live)
     try:
         while live and not (stop and stop.is_set()):
@@ -247,7 +247,7 @@ def compare(self:Desk,
                 t = time.perf_counter()
                 o = next(live[k], None)
                 secs[k] += time.perf_counter()-t
-                steps[k].append(o) if o else live.pop(k)
+                steps[k].append(o[:3]) if o else live.pop(k)
             if time.perf_counter()-last>every:
                 yield dict(c, answers={k:text(k) for k in runs})
                 last = time.perf_counter()

@@ -83,10 +83,10 @@ passes = dict(reward=(3,0), dpo=(4,4), dpo_cached=(3,3), grpo=(5,5), ppo=(4+6*EP
 
 def step_flops(what:str, c, batch:Batch)->float:
     "Necessary operations of one step"
-    if what=='answers': # each model samples; the others' tokens meet their own vocabulary again, and the reference; the reward model reads all
+    if what=='answers': # each policy samples; the reference reads what all write, the reward model as well, without the vocabulary
         k = len(MODELS)
-        (b1,v1),(b3,v3),(b4,_) = (forward_flops(c, Batch(batch.prompts, batch.responses[:,:g], batch.mask[:,:g])) for g in (1,k-1,k))
-        return k*(b1+v1)+b3+2*v3+b4
+        (b1,v1),(b4,v4) = (forward_flops(c, Batch(batch.prompts, batch.responses[:,:g], batch.mask[:,:g])) for g in (1,k))
+        return (k-1)*(b1+v1)+2*b4+v4
     return sum(n*f for n,f in zip(passes[what], forward_flops(c, batch)))
 
 def matmul_rate(n=1024, k=6)->float:
@@ -349,7 +349,7 @@ def main(a):
     if a.steps<1 or a.warmup<0: raise ValueError(f'at least one step and no negative warm-up, got {a.steps} and {a.warmup}')
     if a.pairs: pairs,tok = load_preferences(a.pairs).pairs,load_tokenizer(a.tokenizer)
     else: w = make_world(WorldConfig(n_corpus=4000, n_pairs=1000)); pairs,tok = w.train,world_tokenizer(w)
-    prompts = dict(grpo=a.grpo_prompts, ppo=a.ppo_prompts, gen8=1, gen32=4, answers=64)
+    prompts = dict(grpo=a.grpo_prompts, ppo=a.ppo_prompts, gen8=1, gen32=4, answers=100)
     res = dict(size=a.size, data=Path(a.pairs).name if a.pairs else 'world', processor=processor(), date=str(date.today()), dtype='float32', threads=1, rows=[])
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)

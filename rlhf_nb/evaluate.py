@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['t_quantile', 't_interval', 'score_interval', 'by_prompt', 'mean_ci', 'share_ci', 'paired_test', 'holm', 'md_table',
-           'WinRate', 'tally', 'win_rate', 'length_controlled', 'glm', 'side_by_side', 'group_kl', 'sample_records',
-           'plain_values', 'check_disjoint', 'column', 'compare', 'comparison_table', 'signs_agree', 'summarise',
-           'at_equal_length', 'summary_table', 'best_of_n', 'gibbs', 'training_path', 'overoptimisation',
+           'WinRate', 'tally', 'win_rate', 'length_controlled', 'glm', 'side_by_side', 'sample_with_kl',
+           'sample_records', 'plain_values', 'check_disjoint', 'column', 'compare', 'comparison_table', 'signs_agree',
+           'summarise', 'at_equal_length', 'summary_table', 'best_of_n', 'gibbs', 'training_path', 'overoptimisation',
            'frontier_rows', 'write_results', 'samples_md']
 
 # %% ../nbs/11_evaluate.ipynb #56e66376
@@ -213,24 +213,38 @@ def _wide(x):
     return torch.cat([torch.cat([o, o.new_zeros(*o.shape[:2], R-o.shape[2], *o.shape[3:])], 2) for o in x], 1)
 
 @torch.no_grad()
-def group_kl(
-    policies:list,        # K causal LMs
-    reference,            # Causal LM with the same vocabulary
-    batches:list,         # K batches (B,n,R) of the same prompts, each from `sample` of its policy with `keep_hidden`
-    temperature:float=1.0 # Of sampling, applied to all
-): # (B,K*n,R) nats, as `exact_kl` of each
-    "KL(policy || reference) of samples: the policies do not read them again, the reference reads each prompt once"
-    from rlhf_nb.models import Layout,head_kl,hidden
-    from rlhf_nb.train import in_pieces
-    heads = [m.get_output_embeddings() for m in (*policies,reference)]
-    both = side_by_side(batches).plus(hidden=_wide([b.hidden for b in batches]))
-    def kl(x):
-        l = Layout(x)
-        a,b,author = x.hidden[x.mask],hidden(reference, l)[l.read],x.mask.nonzero()[:,1]//batches[0].shape[1]
-        out = torch.zeros(len(a), device=a.device)
-        for k,A in enumerate(heads[:-1]): out[author==k] = head_kl(a[author==k], A, b[author==k], heads[-1], temperature)
-        return l.per_token(out)
-    return in_pieces(kl, both)
+def sample_with_kl(
+    models:dict,           # {name: causal LM}; one of them is 'reference'
+    prompts:list,          # B token lists
+    n:int=1,               # Responses of each model to each
+    max_new_tokens:int=48,
+    temperature:float=1.0, # Of sampling, applied to both sides of the KL
+    seed:int=0
+)->dict: # {name: batch (B,n,R) as from `sample`, with `kl` (B,n,R), nats, as `exact_kl` of it}
+    "Samples of all models, written in step: the reference reads what the others write while they write it"
+    from rlhf_nb.rollout import decode,from_steps,stop_tokens
+    names = ['reference',*(k for k in models if k!='reference')]
+    sizes = {k:len(models[k].get_output_embeddings().weight) for k in names}
+    if len(set(sizes.values()))>1: raise ValueError(f'KL needs one vocabulary: {", ".join(f"{k} has {v} tokens" for k,v in sizes.items())}')
+    stops = {k:stop_tokens(models[k]) for k in names}
+    run = {k:decode(models[k], prompts, n, max_new_tokens, temperature, seed, stops[k], beside=0 if j else n*(len(names)-1)) for j,k in enumerate(names)}
+    steps,kls,told = {k:[] for k in names},{k:[] for k in names},None
+    none = (torch.zeros(len(prompts), n, dtype=torch.long),torch.zeros(len(prompts), n),torch.zeros(len(prompts), n, dtype=torch.bool))
+    none = tuple(o.to(models['reference'].device) for o in none)
+    for t in range(max_new_tokens):
+        try: ref = run['reference'].send(told)
+        except StopIteration: break
+        now = {'reference':ref, **{k:next(run[k], none) for k in names[1:]}}
+        live = torch.cat([o[2] for o in now.values()], 1)              # (B,G): whose rows the reference has read
+        row = (live.view(-1).cumsum(0)-1).view(len(prompts), len(names), n)
+        for j,(k,o) in enumerate(now.items()):
+            if not o[2].any(): continue
+            kl = torch.zeros_like(o[1])
+            if j: kl[o[2]] = (o[3].exp()*(o[3]-ref[3][row[:,j][o[2]]])).sum(-1)
+            steps[k].append(o[:3]); kls[k].append(kl)
+        end = [o[2]&~torch.isin(o[0], torch.tensor(sorted(stops[k]), device=o[0].device)) for k,o in now.items()]
+        told = tuple(torch.cat(o[1:], 1) for o in ([o[0] for o in now.values()],end)) if len(names)>1 else None
+    return {k:from_steps(prompts, steps[k], stops[k]).plus(kl=torch.stack(kls[k], 2)) for k in models}
 
 # %% ../nbs/11_evaluate.ipynb #20960744
 def sample_records(
@@ -245,19 +259,15 @@ def sample_records(
     train_prompts=() # Texts that the models learned from; none of them may be among the prompts
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
-    from rlhf_nb.rollout import sample,texts
+    from rlhf_nb.rollout import texts
     check_disjoint(prompts, train_prompts)
     o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[None]*len(prompts) for k in models}
-    others,n = [k for k in models if k!='reference'],o.n_samples
+    n = o.n_samples
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))   # prompts of similar length: less padding in the cache
     for i in range(0, len(ids), o.batch_size):
         at = order[i:i+o.batch_size]
-        bs = {k:sample(m, [ids[j] for j in at], n, o.max_new_tokens, o.temperature, child_seed(seed, 'eval'), keep_hidden=k in others) for k,m in models.items()}
-        b = side_by_side(list(bs.values()))
-        kl = torch.zeros(b.shape[:2])
-        if others:
-            each = group_kl([models[k] for k in others], models['reference'], [bs[k] for k in others], o.temperature or 1.)
-            kl[:,[list(models).index(k)*n+j for k in others for j in range(n)]] = each.sum(-1).cpu()
+        bs = sample_with_kl(models, [ids[j] for j in at], n, o.max_new_tokens, o.temperature, child_seed(seed, 'eval'))
+        b,kl = side_by_side(list(bs.values())),torch.cat([o.kl.sum(-1) for o in bs.values()], 1)
         vals = dict(reward=score(b), kl=kl, n_tokens=b.lengths, finished=b.finished)
         if gold is not None: vals['gold_reward'] = gold(b)
         vals = {k:v.tolist() for k,v in vals.items()}
