@@ -47,10 +47,9 @@ class Decode:
         "Go on with the prompts of index `i` only"
         new = torch.full((self.B,), -1, device=i.device); new[i] = torch.arange(len(i), device=i.device)
         self.B = len(i)
-        for j,at in enumerate(self.at):
-            stay = (new[at]>=0).nonzero()[:,0]
-            self.at[j],self.bias[j] = new[at[stay]],self.bias[j][stay]
-            self.pieces[j],self.own[j] = ({l:(k[stay],v[stay]) for l,(k,v) in o[j].items()} for o in (self.pieces,self.own))
+        stays = [(j,at,(new[at]>=0).nonzero()[:,0]) for j,at in enumerate(self.at) if (new[at]>=0).any()]
+        self.at,self.bias = [new[at[o]] for _,at,o in stays],[self.bias[j][o] for j,_,o in stays]
+        self.pieces,self.own = ([{l:(k[o],v[o]) for l,(k,v) in x[j].items()} for j,_,o in stays] for x in (self.pieces,self.own))
 
     def attend(self, layer, q, k, v, scaling):
         "One new token per live response: q (1,H,N,D), k and v (1,K,N,D)"
