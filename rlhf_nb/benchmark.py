@@ -39,7 +39,7 @@ shapes = dict(tiny=dict(n_layer=4, n_embd=128, n_head=4, n_positions=256), gpt2=
 cuts = dict(tiny=(128,192), gpt2=(256,320))  # longest prompt; longest prompt with a response
 G,NEW,EPOCHS,PAIRS = 8,48,4,8                # completions of a prompt, new tokens, PPO's passes, pairs of a step
 MODELS,EVERY = ('reference','ppo','grpo','dpo'),4   # of `answers`; the loop reads every fourth prompt
-evals = dict(answers=EvalConfig(max_new_tokens=NEW, n_samples=1, batch_size=100), answers96=mk_config(dict(preset='prototype')).eval)
+evals = dict(answers=EvalConfig(max_new_tokens=NEW, n_samples=1, batch_size=100), answers96=mk_config(dict(preset='prototype')).eval)  # how they sample
 
 def cut_pairs(
     pairs:list,     # Of prompt, chosen, rejected (texts)
@@ -301,7 +301,8 @@ def measure(
     out = race({k:(pythons[k], job) for k in ('ours','HF' if what in ('gen8','gen32',*evals) else 'TRL')}, n, folder)
     if what in ('reward','dpo'): # alone and afterwards: three at a time would need too much memory
         out.update(race({'TRL sorted':(pythons['TRL sorted'], dict(job, rows='sorted.json'))}, n, folder))
-    k,group,new = PAIRS if units[what]=='pairs' else prompts,dict(ppo=1, **dict.fromkeys(evals, len(MODELS))).get(what, G),evals[what].max_new_tokens if what in evals else NEW
+    k = PAIRS if units[what]=='pairs' else prompts
+    group,new = (len(MODELS),evals[what].max_new_tokens) if what in evals else (1 if what=='ppo' else G,NEW)
     per = k*dict(pairs=1, tokens=group*new).get(units[what], group)
     cpu = {k:[o['cpu'] for o in v[1+warmup:]] for k,v in out.items()}
     speed = {s:per/(EVERY if what in evals and s=='HF' else 1)*steps/sum(v) for s,v in cpu.items()}
@@ -351,7 +352,7 @@ def main(a):
     if a.steps<1 or a.warmup<0: raise ValueError(f'at least one step and no negative warm-up, got {a.steps} and {a.warmup}')
     if a.pairs: pairs,tok = load_preferences(a.pairs).pairs,load_tokenizer(a.tokenizer)
     else: w = make_world(WorldConfig(n_corpus=4000, n_pairs=1000)); pairs,tok = w.train,world_tokenizer(w)
-    prompts = dict(grpo=a.grpo_prompts, ppo=a.ppo_prompts, gen8=1, gen32=4, answers=100, answers96=100)
+    prompts = dict(grpo=a.grpo_prompts, ppo=a.ppo_prompts, gen8=1, gen32=4, **dict.fromkeys(evals, 100))
     res = dict(size=a.size, data=Path(a.pairs).name if a.pairs else 'world', processor=processor(), date=str(date.today()), dtype='float32', threads=1, rows=[])
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)

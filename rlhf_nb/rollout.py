@@ -36,7 +36,7 @@ def noise(
     return torch.from_numpy((z>>np.uint64(11)).astype(np.float64)*2.**-53)
 
 # %% ../nbs/07_rollout.ipynb #3c9b3c57
-SMALL = 4 # responses of a group whose keys lie behind those of their prompt
+SMALL = 4 # the largest group whose own keys lie behind those of its prompt, in one tensor
 
 class Decode:
     "Keys and values of prompts (shared by a group) and responses; the layout of one decoding step"
@@ -71,7 +71,7 @@ class Decode:
 
     def _piece(self, j, layer, q, k, v):
         "The same for one piece: q (b,G,K,H/K,D), k and v (b,G,K,D)"
-        pk,pv = self.pieces[j][layer]                                     # (b,K,P,D)
+        pk,pv = self.pieces[j][layer]                                     # (b,K,P,D); in a small group P has room for all responses
         (b,K,P,D),G = pk.shape,self.n
         if G<=SMALL:
             end = P-(self.length-self.t-1)*G
