@@ -158,3 +158,24 @@ def test_command_with_fastcore_2(fastcore2):
     out = subprocess.run([sys.executable, "-c", code], env=fastcore2, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "preset:" in out.stdout and "# Peak learning rate" in out.stdout
+
+
+without_dev = """
+import sys
+class No:  # what only the extra 'dev' brings
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('IPython', 'nbdev', 'execnb', 'ghapi', 'nbconvert', 'nbclient', 'ipykernel', 'jupytext', 'pytest', 'playwright'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, No())
+"""
+
+
+@each_module
+def test_runs_without_dev(name):
+    r = subprocess.run([sys.executable, "-c", f"{without_dev}\nimport rlhf_nb.{name}"], capture_output=True, text=True, cwd=root)
+    assert r.returncode == 0, r.stderr
+
+
+def test_runs_without_dev_sees():
+    r = subprocess.run([sys.executable, "-c", f"{without_dev}\nimport IPython"], capture_output=True, text=True)
+    assert "No module named 'IPython'" in r.stderr

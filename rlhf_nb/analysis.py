@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np,pandas as pd,seaborn as sns
 from PIL import Image
 from matplotlib.figure import Figure
-from IPython.display import Markdown,display
 
 from . import train
 from .core import *
@@ -199,6 +198,7 @@ def _live_view(rows, total, desc, keys):
 
 def _in_place():
     "A place in the notebook's output whose content is replaced"
+    from IPython.display import Markdown,display     # of notebooks, not of the package: a run needs no IPython
     at = [display(Markdown('…'), display_id=True) for _ in 'ab']
     def show(fig, table):
         for h,o in zip(at, (Markdown(table),fig)): h.update(o) if h else None
