@@ -424,11 +424,15 @@ def cmd_judge(a):
     "Win rates of a run's samples"
     judges = [j for j in a.judges or [] if j!='llm'] or None
     if 'llm' in (a.judges or []) or a.llm or a.base_url:
-        kw = {k:v for k,v in dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price)).items() if v is not None}
-        judges = (judges or [])+[LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **kw)]
+        kw = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price), max_tokens=a.max_tokens)
+        llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in kw.items() if v is not None})
+        judges = (judges or [])+[llm]
+        if a.base_url: a.argv = [o.replace(a.base_url, llm.host) for o in a.argv]   # a key in the address is nobody else's business
     d = judge_run(a.out, judges, a.against, a.votes, a.audit, a.dry_run, _command(a))
     if a.dry_run: print(json.dumps(d, indent=1)); return
     print((Path(a.out)/'results'/'WIN_RATES.md').read_text(encoding='utf-8'))
+    partial = [k for k,o in d.items() if any(w.get('partial') for w in o.values())]
+    if partial: print(f"rlhf_nb: partial results of {', '.join(partial)}: pairs are missing, the report says which and why", file=sys.stderr)
 
 def cmd_failures(a):
     "Failure modes of a run"
@@ -480,6 +484,7 @@ def parser():
     q.add_argument('--dry-run', action='store_true', help='only say how many requests it takes and what they may cost')
     q.add_argument('--budget', type=float, help='dollars that the requests may cost at most'); q.add_argument('--price', type=float, nargs=2, metavar=('IN','OUT'), help='dollars per million tokens')
     q.add_argument('--concurrency', type=int, help='requests at once'); q.add_argument('--timeout', type=float, help='seconds for a reply')
+    q.add_argument('--max-tokens', type=int, help='tokens of a reply (default: 300; raised once where replies are cut, as by models that reason)')
     for name,f,help in (('failures',cmd_failures,'failure modes of a run, measured by behaviour'),('analyze',cmd_analyze,'training analysis and report of a run, of several seeds, or of samples')):
         q = add(name, f, help); q.add_argument('--out', default='outputs/demo', help='run folder (default: %(default)s)')
     q = add('config', cmd_config, 'print a configuration, to edit and use with --config')
