@@ -404,10 +404,14 @@ def write_json(path, o):
     "Write `o` as JSON to `path` at once"
     write_text(path, json.dumps(o, ensure_ascii=False, indent=1)+'\n')
 
-def read_json(path):
+def read_json(
+    path,
+    objects=None # What to make of the list of keys and values of an object (None: a dictionary)
+):
     "Read a JSON file; an error names the file"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try: return json.loads(Path(path).read_text(encoding='utf-8'), object_pairs_hook=objects)
     except FileNotFoundError: raise FileNotFoundError(f'{path}: no such file') from None
+    except RecursionError: raise ValueError(f'{path}: nested too deeply') from None
     except ValueError as e: raise ValueError(f'{path}: not valid JSON: {e}') from None
 
 def append_row(path, row:dict):
@@ -490,12 +494,13 @@ def check_prompts(
         raise ValueError(f"the samples of '{k}' and of '{first}' answer different prompts: {len(ps[k])} and {len(ps[first])} records, which part at record {i+1}")
 
 sample_keys = dict(prompt=str, response=str, model=str, reward=float, kl=float, n_tokens=int, finished=bool)
+_may_have = dict(kl_per_token=float, gold_reward=float, log_prob=float)   # checked where a record has them; null: not known
 
 def read_samples(
     folder,          # A run, its folder, or a folder with samples
     keys=sample_keys # What a record must have, and of which type
 )->dict: # {name: records}; reference, ppo, grpo, dpo, others
-    "The samples of a folder, checked: complete records, the same prompts, the same number of answers"
+    "The samples of a folder, checked: complete records, the same prompts, the same number of answers; `kl_per_token` is computed where it is missing"
     folder = Path(getattr(folder, 'path', folder))
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; expected a run, or a folder with *_samples.json')
     if (folder/'output_samples').is_dir(): folder = folder/'output_samples'
@@ -504,10 +509,11 @@ def read_samples(
     if not files: raise FileNotFoundError(f"{folder}: no *_samples.json there; run the stage 'evaluate' or `rlhf_nb generate` first")
     out = {}
     for f in files:
-        rows,name = read_json(f),f.name.removesuffix('_samples.json')
+        rows,name = read_json(f, _once),f.name.removesuffix('_samples.json')
+        if not name: raise ValueError(f'{f}: the model has no name; expected NAME_samples.json')
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise ValueError(f'{f}: expected a list of sample records')
         if not rows: raise ValueError(f'{f}: no records in it; write it again with `rlhf_nb generate`, or remove it')
-        for i,r in enumerate(rows): _check_record(r, keys, f'{f}, record {i+1}')
+        for i,r in enumerate(rows): rows[i] = _check_record(r, keys, f'{f}, record {i+1}')
         other = next((r['model'] for r in rows if r.get('model', name)!=name), None)
         if other: raise ValueError(f"{f}: holds samples of '{other}', its name says '{name}'")
         try: groups(rows); check_prompts({**dict(list(out.items())[:1]), name:rows})
@@ -515,12 +521,28 @@ def read_samples(
         out[name] = rows
     return out
 
+_is_a = {str:('text', lambda v: isinstance(v, str) and not any('\ud800'<=c<='\udfff' for c in v)),   # half a character can't be written
+         bool:('true or false', lambda v: isinstance(v, bool)),
+         float:('a finite number', lambda v: type(v) in (int,float) and abs(v)<1e100),                 # squares and sums of these are finite too
+         int:('a whole number, 0 or more', lambda v: type(v) in (int,float) and 0<=v<1e15 and v==int(v))}
+
 def _check_record(r, keys, where):
-    want = {str:'text', bool:'true or false', float:'a finite number', int:'a finite number'}
-    for k,t in keys.items():
+    "The record, with what follows from it"
+    r = {k:v for k,v in r.items() if v is not None or k not in _may_have}
+    for k,t in {**keys, **{k:t for k,t in _may_have.items() if k in r}}.items():
         if k not in r: raise ValueError(f"{where}: no '{k}'; a sample has {', '.join(keys)}")
-        num = type(r[k]) in (int,float) and math.isfinite(r[k])
-        if not (num if t in (int,float) else isinstance(r[k], t)): raise ValueError(f"{where}: '{k}' must be {want[t]}, got {str(r[k])[:60]!r}")
+        want,ok = _is_a[t]
+        if not ok(r[k]): raise ValueError(f"{where}: '{k}' must be {want}, got {str(r[k])[:60]!r}")
+    if 'kl' in r and 'n_tokens' in r: r.setdefault('kl_per_token', r['kl']/max(1, r['n_tokens']))
+    return r
+
+def _once(pairs):
+    "An object, unless one of its keys stands there twice"
+    o = dict(pairs)
+    if len(o)==len(pairs): return o
+    seen = set()
+    twice = next(k for k,_ in pairs if k in seen or seen.add(k))
+    raise ValueError(f'the key {twice[:60]!r} stands in one object twice')
 
 # %% ../nbs/00_core.ipynb #a43ab004
 @contextmanager
