@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'HEAD_TYPE', 'Layout', 'grouped_attention', 'body', 'head', 'is_padded', 'max_tokens', 'hidden', 'own_logits',
-           'logit_scale', 'log_probs', 'check_forward', 'exact_kl', 'scores', 'values', 'check_scores', 'LogProbReward',
-           'no_classifier', 'check_stages', 'mk_reward_model', 'mk_value_model', 'check_folder', 'stop_tokens',
-           'load_tokenizer', 'fit_tokenizer', 'load_policy', 'mk_policy', 'load_reward_model', 'save_model']
+           'next_logits', 'logit_scale', 'log_probs', 'check_forward', 'exact_kl', 'scores', 'values', 'check_scores',
+           'LogProbReward', 'no_classifier', 'check_stages', 'mk_reward_model', 'mk_value_model', 'check_folder',
+           'stop_tokens', 'load_tokenizer', 'fit_tokenizer', 'load_policy', 'mk_policy', 'load_reward_model',
+           'save_model']
 
 # %% ../nbs/03_models.ipynb #ffb4c918
 import ctypes,inspect,json,platform
@@ -90,7 +91,9 @@ class Layout:
     def attend(self, layer:int, q, k, v, scaling:float):
         "Attention piece by piece: q (1,H,N,D), k and v (1,K,N,D); returns (1,N,H,D)"
         q,k,v = (o[0].transpose(0,1) for o in (q,k,v))
-        if self.keys is not None: self.keys[layer] = tuple(o[self.block].transpose(1,2).contiguous() for o in (k,v))  # (B,K,T,D)
+        if self.keys is not None:
+            if layer in self.keys: raise ValueError('a layer that attends twice')
+            self.keys[layer] = tuple(o[self.block].transpose(1,2).contiguous() for o in (k,v))  # (B,K,T,D)
         if (rep := q.shape[1]//k.shape[1])>1: k,v = (o.repeat_interleave(rep, 1) for o in (k,v))
         nq,nk = [o[1] for o in self.pieces],[o[2] for o in self.pieces]
         out = []
@@ -216,6 +219,22 @@ def _read_rows(model, l:Layout, rows):
     x,z = own_logits(model, l.ids[idx], real, (r,t-1))
     return x[r,t-1],x[r,t],z.float()
 
+@torch.no_grad()
+def next_logits(
+    model,     # Causal LM
+    rows:list, # Token lists
+    most:int=16384 # Tokens of one call, padding included
+): # (len(rows), V) float32
+    "Logits of the token that follows each row, by the model's own call"
+    _fits(model, max(map(len, rows)))
+    out,n = [],max(1, most//max(map(len, rows)))
+    for part in (rows[i:i+n] for i in range(0, len(rows), n)):
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(r, device=model.device) for r in part], batch_first=True)
+        size = torch.tensor([len(r) for r in part], device=ids.device)
+        real = (torch.arange(ids.shape[1], device=ids.device)<size[:,None]).long()
+        out.append(own_logits(model, ids, real, (torch.arange(len(part), device=ids.device),size-1))[1].float())
+    return torch.cat(out)
+
 def _row_pieces(l:Layout, V):
     "Responses (rows) whose logits are held at once, and which of all response tokens are theirs"
     out,n = [],0
@@ -335,16 +354,21 @@ def _plain_log_probs(model, b):
 
 _FAILS = ArithmeticError,AssertionError,AttributeError,ImportError,LookupError,RuntimeError,TypeError,ValueError # of a model's code, given what it does not expect
 
+def _first_line(e): return f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
+
 def _differs(model, plain, ours, tol):
     "What is wrong with `ours()`: an empty text if it is `plain()`, up to `tol` or to rounding"
     want = plain()                                              # first, while the model still has its own attention
     if not want.isfinite().all(): return 'its own numbers are not finite'
     try: got = ours()
-    except _FAILS as e: return str(e).split('\n')[0] or type(e).__name__
+    except ValueError as e: return str(e).split('\n')[0]
+    except _FAILS as e: return f'its code does not take it, {_first_line(e)}'
     off = lambda a,b: (a.double()-b).abs().max().item()
     d = off(got, want)
     if d<=tol: return ''
-    with _as(model, torch.float64): right = plain()
+    try:
+        with _as(model, torch.float64): right = plain()
+    except _FAILS: right = want                                 # some kernels have no float64
     if off(got, right)<=max(tol, 2*off(want, right)): return ''
     return f'it differs from the plain one by {d:.2g}'
 
@@ -354,7 +378,7 @@ def _compare(model, plain, ours, tol):
     with torch.no_grad(),torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
         attn,c = model.config._attn_implementation,model.config
         try: said = _differs(model, plain, ours, tol)
-        except _FAILS as e: said = f'its own call fails ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})'
+        except _FAILS as e: said = f'its own call fails, {_first_line(e)}'
         if said and c._attn_implementation!=attn: model.set_attn_implementation(attn)
     return said
 
@@ -373,7 +397,13 @@ def check_forward(
     name = type(model).__name__
     if not isinstance(getattr(head(model), 'weight', None), torch.Tensor): raise ValueError(f'{name}: no output layer found: it cannot be used')
     b = _check_batch(model, min(len(head(model).weight), len(model.get_input_embeddings().weight)))
-    check = lambda: _compare(model, lambda: _plain_log_probs(model, b), lambda: log_probs(model, b)[b.mask], tol)
+    def ours():
+        if not is_padded(model):                                # what sampling keeps: one pair of keys and values for each layer
+            l = Layout(b)
+            l.keys = {}
+            hidden(model, l)
+        return log_probs(model, b)[b.mask]
+    check = lambda: _compare(model, lambda: _plain_log_probs(model, b), ours, tol)
     bad = check()
     if bad and is_padded(model): raise ValueError(f'{name}: the padded forward is not right ({bad}): it cannot be used')
     if bad: raise ValueError(f'{name} cannot be grouped ({bad}). {_other(model, check)}')
@@ -578,8 +608,6 @@ def _json_file(f):
     if not isinstance(d, dict): raise ValueError(f'{f}: expected a JSON object, got {str(d)[:40]}')
     return d
 
-def _first_line(e): return f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
-
 def _check_weights(f):
     "Raise if a safetensors file is cut"
     size = f.stat().st_size
@@ -637,7 +665,8 @@ def stop_tokens(model)->set:
     return _ids(getattr(model.config, 'eos_token_id', None))|_ids(getattr(getattr(model, 'generation_config', None), 'eos_token_id', None))
 
 def load_tokenizer(
-    name # Hub name or folder
+    name,         # Hub name or folder
+    eos:bool=True # Must it have an EOS? A classifier's need not
 ):
     "A tokenizer that has an EOS and a PAD of its own"
     check_folder(name)
@@ -650,7 +679,7 @@ def load_tokenizer(
         files = {'tokenizer.json','tokenizer_config.json',*tok.vocab_files_names.values()}
         if not any((Path(name)/o).exists() for o in files) or len(tok)<=len(tok.added_tokens_decoder)<20:
             raise ValueError(f'{name}: no tokenizer in this folder (none of {", ".join(sorted(files))}); copy its files there, or name another with --tokenizer')
-    if tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
+    if eos and tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     g = Path(name)/'generation_config.json'
     stops = _ids(c.get('eos_token_id'))|_ids(_json_file(g).get('eos_token_id') if g.exists() else None)
     return _own_pad(tok, stops, name)
@@ -685,10 +714,11 @@ def fit_tokenizer(
     special = {i for i,t in tok.added_tokens_decoder.items() if t.special}|set(tok.all_special_ids)
     stops = {i for i in stop_tokens(model) if i<n and (own or i in special)}-{tok.pad_token_id}|{tok.eos_token_id}
     c,g = model.config,getattr(model, 'generation_config', None)
-    c.eos_token_id = sorted(stops) if isinstance(c.eos_token_id, list) else tok.eos_token_id
+    c.eos_token_id = sorted(stops) if isinstance(getattr(c, 'eos_token_id', None), list) else tok.eos_token_id
     if g is not None: g.eos_token_id = sorted(stops) if len(stops)>1 else tok.eos_token_id
     for o in (c,g):
-        if o is not None: o.pad_token_id,o.bos_token_id = tok.pad_token_id,tok.bos_token_id
+        for k in ('pad_token_id','bos_token_id'):
+            if o is not None and getattr(tok, k) is not None: setattr(o, k, getattr(tok, k))
     return model
 
 def _load(cls, name):
@@ -751,7 +781,7 @@ def load_reward_model(
     device='cpu'
 ):                         # Model, tokenizer
     "A reward model, or any sequence classifier with one label, and its tokenizer"
-    tok,f = load_tokenizer(name),Path(name)/'config.json'
+    tok,f = load_tokenizer(name, eos=False),Path(name)/'config.json'
     d = _json_file(f) if f.exists() else {}
     if d.get('head')=='log_prob':
         m = LogProbReward.load(Path(name), d).eval()
