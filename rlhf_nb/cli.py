@@ -91,6 +91,7 @@ class Line:
         most = c.data.max_prompt+max(c.data.max_response, c.ppo.max_new_tokens, c.grpo.max_new_tokens, c.eval.max_new_tokens)
         if most>max_tokens(m): # now, not after an hour
             raise ValueError(f'data.max_prompt and the longest of data.max_response and max_new_tokens make {most} tokens, the model takes {max_tokens(m)}: lower them')
+        check_sampling(m)
         if not c.sft.skip: train_sft(m, tokenize_sft(self.splits.sft+self.splits.documents, self.tok, c.data.max_prompt, c.data.max_response), c.sft, c.seed, self.run, self.acc)
         save_model(m, self.tok, self.run/'reference')
 
@@ -360,6 +361,8 @@ def publish(out, lines, to, command, n=100):
 def _run_one(run, todo, command=None):
     line,f = Line(run, command),run/'results'/'seconds.json'
     say = lambda s: print(f'[{run.path}] {s}', flush=True)
+    name = str(run/'reference') if line.done('sft') else line.config.model.name
+    if name!='scratch': check_stages(name, [s for s in todo if not line.done(s)], line.config.reward.head) # now, not when PPO begins
     if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {line.splits.report.reasons()}')
     secs = run_stages(line, todo, say)
     if secs: write_json(f, {**(read_json(f) if f.exists() else {}), **{k:round(v, 1) for k,v in secs.items()}})

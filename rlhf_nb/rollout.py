@@ -208,7 +208,7 @@ def check_sampling(
     longest = max_tokens(model)
     if is_padded(model) or longest<2 or getattr(model, '_decodes', False): return
     model._decodes = True                                      # the samples below come here too
-    g,length = generator(0, 'check'),min(4, longest-1)
+    g,length = generator(0, 'check'),min(3, longest-1)
     prompts = [torch.randint(len(head(model).weight), (min(k, longest-length),), generator=g).tolist() for k in (7,2)]
     def gap():
         bs = [sample(model, prompts, n, length, seed=0, stop_ids=()) for n in (1,SMALL+1)] # both ways of attention
