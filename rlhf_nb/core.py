@@ -449,6 +449,7 @@ def mk_config(
 
 def _set(s):
     "The nested dictionary that an override stands for"
+    if isinstance(s, dict): return _checked(s, Config)
     k,eq,v = s.partition('=')
     if not eq: raise ValueError(f"--set {s}: expected key=value, such as ppo.kl_coef=0.05")
     path,kind = k.strip().split('.'),Config
@@ -461,7 +462,7 @@ def _set(s):
 
 def load_config(
     config:str='demo', # A preset's name or a YAML file
-    sets:list=()       # Overrides, `key.key=value`
+    sets:list=()       # Overrides, `key.key=value` or dictionaries
 )->Config:
     "The configuration of a run"
     if config in presets: d = {'preset':config}
