@@ -712,14 +712,15 @@ _may_have = dict(kl_per_token=float, gold_reward=float, log_prob=float)   # chec
 
 def read_samples(
     folder,          # A run, its folder, or a folder with samples
-    keys=sample_keys # What a record must have, and of which type
+    keys=sample_keys, # What a record must have, and of which type
+    only=None        # The name of one file, where the others do not matter
 )->dict: # {name: records}; reference, ppo, grpo, dpo, others
     "The samples of a folder, checked: complete records, the same prompts, the same number of answers; `kl_per_token` is computed where it is missing"
     folder = Path(getattr(folder, 'path', folder))
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; expected a run, or a folder with *_samples.json')
     if (folder/'output_samples').is_dir(): folder = folder/'output_samples'
     known = ['reference','ppo','grpo','dpo']
-    files = sorted(folder.glob('*_samples.json'), key=lambda f: (known.index(k) if (k := f.name.split('_')[0]) in known else 9,f.name))
+    files = sorted((f for f in folder.glob('*_samples.json') if only in (None,f.name)), key=lambda f: (known.index(k) if (k := f.name.split('_')[0]) in known else 9,f.name))
     if not files: raise FileNotFoundError(f"{folder}: no *_samples.json there; run the stage 'evaluate' or `rlhf_nb generate` first")
     out = {}
     for f in files:
