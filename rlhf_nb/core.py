@@ -177,6 +177,8 @@ class DataConfig:
     "Where preferences come from"
     name:str='world'           # `world`, a Hub name, a file, or a folder
     data_dir:str|None=None     # Subset of a Hub data set, such as `harmless-base`
+    split:str='train'          # The split to learn from, such as `train_prefs`
+    test_split:str|None=None   # The split to test on, such as `test_prefs` (None: `test`, where there is one)
     n_pairs:Pos|None=None      # Use so many pairs (None: all)
     test_size:Annotated[float, Field(ge=0, lt=.5)]=0.1         # Share of prompts held out for testing (and as much again for dev), where the data has no such split
     max_prompt:Pos=64          # Longest prompt in tokens; a longer one loses its oldest turns
