@@ -86,6 +86,12 @@ class Line:
         return load(str(self.run/folders[stage]), forward=self.config.model.forward, device=self.acc.device)[0]
     def pairs(self, rows): return tokenize_pairs(rows, self.tok, self.config.data.max_prompt, self.config.data.max_response)
     def prompts(self, rows): return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
+    def dev(self, o):
+        "What a stage with these settings looks at as it goes: prompts for PPO and GRPO, answers to imitate for SFT, else pairs"
+        if o.eval_every is None: return None
+        if isinstance(o, RolloutConfig): return self.prompts(self.splits.dev)
+        if isinstance(o, SFTConfig): return tokenize_sft([dict(prompt=p['prompt'], response=p['chosen']) for p in self.splits.dev], self.tok, self.config.data.max_prompt, self.config.data.max_response)
+        return self.pairs(self.splits.dev)
     def held(self):
         "The prompts that the comparison uses"
         rows = getattr(self.splits, self.config.eval.split)
@@ -120,7 +126,7 @@ class Line:
         m = self.__dict__.pop('first') if 'first' in self.__dict__ else self.first
         self.__dict__.pop('first', None)
         self.fits(max_tokens(m))
-        if not c.sft.skip: train_sft(m, tokenize_sft(self.splits.sft+self.splits.documents, self.tok, c.data.max_prompt, c.data.max_response), c.sft, c.seed, self.run, self.acc)
+        if not c.sft.skip: train_sft(m, tokenize_sft(self.splits.sft+self.splits.documents, self.tok, c.data.max_prompt, c.data.max_response), c.sft, c.seed, self.run, self.acc, self.dev(c.sft))
         save_model(m, self.tok, self.run/'reference')
 
     def _reward(self, head, run):
@@ -128,7 +134,7 @@ class Line:
         c,s = self.config,self.splits
         ref = self.model('sft')
         rm = mk_reward_model(ref, head, c.seed)
-        train_reward(rm, self.pairs(s.train), c.reward, c.seed, run, self.acc)
+        train_reward(rm, self.pairs(s.train), c.reward, c.seed, run, self.acc, self.dev(c.reward))
         ids = self.prompts(s.train)[:c.reward.n_normalise]
         parts = [sample(ref, ids[i:i+c.eval.batch_size], 1, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
         normalise(rm, Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()]).to(self.acc.device))
@@ -157,7 +163,7 @@ class Line:
         "DPO on the preferences"
         c = self.config
         ref,pol = self.model('sft'),self.model('sft')
-        train_dpo(pol, ref, self.pairs(self.splits.train[:c.dpo.n_pairs]).to(self.acc.device), c.dpo, c.seed, self.run, self.acc)
+        train_dpo(pol, ref, self.pairs(self.splits.train[:c.dpo.n_pairs]).to(self.acc.device), c.dpo, c.seed, self.run, self.acc, self.dev(c.dpo))
         save_model(pol, self.tok, self.run/'dpo_model')
 
     def _rl(self): return self.model('sft'),self.model('sft'),mk_scorer((self.model('reward'),self.tok), self.tok, self.config.eval.batch_size*128),self.prompts(self.splits.train)
@@ -166,14 +172,14 @@ class Line:
         "PPO on the reward model"
         pol,ref,score,prompts = self._rl()
         vm = mk_value_model(ref)
-        train_ppo(pol, vm, ref, score, prompts, self.config.ppo, self.config.seed, self.run, self.watch, self.acc)
+        train_ppo(pol, vm, ref, score, prompts, self.config.ppo, self.config.seed, self.run, self.watch, self.acc, self.dev(self.config.ppo))
         save_model(vm, self.tok, self.run/'value_model')
         save_model(pol, self.tok, self.run/'ppo_model')
 
     def grpo(self):
         "GRPO on the reward model"
         pol,ref,score,prompts = self._rl()
-        train_grpo(pol, ref, score, prompts, self.config.grpo, self.config.seed, self.run, self.watch, self.acc)
+        train_grpo(pol, ref, score, prompts, self.config.grpo, self.config.seed, self.run, self.watch, self.acc, self.dev(self.config.grpo))
         save_model(pol, self.tok, self.run/'grpo_model')
 
     def overoptimise(self, n_pairs=800, updates=24):
