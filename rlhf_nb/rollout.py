@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'noise', 'Decode', 'states', 'decode', 'sample', 'check_sampling', 'from_steps', 'kl_estimates', 'mk_scorer',
-           'texts', 'rollouts', 'bandit', 'bandit_probs']
+           'texts', 'n_rollouts', 'unseen', 'rollouts', 'bandit', 'bandit_probs']
 
 # %% ../nbs/07_rollout.ipynb #26d0f210
-import hashlib,time
+import hashlib,math,time
 
 import numpy as np
 import torch
@@ -284,6 +284,33 @@ def _score_texts(f, tok, b):
     return torch.as_tensor(out, dtype=torch.float32, device=b.device).view(B,G)
 
 # %% ../nbs/07_rollout.ipynb #7492683f
+def n_rollouts(
+    o:RolloutConfig,
+    n:int # Prompts to draw from
+)->int:
+    "How many updates PPO and GRPO make"
+    return o.updates if o.updates is not None else max(1, math.ceil(o.passes*n/min(o.batch_size, n)))
+
+@torch.no_grad()
+def unseen(
+    policy, reference, # Causal LMs
+    prompts:list,      # Token lists that training does not draw from
+    o,                 # `RolloutConfig`
+    score=None,        # As for `rollouts` (None: no reward)
+    coef:float=0.,     # What a nat of KL costs in reward
+    seed:int=0,
+    watch:dict=None
+)->tuple: # Metrics; mean reward minus the price of the KL, -inf where the KL is above `o.max_kl`
+    "One answer to each of the first `o.eval_n` prompts, always with the same noise"
+    b = sample(policy, prompts[:o.eval_n], 1, o.max_new_tokens, o.temperature, child_seed(seed, 'dev'))
+    kl = in_pieces(lambda x: exact_kl(policy, reference, x, o.temperature), b, o.micro_tokens).sum(-1).mean().item()
+    out,good = dict(kl=kl, length=b.lengths.float().mean().item(), finished=b.finished.float().mean().item(), n=len(b)),0.
+    if score is not None:
+        raw = score(b)
+        out,good = dict(reward=raw.mean().item(), **out),(raw-o.no_eos_penalty*(~b.finished).float()).mean().item()
+    out.update({k:f(b).mean().item() for k,f in (watch or {}).items()})
+    return out,-math.inf if o.max_kl is not None and kl>o.max_kl else good-coef*kl
+
 @torch.no_grad()
 def rollouts(
     policy, reference,     # Causal LMs
@@ -301,7 +328,7 @@ def rollouts(
 ): # (mini-batches, metrics row)
     "Rollouts of `policy` as it is at each update"
     low,size = acc is not None and acc.mixed_precision!='no',min(o.batch_size, len(prompts))
-    for i in range(start, o.updates):
+    for i in range(start, n_rollouts(o, len(prompts))):
         t0 = time.perf_counter()
         b = sample(policy, [prompts[j] for j in pass_order(len(prompts), size, seed, i)], n, o.max_new_tokens, o.temperature,
                    child_seed(seed, 'rollout', i))
