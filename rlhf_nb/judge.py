@@ -546,7 +546,7 @@ class LLMJudge:
         "What a reader must know about this judge"
         by = Counter(v['by'] for v in self.journal.verdicts.values() if v.get('by'))
         return dict(model=self.model, server=self.host, date=time.strftime('%Y-%m-%d', time.gmtime()), prompt=self.prompt_hash, params=self.params, max_tokens=self._limit(self.params),
-                    cut=self.cut, price=self.price, answered_by=dict(by), **self.journal.ledger())
+                    cut=self.cut, price=self.price, answered_by=dict(by), journal=self.journal.path and self.journal.path.name, **self.journal.ledger())
 
     def __repr__(self): return f'LLMJudge({self.id}, {len(self.journal.verdicts)} verdicts known)'
     def __call__(self, prompt, a, b):
@@ -893,28 +893,25 @@ def audit_table(
     "Audits as a Markdown table"
     cols = dict(accuracy='accuracy', flips='flips', longer='points of the longer (.50: no preference)', injection='turned by injection', slot_bias='second slot')
     rows = [['judge',*cols.values(),'p of the slot','failed','pairs']]
-    rows += [[k,*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']) if v['slot_bias']['n'] else '–',str(v['failed']),str(v['n'])] for k,v in d.items()]
+    rows += [[md_inline(k),*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']) if v['slot_bias']['n'] else '–',str(v['failed']),str(v['n'])] for k,v in d.items()]
     silent = [_tells_nothing(k, v) for k,v in d.items() if not v.get('decided', 1)]
     return '\n'.join([md_table(rows),*(o for s in silent for o in ('',s))])
 
 def _tells_nothing(name, v):
-    if v['failed']==v['n']: return f"{name} gave no verdict on any of {v['n']} pairs: the audit can tell nothing about it."
+    if v['failed']==v['n']: return f"{md_inline(name)} gave no verdict on any of {v['n']} pairs: the audit can tell nothing about it."
     order = ', because the order turned every one' if v['flips'] and v['flips']['mean']==1 else ''
-    return f"{name} decided none of {v['n']-v['failed']} pairs (only ties{order}): it prefers nothing that could be seen, and the audit can tell nothing else about it."
+    return f"{md_inline(name)} decided none of {v['n']-v['failed']} pairs (only ties{order}): it prefers nothing that could be seen, and the audit can tell nothing else about it."
+
 
 # %% ../nbs/12_judge.ipynb #f7511be0
 def _slug(name): return re.sub(r'[^\w.-]+', '_', name)
-def _inert(s):
-    "Somebody else's text, so that Markdown shows it and does nothing with it"
-    return re.sub(r'([\\`*_\[\]<>|#~$@&]|:(?=//)|(?<=www)\.)', r'\\\1', ' '.join(s.split()))
-
 def judge_table(
     d:dict # {model: dict}, from `judged`
 )->str:
     "Win rates by one judge as a Markdown table"
     rows = [['model','win rate [95%]','wins / ties / losses','p','p, Holm','','prompts','failed','detectable from']]
     for k,w in d.items():
-        rows.append([k,*((_f(w),f"{w['wins']} / {w['ties']} / {w['losses']}",_p(w['p']),_p(w['p_holm']),WinRate(w).verdict) if w['n'] else ('–',)*4+('not judged',)),
+        rows.append([md_inline(k),*((_f(w),f"{w['wins']} / {w['ties']} / {w['losses']}",_p(w['p']),_p(w['p_holm']),WinRate(w).verdict) if w['n'] else ('–',)*4+('not judged',)),
                      str(w['n']),str(w['failed']),f"±{w['mdd']:.2f}" if w['n'] else '–'])
     return md_table(rows)
 
@@ -926,7 +923,7 @@ def order_table(
     if not n: return 'No pair has a verdict.'
     if not any(w['flips'] and w['flips']['mean'] for w in d.values()): return f'No flip in {n} pairs.'
     rows = [['model','flips [95%]','second slot [95%]','p of the slot','decided verdicts','same text']]
-    return md_table(rows+[[k,_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
+    return md_table(rows+[[md_inline(k),_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
 
 def length_table(d:dict)->str:
     "The same at equal length"
@@ -934,56 +931,57 @@ def length_table(d:dict)->str:
     for k,w in d.items():
         c = w['length_controlled']
         slope = dict(mean=c.get('slope'), low=c.get('slope_low'), high=c.get('slope_high'))
-        rows.append([k,_f(w),c['refused'] if 'refused' in c else _f(c),_f(slope),_f(w['longer'], 1)])
+        rows.append([md_inline(k),_f(w),c['refused'] if 'refused' in c else _f(c),_f(slope),_f(w['longer'], 1)])
     return md_table(rows)
 
-def _who(a, kept):
+def _who(a):
     "One paragraph on an LLM judge: who, when, at what cost, what the endpoint can't do, what could not be read"
     cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
     p = a['params']
     heat = p['temperature'] if p['temperature'] is not None else 'of the server'
-    out = [f"{_inert(a['model'])} at {_inert(a['server'])}, {a['date']}, prompt {a['prompt']}, temperature {heat}. {a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens "
+    out = [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, temperature {heat}. {a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens "
            f"billed ({cost}), {a['possibly_billed']} more possibly billed; {a['cut']} questions were cut to fit."]
     lacks = [name for k,name in (('response_format','a reply of a fixed form'),('temperature','a temperature'),('length','a limit on the length')) if k in p and p[k] is None]
     lacks += ['a JSON schema']*(p.get('response_format')=='json_object')+['a system role']*(p.get('system')=='user')
     if lacks: out.append(f"The endpoint takes no {', no '.join(o.split(' ', 1)[1] for o in lacks)}: asked without.")
     if p.get('raised'): out.append(f"Replies were cut or empty, so they may have {p['raised']} tokens.")
     names = a.get('answered_by') or {}
-    if names.keys()-{a['model']}: out.append(f"It calls itself {', '.join(f'{_inert(k)} ({n} verdicts)' for k,n in names.items())}"+('.' if len(names)==1 else ': **more than one model answered.**'))
+    if names.keys()-{a['model']}: out.append(f"It calls itself {', '.join(f'{md_inline(k)} ({n} verdicts)' for k,n in names.items())}"+('.' if len(names)==1 else ': **more than one model answered.**'))
     if a.get('wrong_code') or a.get('unreadable'):
-        out.append(f"Replies with a wrong check code: {a['wrong_code']}; replies that could not be read: {a['unreadable']}. Their text is kept in `{kept}`; each was asked again, up to the limit.")
+        out.append(f"Replies with a wrong check code: {a['wrong_code']}; replies that could not be read: {a['unreadable']}. Their text is kept{f' in {md_inline(j)}' if (j := a.get('journal')) else ''}; each was asked again, up to the limit.")
     return ' '.join(out)
 
 def _partial(d):
     "What is missing, and what can't be concluded"
     why,missing = Counter(),sum(w['failed'] for w in d.values())
     for w in d.values(): why.update(w.get('reasons', {}))
-    out = [f"**Partial: {missing} pairs have no verdict** ({'; '.join(f'{_inert(k)}: {v}' for k,v in why.most_common(4))}). Do not quote these numbers."]
+    out = [f"**Partial: {missing} pairs have no verdict** ({'; '.join(f'{md_inline(k)}: {v}' for k,v in why.most_common(4))}). Do not quote these numbers."]
     for k,w in d.items():
         if not w['failed'] or 'could_be' not in w: continue
         low,high = w['could_be']
-        sure = 'better, whatever they say' if low>.5 else 'worse, whatever they say' if high<.5 else f"so it can't be said whether it is better than {_inert(w['against'])}"
-        out.append(f"{_inert(k)}: {w['failed']} missing; from all of them lost to all of them won, the interval goes from {low:.2f} to {high:.2f}: {sure}.")
+        sure = 'better, whatever they say' if low>.5 else 'worse, whatever they say' if high<.5 else f"so it can't be said whether it is better than {md_inline(w['against'])}"
+        out.append(f"{md_inline(k)}: {w['failed']} missing; from all of them lost to all of them won, the interval goes from {low:.2f} to {high:.2f}: {sure}.")
     return ' '.join(out)
 
 def win_rates_md(
     rates:dict,     # {judge: {model: dict}}
     agree:dict,     # {'x and y': {model or 'all': from `agreement`}}
     audits:dict,    # {judge: from `audit`}
-    source:str='',  # Where the samples come from
+    source:str='',  # Where the samples come from, in Markdown
     command:str='', # What makes this file
     notes:list=()   # More to say: lines of the votes that are none
 )->str:
     "The report: only what the numbers say"
     first = next(iter(next(iter(rates.values())).values()))
-    out = ['# Win rates', '', f"Against '{first['against']}'; {source}. Made by `{command}`.", '',
+    against = md_inline(first['against'])
+    out = ['# Win rates', '', f"Against '{against}'; {source}. Made by {md_code(command)}.", '',
            'Every pair is judged in both orders; where the two verdicts differ, the pair counts as a tie and as a flip. Win rate: wins and half of the ties, with its 95% interval, clustered by '
            'prompt. p: test against one half; Holm: corrected for the number of models. Second slot: share of the decided verdicts that went to the answer shown second (.50: no preference). '
            'Detectable from: the distance from .50 that would be found with 80% power. Pairs without a verdict are left out and counted.']
     for name,d in rates.items():
-        out += ['', f'## Judge: {name}', '']
+        out += ['', f'## Judge: {md_inline(name)}', '']
         a = next(iter(d.values())).get('judge')
-        if a: out += [_who(a, f'judgements/{_slug(name)}.journal.jsonl'), '']
+        if a: out += [_who(a), '']
         if not any(w['n'] for w in d.values()): out += ['**No pair has a verdict: this judge says nothing.**', '']
         if any('partial' in w for w in d.values()): out += [_partial(d), '']
         if any(w['n'] for w in d.values()) and not any(w['wins']+w['losses'] for w in d.values() if w['n']):
@@ -992,9 +990,9 @@ def win_rates_md(
         out += [judge_table(d), '', 'Order:', '', order_table(d), '', 'At equal length:', '', length_table(d)]
     if agree:
         rows = [['','models','agreement [95%]','kappa [95%]','opposite','verdicts']]
-        rows += [[k,m,_f(v['agree']),_f(v),'–' if v['opposite'] is None else f"{v['opposite']:.2f}",str(v['n'])] for k,o in agree.items() for m,v in o.items()]
+        rows += [[md_inline(k),md_inline(m),_f(v['agree']),_f(v),'–' if v['opposite'] is None else f"{v['opposite']:.2f}",str(v['n'])] for k,o in agree.items() for m,v in o.items()]
         out += ['', '## Agreement', '', 'Cohen\'s kappa: agreement beyond chance. Opposite: one says a, the other b.', '', md_table(rows)]
-    if notes: out += ['', *(f'- {_inert(o)}' for o in notes)]
+    if notes: out += ['', *(f'- {md_inline(o)}' for o in notes)]
     if audits: out += ['', '## Audit on pairs with known answers', '', audit_table(audits)]
     return '\n'.join(out)+'\n'
 
@@ -1043,7 +1041,7 @@ def judge_run(
         pairs = [dict(prompt=x['prompt'], a=x['response'], b=y['response']) for k,rs in records.items() if k!=against for x,y in zip(rs, records[against])]
         extra = audit_pairs() if audited else []
         return {k:j.estimate(pairs+extra) if isinstance(j, LLMJudge) else dict(pairs=len(pairs), requests=0, cost=0.) for k,j in judges.items()}
-    vs = _votes(folder, votes)
+    vs,about = _votes(folder, votes),samples_source(folder, records)
     rates,audits,errors = {},{},[]
     sha = lambda name: _samples_hash(records, _score_keys.get(name) if all(_score_keys.get(name) in r for rs in records.values() for r in rs) else None)
     old = read_json(res/'win_rates.json') if (res/'win_rates.json').exists() else {}
@@ -1061,7 +1059,7 @@ def judge_run(
         if (e := _failures(rows, rates[name], most_failed)) and (stopped or not any(r['verdict'] for r in rows)):
             if stopped and isinstance(j, LLMJudge): e.args = (f'{e}. What was judged is kept in {j.journal.path}: the same command asks only for the rest',)
             errors.append(e)
-        for w in rates[name].values(): w.update(samples=sha(name), **({'judge':j.about()} if isinstance(j, LLMJudge) else {}))
+        for w in rates[name].values(): w.update(samples=sha(name), prompts=about['text'], split=about['split'], **({'judge':j.about()} if isinstance(j, LLMJudge) else {}))
     if not rates: raise errors[0]
     agree = _agreements({k:read_rows(at(k)) for k in rates})
     notes = []
@@ -1101,10 +1099,6 @@ def _agreements(rows):
     return out
 
 def _source(folder, records):
-    "Where the samples come from, in words"
-    rs = next(iter(records.values()))
-    n = len({r['prompt'] for r in rs})
-    what = f'{n} prompts, {len(rs)//n} sample{"s" if len(rs)>n else ""} each'
-    if not (Path(folder)/'config.yaml').exists(): return what+', from a folder of samples: split and seed unknown'
-    c = Run(folder).config
-    return f'{what}, {c.eval.split} split of {c.data.name}, one training seed ({c.seed})'
+    "Where the samples come from, in Markdown, and what so few of them can show"
+    few = too_few(len({r['prompt'] for r in next(iter(records.values()))}))
+    return '; '.join([samples_source(folder, records)['md'],*partly(records),*([few.removesuffix('.')] if few else [])])
