@@ -489,9 +489,9 @@ def write_results(
     "Write samples and results of a run in the files of the contract"
     for name,rs in records.items(): write_json(run/'output_samples'/f'{name}_samples.json', rs)
     write_text(run/'output_samples'/'samples.md', samples_md(records))
-    write_json(run/'results'/'summary.json', dict(models=summary, comparisons=compare(records), **more))
     rates = {k:v['win_rate'] for k,v in summary.items() if 'win_rate' in v}
     if rates: write_json(run/'results'/'win_rates.json', {next(iter(rates.values()))['by'].removesuffix('_reward'):rates})   # {judge: {model: win rate}}
+    write_json(run/'results'/'summary.json', dict(models=summary, comparisons=compare(records), **more))                     # last: with it the stage is done
 
 def samples_md(
     records:dict,

@@ -755,10 +755,10 @@ def judge_run(
         extra = audit_pairs() if audited else []
         return {k:j.estimate(pairs+extra) if isinstance(j, LLMJudge) else dict(pairs=len(pairs), requests=0, cost=0.) for k,j in judges.items()}
     sha,rates,audits,errors = _samples_hash(records),{},{},[]
-    old = read_json(res/'win_rates.json') if (res/'win_rates.json').exists() else {}
+    old = read_json(res/'win_rates.json', dict) if (res/'win_rates.json').exists() else {}
     fresh = lambda d: isinstance(d, dict) and d and all(isinstance(w, dict) and w.get('samples')==sha and w.get('against')==against for w in d.values())
     rates.update({k:d for k,d in old.items() if fresh(d) and at(k).exists()})
-    if (res/'judgements'/'audits.json').exists(): audits = {k:v for k,v in read_json(res/'judgements'/'audits.json').items() if k in rates}
+    if (res/'judgements'/'audits.json').exists(): audits = {k:v for k,v in read_json(res/'judgements'/'audits.json', dict).items() if k in rates}
     for name,j in judges.items():
         try: rows = judge_records(records, j, against)
         except JudgeError as e: errors.append(e); continue   # no key, say: the other judges' results are written all the same
@@ -774,7 +774,7 @@ def judge_run(
     votes = votes or (folder/'votes.jsonl' if (folder/'votes.jsonl').exists() else None)
     if votes:
         vs,past = read_votes(votes),res/'judgements'/'agreement.json'
-        for k,o in (read_json(past) if past.exists() else {}).items():   # of judges that are not asked now
+        for k,o in (read_json(past, dict) if past.exists() else {}).items():   # of judges that are not asked now
             if o.get('all', {}).get('votes')==len(vs) and k.removesuffix(' and votes') in rates: agree[k] = o
         for k in judges.keys()&rates.keys(): agree[f'{k} and votes'] = {'all':human_agreement(judges[k], vs)}
     write_json(res/'win_rates.json', rates)
