@@ -429,7 +429,7 @@ def _value(v, kinds:set, key:str):
         v = int(v) if re.fullmatch(r'[-+]?[0-9_]+', v) and len(v)<40 else float(v)
     if type(v) not in (int,float) or not kinds & {int,float}: no()
     if isinstance(v, float) and (not math.isfinite(v) or float not in kinds and not v.is_integer()): no()
-    if float not in kinds: return int(v)
+    if int in kinds and v==int(v) and (isinstance(v, int) or float not in kinds): return int(v)
     return float(v) if abs(v)<1e300 else no()
 
 def _checked(d, cls, where=''):
@@ -566,8 +566,13 @@ def write_text(path, s:str):
     with replacing(path) as tmp: tmp.write_text(s, encoding='utf-8')
 
 def write_json(path, o):
-    "Write `o` as JSON to `path` at once"
-    write_text(path, json.dumps(o, ensure_ascii=False, indent=1)+'\n')
+    "Write `o` as JSON to `path` at once; NaN and infinities, which JSON does not have, become null"
+    write_text(path, json.dumps(_strict(o), ensure_ascii=False, indent=1)+'\n')
+
+def _strict(o):
+    if isinstance(o, dict): return {k:_strict(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)): return [_strict(v) for v in o]
+    return None if isinstance(o, float) and not math.isfinite(o) else o
 
 def read_json(
     path,
