@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 
 from .core import *
-from .data import tokenize_prompts
+from .data import encode,tokenize_prompts
 from .evaluate import *
 from .world import facts
 
@@ -60,7 +60,7 @@ def by_model(
     from rlhf_nb.models import scores
     @torch.no_grad()
     def source(ps, rs):
-        ids = [tok(r, add_special_tokens=False)['input_ids'] for r in rs]
+        ids = encode(rs, tok)
         ids = [o[:max_response] if len(o)>=max_response else o+[tok.eos_token_id] for o in ids]
         return scores(rm, Batch.from_tokens(tokenize_prompts(ps[:1], tok, max_prompt), [ids]))[0].tolist()
     return by_score(source)
