@@ -68,7 +68,9 @@ class Line:
     def first(self):
         "The model that is to be fine-tuned"
         c = self.config
-        return mk_policy(c.model, self.tok, c.seed) if c.model.name=='scratch' else load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        m = mk_policy(c.model, self.tok, c.seed) if c.model.name=='scratch' else load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        check_sampling(m)
+        return m
     @cached_property
     def tok(self):
         "The reference's tokenizer, or the one it will have"
@@ -85,6 +87,12 @@ class Line:
         return load(str(self.run/folders[stage]), forward=self.config.model.forward, device=self.acc.device)[0]
     def pairs(self, rows): return tokenize_pairs(rows, self.tok, self.config.data.max_prompt, self.config.data.max_response)
     def prompts(self, rows): return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
+    def dev(self, o):
+        "What a stage with these settings looks at as it goes: prompts for PPO and GRPO, answers to imitate for SFT, else pairs"
+        if o.eval_every is None: return None
+        if isinstance(o, RolloutConfig): return self.prompts(self.splits.dev)
+        if isinstance(o, SFTConfig): return tokenize_sft([dict(prompt=p['prompt'], response=p['chosen']) for p in self.splits.dev], self.tok, self.config.data.max_prompt, self.config.data.max_response)
+        return self.pairs(self.splits.dev)
     def held(self):
         "The prompts that the comparison uses"
         rows = getattr(self.splits, self.config.eval.split)
@@ -93,6 +101,8 @@ class Line:
     def check(self, todo):
         "What can be known before anything is trained, or written: the stages, the device, the data, the model"
         c,left = self.config,_left(self, todo)
+        name = str(self.run/'reference') if self.done('sft') else c.model.name
+        if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
         if not self.world or set(left)-{'judge','analyze'}:
             self.acc,self.splits,self.tok
             if set(left)&{'reward','evaluate','failures','frontier','last_token'}: self.held()
@@ -119,7 +129,7 @@ class Line:
         m = self.__dict__.pop('first') if 'first' in self.__dict__ else self.first
         self.__dict__.pop('first', None)
         self.fits(max_tokens(m))
-        if not c.sft.skip: train_sft(m, tokenize_sft(self.splits.sft+self.splits.documents, self.tok, c.data.max_prompt, c.data.max_response), c.sft, c.seed, self.run, self.acc)
+        if not c.sft.skip: train_sft(m, tokenize_sft(self.splits.sft+self.splits.documents, self.tok, c.data.max_prompt, c.data.max_response), c.sft, c.seed, self.run, self.acc, self.dev(c.sft))
         save_model(m, self.tok, self.run/'reference')
 
     def _reward(self, head, run):
@@ -127,7 +137,7 @@ class Line:
         c,s = self.config,self.splits
         ref = self.model('sft')
         rm = mk_reward_model(ref, head, c.seed)
-        train_reward(rm, self.pairs(s.train), c.reward, c.seed, run, self.acc)
+        train_reward(rm, self.pairs(s.train), c.reward, c.seed, run, self.acc, self.dev(c.reward))
         ids = self.prompts(s.train)[:c.reward.n_normalise]
         parts = [sample(ref, ids[i:i+c.eval.batch_size], 1, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
         normalise(rm, Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()]).to(self.acc.device))
@@ -156,7 +166,7 @@ class Line:
         "DPO on the preferences"
         c = self.config
         ref,pol = self.model('sft'),self.model('sft')
-        train_dpo(pol, ref, self.pairs(self.splits.train[:c.dpo.n_pairs]).to(self.acc.device), c.dpo, c.seed, self.run, self.acc)
+        train_dpo(pol, ref, self.pairs(self.splits.train[:c.dpo.n_pairs]).to(self.acc.device), c.dpo, c.seed, self.run, self.acc, self.dev(c.dpo))
         save_model(pol, self.tok, self.run/'dpo_model')
 
     def _rl(self): return self.model('sft'),self.model('sft'),mk_scorer((self.model('reward'),self.tok), self.tok, self.config.eval.batch_size*128),self.prompts(self.splits.train)
@@ -165,14 +175,14 @@ class Line:
         "PPO on the reward model"
         pol,ref,score,prompts = self._rl()
         vm = mk_value_model(ref)
-        train_ppo(pol, vm, ref, score, prompts, self.config.ppo, self.config.seed, self.run, self.watch, self.acc)
+        train_ppo(pol, vm, ref, score, prompts, self.config.ppo, self.config.seed, self.run, self.watch, self.acc, self.dev(self.config.ppo))
         save_model(vm, self.tok, self.run/'value_model')
         save_model(pol, self.tok, self.run/'ppo_model')
 
     def grpo(self):
         "GRPO on the reward model"
         pol,ref,score,prompts = self._rl()
-        train_grpo(pol, ref, score, prompts, self.config.grpo, self.config.seed, self.run, self.watch, self.acc)
+        train_grpo(pol, ref, score, prompts, self.config.grpo, self.config.seed, self.run, self.watch, self.acc, self.dev(self.config.grpo))
         save_model(pol, self.tok, self.run/'grpo_model')
 
     def overoptimise(self, n_pairs=800, updates=24):
@@ -211,7 +221,7 @@ class Line:
         "The comparison"
         recs = self.records(unique_prompts(self.held())[:self.config.eval.n_prompts], train=unique_prompts(self.splits.train+self.splits.sft))
         f = self.run/'results'/'reward_model.json'
-        write_results(self.run, recs, summarise(recs, world_rates if self.world else None), seeds=[self.config.seed], split=self.config.eval.split,
+        write_results(self.run, recs, summarise(recs, world_rates if self.world else None), self.command, seeds=[self.config.seed], split=self.config.eval.split,
                       config=asdict(self.config), reward_model=read_json(f) if f.exists() else None)
 
     def judge(self):
@@ -221,8 +231,10 @@ class Line:
     def failures(self):
         "Failure modes: of the samples there are, and of prompts that provoke them"
         c,ood = self.config,unique_prompts(self.splits.ood or [])[:self.config.eval.n_prompts]
-        failures_run(self.run.path, self.models, self.tok, dict(ood=ood) if self.world else None, {c.eval.split:read_samples(self.run)}, self.held()[:c.eval.n_prompts],
-                     c.eval, c.data.max_prompt, c.data.max_response, c.seed, split=c.eval.split, command=self.command)
+        recs = read_samples(self.run); src = samples_source(self.run, recs)      # they may be of another file than the evaluation's
+        if src['name']=='ood': ood = []                                         # these are the prompts that are there already
+        failures_run(self.run.path, self.models, self.tok, dict(ood=ood) if self.world else None, {src['name']:recs}, self.held()[:c.eval.n_prompts],
+                     c.eval, c.data.max_prompt, c.data.max_response, c.seed, split=src['split'], source=src['text'], command=self.command)
 
     def analyze(self):
         "The report"
@@ -348,7 +360,7 @@ def seeds_table(
     rates = sorted({k for v in d.values() for k in v.get('rates', {})})
     fmt = lambda o: f"{o['mean']:.2f} [{o['lowest']:.2f}, {o['highest']:.2f}]" if o else ''
     rows = [['model',*(k.replace('_', ' ') for k in keys),*rates]]
-    rows += [[n,*(fmt(v.get(k)) for k in keys),*(fmt(v.get('rates', {}).get(k)) for k in rates)] for n,v in d.items()]
+    rows += [[md_inline(n),*(fmt(v.get(k)) for k in keys),*(fmt(v.get('rates', {}).get(k)) for k in rates)] for n,v in d.items()]
     return md_table(rows)
 
 # %% ../nbs/16_cli.ipynb #bc2ec4f4
@@ -388,7 +400,7 @@ def _run_all(a, c, todo, t0, command):
     else: runs = [Run(Path(a.out)/f'seed{s}', mk_config({**asdict(c), 'seed':s}), a.resume, save=False) for s in a.seeds]
     done = [_run_one(r, todo, command) for r in runs]
     if not all(l.done('evaluate') for l in done): return
-    sums = [read_json(l.run/'results'/'summary.json') for l in done]
+    sums = [read_results(l.run/'results'/'summary.json') for l in done]
     if a.seeds:
         d = over_seeds([s['models'] for s in sums])
         more = {k:[read_json(l.run/folders[k]) for l in done] for k in ('last_token','frontier','overoptimise') if all(l.done(k) for l in done)}
@@ -421,11 +433,11 @@ def publish(out, lines, to, command, n=100):
     "The results of a run, or of several seeds, and the first `n` prompts of the first seed, in a folder to be shown"
     shutil.copytree(Path(out)/'results', Path(to)/'results', dirs_exist_ok=True, ignore=shutil.ignore_patterns('judgements','samples.jsonl','config.yaml'))
     recs,dest = read_samples(lines[0].run),Path(to)/'output_samples'
-    total = len(groups(recs['reference']))
-    for k,rs in recs.items(): recs[k] = [r for g in list(groups(rs).values())[:n] for r in g]; write_json(dest/f'{k}_samples.json', recs[k])
-    c = lines[0].config
-    write_text(dest/'samples.md', samples_md(recs).replace('# Samples\n', f'# Samples\n\nSeed {c.seed}, of the seeds {", ".join(str(l.config.seed) for l in lines)}: the first {min(n, total)} of {total} prompts of the '
-               f'{c.eval.split} split ({c.data.name}), made by `{command}`.\n', 1))
+    src,total,c = samples_source(lines[0].run, recs),len(groups(recs['reference'])),lines[0].config
+    recs = {k:[r for g in list(groups(rs).values())[:n] for r in g] for k,rs in recs.items()}
+    write_samples(dest, recs, dict(split_source(src['split'], c.data.name), first=n, of=total) if src['split'] else None, command, seed=c.seed)
+    whose = f"{min(n, total)} of {total} prompts of the {md_inline(src['split'])} split ({md_inline(c.data.name)})" if src['split'] else f"{min(n, total)} of {src['md']}"
+    write_text(dest/'samples.md', samples_md(recs, about=f'Seed {c.seed}, of the seeds {", ".join(str(l.config.seed) for l in lines)}: the first {whose}, made by {md_code(command)}.'))
 
 def _run_one(run, todo, command=None):
     with only_writer(run.path): return _run_locked(run, todo, command)
@@ -448,11 +460,13 @@ def show_summary(s:dict)->str:
         out.append(f"Reward model ({rm['head']}): accuracy {a['accuracy']:.3f} [{a['low']:.3f}, {a['high']:.3f}] on {a['n']} held-out pairs; '{rm['rule']}' {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
                    +(f"; best possible {rm['bayes']['accuracy']:.3f}, share of it {rm['share_of_possible']:.2f}" if 'bayes' in rm else ''))
     out += ['', f"{s['split']} prompts, 95% intervals, one seed ({s['seeds'][0]})", '', summary_table(s['models'])]
+    few = too_few(s['models']['reference']['reward']['n'])
+    if few: out += ['', few]
     if all('rates' in v for v in s['models'].values()):
         rates = list(s['models']['reference']['rates'])
-        fmt = lambda d: f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]"
-        out += ['', '| model | '+' | '.join(f"{k} (n={s['models']['reference']['rates'][k]['n']})" for k in rates)+' |', '|'+'---|'*(len(rates)+1)]
-        out += [f'| {n} | '+' | '.join(fmt(v['rates'][k]) for k in rates)+' |' for n,v in s['models'].items()]
+        fmt = lambda d: f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]" if d else ''
+        out += ['', md_table([['model',*(f"{k} (n={s['models']['reference']['rates'][k]['n']})" for k in rates)],
+                              *([md_inline(n),*(fmt(v['rates'].get(k)) for k in rates)] for n,v in s['models'].items())])]
     return '\n'.join(out)+'\n'
 
 def cmd_train(a):
@@ -490,8 +504,8 @@ def _generate(prompts, line, o, dest):
     if cut: print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={line.config.data.max_prompt} tokens and lost their oldest turns; the first: {cut[0][:80]!r}')
     recs = line.records(prompts, o)
     for f in dest.glob('*_samples.json'): f.unlink()
-    for name,rs in recs.items(): write_json(dest/f'{name}_samples.json', rs)
-    write_text(dest/'samples.md', samples_md(recs))
+    source = file_source(a.prompts) if a.prompts else split_source(o.split, line.config.data.name)
+    write_samples(dest, recs, source, _command(a), seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
     print(samples_md(recs, 3)); print(f'{sum(map(len, recs.values()))} answers in {dest}')
 
 @contextmanager
@@ -504,11 +518,15 @@ def cmd_judge(a):
     "Win rates of a run's samples"
     judges = [j for j in a.judges or [] if j!='llm'] or None
     if 'llm' in (a.judges or []) or a.llm or a.base_url:
-        kw = {k:v for k,v in dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price)).items() if v is not None}
-        judges = (judges or [])+[LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **kw)]
+        kw = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price), max_tokens=a.max_tokens)
+        llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in kw.items() if v is not None})
+        judges = (judges or [])+[llm]
+        if a.base_url: a.argv = [o.replace(a.base_url, llm.host) for o in a.argv]   # a key in the address is nobody else's business
     with _writing(a): d = judge_run(a.out, judges, a.against, a.votes, a.audit, a.dry_run, _command(a))
     if a.dry_run: print(json.dumps(d, indent=1)); return
     print((Path(a.out)/'results'/'WIN_RATES.md').read_text(encoding='utf-8'))
+    partial = [k for k,o in d.items() if any(w.get('partial') for w in o.values())]
+    if partial: print(f"rlhf_nb: partial results of {', '.join(partial)}: pairs are missing, the report says which and why", file=sys.stderr)
 
 def cmd_failures(a):
     "Failure modes of a run"
@@ -561,6 +579,7 @@ def parser():
     q.add_argument('--dry-run', action='store_true', help='only say how many requests it takes and what they may cost')
     q.add_argument('--budget', type=float, help='dollars that the requests may cost at most'); q.add_argument('--price', type=float, nargs=2, metavar=('IN','OUT'), help='dollars per million tokens')
     q.add_argument('--concurrency', type=int, help='requests at once'); q.add_argument('--timeout', type=float, help='seconds for a reply')
+    q.add_argument('--max-tokens', type=int, help='tokens of a reply (default: 300; raised once where replies are cut, as by models that reason)')
     for name,f,help in (('failures',cmd_failures,'failure modes of a run, measured by behaviour'),('analyze',cmd_analyze,'training analysis and report of a run, of several seeds, or of samples')):
         q = add(name, f, help); q.add_argument('--out', default='outputs/demo', help='run folder (default: %(default)s)')
     q = add('config', cmd_config, 'print a configuration, to edit and use with --config')
