@@ -205,8 +205,9 @@ def command(folder, *args, sets=(), before=lambda: None):
         os.setsid()
         os.chdir(folder)
         before()
-        for stream in (1, 2):
-            os.dup2(os.open("said.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+        said = os.open("said.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(said, 2)
+        sys.stdout = sys.stderr = open(said, "w", buffering=1, encoding="utf-8")
         sys.argv = ["rlhf_nb", "run"]
         flags = [o for s in (*tiny, *sets) for o in ("--set", s)]
         main(["run", "--config", "demo", *flags, "--out", "run", *args])
