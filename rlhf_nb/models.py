@@ -688,6 +688,7 @@ def load_tokenizer(
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
     if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)   # transformers makes one without words from nothing
+    for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
     if eos and tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     g = Path(name)/'generation_config.json'
     stops = _ids(c.get('eos_token_id'))|_ids(_json_file(g).get('eos_token_id') if g.exists() else None)
