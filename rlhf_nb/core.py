@@ -105,6 +105,10 @@ class Batch:
         "Response lengths in tokens, (B,G)"
         return self.mask.sum(-1)
     @property
+    def learn(self):
+        "Response tokens that training counts, (B,G,R): all, or those of the field `learn`"
+        return self.mask & self.fields['learn'] if 'learn' in self.fields else self.mask
+    @property
     def sizes(self):
         "Tokens that each prompt and its group occupy in the flat row, a list of B"
         return [len(p)+n for p,n in zip(self.prompts, self.mask.sum((1,2)).tolist())]
@@ -182,7 +186,7 @@ class Optim:
     weight_decay:NonNeg=0.0          # AdamW's
     beta2:Unit=0.99                  # AdamW's second-moment decay
     eps:NonNeg=1e-8                  # AdamW's epsilon
-    max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm
+    max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm (0: never)
     micro_tokens:Pos=16384           # Tokens of a forward pass; an update is cut to fit and its gradient does not change
     checkpoint_every:Pos=100         # Updates between checkpoints
 
@@ -217,7 +221,7 @@ class PPOConfig(RolloutConfig):
     lr:NonNeg=3e-4
     value_lr:NonNeg=5e-3             # Learning rate of the value model
     eps:NonNeg=1e-5
-    updates:Pos|None=36
+    updates:Pos|None=36              # Number of updates (None: once through the prompts; `epochs` are passes over a rollout)
     batch_size:Pos=64
     warmup:Unit=0.0
     schedule:Literal['constant','linear','cosine']='constant'
@@ -235,7 +239,7 @@ class PPOConfig(RolloutConfig):
 class GRPOConfig(RolloutConfig):
     "GRPO (Shao et al. 2024) and its variants"
     lr:NonNeg=3e-4
-    updates:Pos|None=40
+    updates:Pos|None=40              # Number of updates (None: `epochs` through the prompts)
     batch_size:Pos=8
     warmup:Unit=0.0
     schedule:Literal['constant','linear','cosine']='constant'
@@ -279,7 +283,7 @@ class Config:
     "A whole run"
     preset:str='demo'          # The preset that values not given are taken from
     seed:int=0                 # Everything random derives from it
-    device:str='auto'          # `auto`, `cpu`, `cuda`
+    device:Annotated[str, Field(pattern=r'^(auto|cpu|mps|cuda(:\d+)?)$')]='auto' # `auto`, `cpu`, `cuda`, `cuda:1` and so on, `mps`
     jobs:Pos=2                 # Stages that run side by side on a CPU (DPO beside the reward model, GRPO beside PPO); each needs its own memory
     data:DataConfig=field(default_factory=DataConfig)
     world:WorldConfig=field(default_factory=WorldConfig)

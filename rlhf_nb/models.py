@@ -271,7 +271,8 @@ def scores(
         real = batch.mask & (batch.responses!=c.pad_token_id)
         n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)
         last = last-(batch.lengths-n)
-    return reward_model.score(hidden(reward_model, l)[last]).float()[...,0]-getattr(c, 'reward_mean', 0.)
+    h = hidden(reward_model, l)[last]
+    with _full(h): return reward_model.score(h.to(reward_model.score.weight.dtype)).float()[...,0]-getattr(c, 'reward_mean', 0.)
 
 def values(
     value_model, # Sequence classifier with one label
@@ -279,7 +280,12 @@ def values(
 ): # (B,G,R)
     "The value of each response token, read where it is predicted"
     l = Layout(batch.to(value_model.device))
-    return l.per_token(value_model.score(hidden(value_model, l)[l.read]).float()[:,0])
+    h = hidden(value_model, l)[l.read]
+    with _full(h): return l.per_token(value_model.score(h.to(value_model.score.weight.dtype)).float()[:,0])
+
+def _full(h):
+    "A head is small: under autocast too it is computed in its own precision, so that scores do not become equal by rounding"
+    return torch.autocast(h.device.type, enabled=False)
 
 # %% ../nbs/03_models.ipynb #5260364e
 HEAD_TYPE = 'log_prob reward head: load it with rlhf_nb.models.load_reward_model'
@@ -300,7 +306,7 @@ class LogProbReward(nn.Module):
         before,at = h[l.read],h[l.own]
         z = self.lm.get_output_embeddings()(before).float()
         gap = z.gather(-1, l.targets[:,None])[:,0]-z.amax(-1)
-        r = at.float()@self.w+(before.float()@self.g+self.c)*gap
+        with _full(h): r = at.float()@self.w.float()+(before.float()@self.g.float()+self.c)*gap
         return l.per_token(r).sum(-1)/4-self.config.reward_mean
     def rescale(self, std:float):
         "Divide all rewards by `std`"

@@ -26,7 +26,8 @@ def counts(
 )->dict:         # prompts, responses, tokens; chosen_tokens: of each group's first response
     "What a sum over the whole update is divided by"
     B,G,_ = batch.shape
-    n = torch.tensor([B, B*G, batch.mask.sum(), batch.mask[:,0].sum()], dtype=torch.float64)
+    learn = batch.learn
+    n = torch.tensor([B, learn.any(-1).sum() if 'learn' in batch.fields else B*G, learn.sum(), learn[:,0].sum()], dtype=torch.float64)
     if acc is not None and acc.num_processes>1: n = acc.reduce(n.to(acc.device, torch.float32))
     n = n.clamp(min=1)               # an update in which every response is masked divides zero by one
     return dict(zip(('prompts','responses','tokens','chosen_tokens'), n.tolist()))
@@ -179,7 +180,7 @@ def steps(
             for k,v in stats.items(): sums[k] += v
             if until and until(stats): break
         if acc.num_processes>1: tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
-        yield dict(update=i, **row, **{k:v/done for k,v in sums.items()}, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=round(time.perf_counter()-t0, 4), **peak_memory(acc.device))
+        yield dict(update=i, **row, **({k:v/done for k,v in sums.items()} if done else dict(loss=0., grad_norm=0.)), lr=o.lr*f, steps=done, tokens=tokens, train_seconds=round(time.perf_counter()-t0, 4), **peak_memory(acc.device))
 
 def _step(net, batch, step, opt, o, acc, i):
     "One optimizer step over all micro-batches of `batch`"
