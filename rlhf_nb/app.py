@@ -990,11 +990,14 @@ def page_hosts(
     out = {host_name(host) or host} | _allowed(more)
     if env.get('SPACE_ID'): out |= {'.hf.space', *filter(None, map(host_name, env.get('SPACE_HOST', '').split(',')))}
     if env.get('COLAB_RELEASE_TAG') or 'google.colab' in sys.modules: out |= {'.googleusercontent.com','.colab.dev','colab.research.google.com'}
-    if _loopback(host): return out
+    if _loopback(host.strip('[]')): return out
     me = socket.gethostname().lower().split('.')
     out |= {me[0],me[0]+'.local','.'.join(me)}
     try: out |= {a for *_,o in socket.getaddrinfo(socket.gethostname(), None) if (a := _address(o[0]))}
     except OSError: pass                                          # a machine whose own name is not known
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as o:
+        try: o.connect(('192.0.2.1', 9)); out.add(o.getsockname()[0])  # sends nothing: asks which address the machine would send from
+        except OSError: pass                                      # no network
     return out
 
 # %% ../nbs/15_app.ipynb #1c357de6
