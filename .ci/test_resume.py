@@ -22,7 +22,7 @@ from rlhf_nb.train import mk_accelerator
 
 updates, every = 24, 3
 sizes = [12, 25, 9, 18, 30, 14, 21, 16, 11, 28, 19]
-settings = dict(updates=updates, checkpoint_every=every, batch_size=4, micro_tokens=60, lr=3e-3)
+settings = dict(updates=updates, checkpoint_every=every, batch_size=4, micro_tokens=60, lr=3e-3, eval_every=4, patience=99)
 rl = dict(max_new_tokens=4, no_eos_penalty=.5)
 config = load_config("demo", [f"{stage}.{k}={v}" for stage, more in dict(
     sft={}, reward=dict(center=.01), ppo=dict(rl, epochs=1, mini_batches=2, schedule="cosine"), grpo=dict(rl, group_size=3, inner=2), dpo=dict(sft_weight=.1),
@@ -37,19 +37,20 @@ def even(b):
 def train(stage, run=None):
     "Train the stage in the run folder; its model and its metrics rows"
     o, model, prompts = getattr(config, stage), lm(), batch(1, sizes).prompts
+    unseen = lambda groups: batch(groups, sizes, longest=4, seed=1)
     last = dict(seed=3, run=run, acc=mk_accelerator(device="cpu"))
     if stage == "sft":
-        rows = train_sft(model, batch(1, sizes), o, **last)
+        rows = train_sft(model, batch(1, sizes), o, **last, dev=unseen(1))
     elif stage == "reward":
         model = mk_reward_model(model, o.head)
-        rows = train_reward(model, batch(2, sizes, longest=4), o, **last)
+        rows = train_reward(model, batch(2, sizes, longest=4), o, **last, dev=unseen(2))
     elif stage == "ppo":
         model = nn.ModuleDict(dict(policy=model, value=mk_value_model(model)))
-        rows = train_ppo(*model.values(), lm(), even, prompts, o, **last)
+        rows = train_ppo(*model.values(), lm(), even, prompts, o, **last, dev=unseen(1).prompts)
     elif stage == "grpo":
-        rows = train_grpo(model, lm(), even, prompts, o, **last)
+        rows = train_grpo(model, lm(), even, prompts, o, **last, dev=unseen(1).prompts)
     else:
-        rows = train_dpo(model, lm(), batch(2, sizes, longest=4), o, **last)
+        rows = train_dpo(model, lm(), batch(2, sizes, longest=4), o, **last, dev=unseen(2))
     return model, rows
 
 
@@ -97,6 +98,7 @@ def check(stage, folder, want):
     differ = [k for k, v in want["weights"].items() if not torch.equal(v, got["weights"][k])]
     assert not differ, f"other bits in {len(differ)} of {len(want['weights'])} tensors"
     assert [r["update"] for r in got["rows"]] == list(range(updates))
+    assert [r["dev_update"] for r in got["rows"] if "dev_update" in r] == [0, *range(4, updates+1, 4)] and "kept" in got["rows"][-1]
     assert timeless(got["rows"]) == timeless(want["rows"])
     assert Run(folder/"run").rows(stage) == got["rows"]
     return got["rows"]

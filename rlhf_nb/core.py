@@ -177,6 +177,8 @@ class DataConfig:
     "Where preferences come from"
     name:str='world'           # `world`, a Hub name, a file, or a folder
     data_dir:str|None=None     # Subset of a Hub data set, such as `harmless-base`
+    split:str='train'          # The split to learn from, such as `train_prefs`
+    test_split:str|None=None   # The split to test on, such as `test_prefs` (None: `test`, where there is one)
     n_pairs:Pos|None=None      # Use so many pairs (None: all)
     test_size:Annotated[float, Field(ge=0, lt=.5)]=0.1         # Share of prompts held out for testing (and as much again for dev), where the data has no such split
     max_prompt:Pos=64          # Longest prompt in tokens; a longer one loses its oldest turns
@@ -209,6 +211,9 @@ class Optim:
     max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm
     micro_tokens:Pos=16384           # Tokens of a forward pass; an update is cut to fit and its gradient does not change
     checkpoint_every:Pos=100         # Updates between checkpoints
+    eval_every:Pos|Annotated[float, Field(gt=0, lt=1)]|None=None # Updates between looks at the dev split; below 1: a share of the stage (None: no look, the last state is kept)
+    eval_n:Pos=256                   # Dev pairs or prompts in a look
+    patience:Pos|None=3              # Looks without a better one that end the stage; the best state is kept (None: never before the end)
 
 @dataclass
 class SFTConfig(Optim):
@@ -233,7 +238,9 @@ class RolloutConfig(Optim):
     temperature:Heat=1.0             # Of sampling, and of every log-probability
     no_eos_penalty:NonNeg=1.0        # Subtracted from the score of a response that was cut
     target_kl:NonNeg|None=None       # Stop an update's epochs when KL(policy now || policy that sampled) per token passes this
-    max_kl:NonNeg|None=None          # Stop training when KL to the reference per response passes this (nats)
+    max_kl:NonNeg|None=None          # Stop training when KL to the reference per response passes this (nats), on training or on dev prompts
+    passes:Annotated[float, Field(gt=0)]=1.0 # Passes through the prompts, where `updates` is not given
+    eval_n:Pos=64
 
 @dataclass
 class PPOConfig(RolloutConfig):
@@ -241,7 +248,7 @@ class PPOConfig(RolloutConfig):
     lr:NonNeg=3e-4
     value_lr:NonNeg=5e-3             # Learning rate of the value model
     eps:Above0=1e-5
-    updates:Pos|None=36
+    updates:Pos|None=36              # Number of updates (None: `passes` through the prompts)
     batch_size:Pos=64
     warmup:Unit=0.0
     schedule:Literal['constant','linear','cosine']='constant'
@@ -259,7 +266,7 @@ class PPOConfig(RolloutConfig):
 class GRPOConfig(RolloutConfig):
     "GRPO (Shao et al. 2024) and its variants"
     lr:NonNeg=3e-4
-    updates:Pos|None=40
+    updates:Pos|None=40              # Number of updates (None: `passes` through the prompts)
     batch_size:Pos=8
     warmup:Unit=0.0
     schedule:Literal['constant','linear','cosine']='constant'
@@ -286,6 +293,7 @@ class DPOConfig(Optim):
     gamma:NonNeg=0.5                 # SimPO's target margin
     sft_weight:NonNeg=0.0            # Weight of an SFT term on the chosen response
     cache_reference:bool=True        # Reference log-probabilities once, before training
+    max_kl:NonNeg|None=None          # Stop training when KL to the reference per response passes this (nats), on dev prompts
 
 @dataclass
 class EvalConfig:
@@ -316,7 +324,13 @@ class Config:
     eval:EvalConfig=field(default_factory=EvalConfig)
 
 # %% ../nbs/00_core.ipynb #99f96622
-_hh = {
+def _merge(a, b):
+    "Nested dictionaries: `b` over `a`"
+    return {**a, **{k:_merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k,v in b.items()}}
+
+_looks = {k:dict(eval_every=.1) for k in ('sft','reward','ppo','grpo','dpo')}
+
+_hh = _merge(_looks, {
     'jobs': 1,
     'data': dict(name='Anthropic/hh-rlhf', data_dir='harmless-base',
         max_prompt=256, max_response=128),  # 90% of prompts and 90% of responses are shorter (278 and 111 tokens)
@@ -324,24 +338,28 @@ _hh = {
     'sft': dict(lr=5e-5, updates=None, batch_size=16, micro_tokens=4096, beta2=.999), # GPT-2 has no dialogue habit: learn it from the chosen answers
     'reward': dict(lr=1e-5, updates=None, batch_size=16, micro_tokens=4096, beta2=.999, schedule='linear',
         head='last_token'), # A pretrained model's last hidden state is a good summary
-    'ppo': dict(lr=3e-6, value_lr=9e-6, kl_coef=.05, batch_size=32, mini_batches=2, epochs=4, # Huang et al. 2024
+    'ppo': dict(lr=3e-6, value_lr=9e-6, kl_coef=.05, updates=None, batch_size=32, mini_batches=2, epochs=4, # Huang et al. 2024
         max_new_tokens=96, micro_tokens=4096, beta2=.999),
-    'grpo': dict(lr=1e-6, batch_size=8, beta=.04, epsilon_high=None, # Shao et al. 2024
+    'grpo': dict(lr=1e-6, updates=None, passes=.5, batch_size=8, beta=.04, epsilon_high=None, # Shao et al. 2024
         max_new_tokens=96, micro_tokens=4096, beta2=.999),
     'dpo': dict(lr=1e-6, updates=None, batch_size=16, beta=.1, n_pairs=None, # Rafailov et al. 2023
         micro_tokens=4096, beta2=.999, schedule='linear', warmup=.1),
-    'eval': dict(n_prompts=100, max_new_tokens=96, batch_size=64)}
-
-def _merge(a, b):
-    "Nested dictionaries: `b` over `a`"
-    return {**a, **{k:_merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k,v in b.items()}}
+    'eval': dict(n_prompts=100, max_new_tokens=96, batch_size=64)})
 
 presets = {
     'demo': {},
-    'prototype': _merge(_hh, {'data': dict(n_pairs=1000), 'sft': dict(epochs=3), 'reward': dict(epochs=3), 'dpo': dict(epochs=3),
-        'ppo': dict(updates=30), 'grpo': dict(updates=60)}),
-    'full': _merge(_hh, {'data': dict(n_pairs=10000), 'sft': dict(epochs=5), 'reward': dict(epochs=5), 'dpo': dict(epochs=5),
-        'ppo': dict(updates=300), 'grpo': dict(updates=600)})}
+    'prototype': _merge(_hh, {'data': dict(n_pairs=1000), 'sft': dict(epochs=3), 'reward': dict(epochs=3), 'dpo': dict(epochs=3)}),
+    'full': _merge(_hh, {'data': dict(n_pairs=10000), 'sft': dict(epochs=5), 'reward': dict(epochs=5), 'dpo': dict(epochs=5)})}
+
+# The demo's numbers of updates are those of the world's 20,000 documents. With other data it counts passes, as the other presets do,
+# and looks at dev data, because few data are soon known by heart
+_demo_elsewhere = _merge(_looks, {
+    'data': dict(n_pairs=2000),  # minutes
+    'sft': dict(updates=None, epochs=10),
+    'reward': dict(updates=None, epochs=5, head='last_token'),
+    'ppo': dict(updates=None, passes=3, max_kl=5),
+    'grpo': dict(updates=None, passes=1, max_kl=5),
+    'dpo': dict(updates=None, epochs=5, n_pairs=None, max_kl=5)})
 
 # %% ../nbs/00_core.ipynb #5290739d
 def read_text(path)->str:
@@ -441,7 +459,9 @@ def mk_config(
     d = _checked(d, Config)
     name = d.get('preset', 'demo')
     if name not in presets: raise ValueError(f"unknown preset {_shown(name)}, expected one of {', '.join(presets)}")
-    try: return _together(TypeAdapter(Config).validate_python(_merge({**presets[name], 'preset':name}, d)))
+    start = presets[name]
+    if name=='demo' and (d.get('data') or {}).get('name', 'world')!='world': start = _demo_elsewhere
+    try: return _together(TypeAdapter(Config).validate_python(_merge({**start, 'preset':name}, d)))
     except ValidationError as e:
         o = e.errors()[0]
         key = '.'.join(k for k in o['loc'] if isinstance(k, str) and k.isidentifier())
@@ -449,6 +469,7 @@ def mk_config(
 
 def _set(s):
     "The nested dictionary that an override stands for"
+    if isinstance(s, dict): return _checked(s, Config)
     k,eq,v = s.partition('=')
     if not eq: raise ValueError(f"--set {s}: expected key=value, such as ppo.kl_coef=0.05")
     path,kind = k.strip().split('.'),Config
@@ -461,7 +482,7 @@ def _set(s):
 
 def load_config(
     config:str='demo', # A preset's name or a YAML file
-    sets:list=()       # Overrides, `key.key=value`
+    sets:list=()       # Overrides, `key.key=value` or dictionaries
 )->Config:
     "The configuration of a run"
     if config in presets: d = {'preset':config}
@@ -545,8 +566,13 @@ def write_text(path, s:str):
     with replacing(path) as tmp: tmp.write_text(s, encoding='utf-8')
 
 def write_json(path, o):
-    "Write `o` as JSON to `path` at once"
-    write_text(path, json.dumps(o, ensure_ascii=False, indent=1)+'\n')
+    "Write `o` as JSON to `path` at once; NaN and infinities, which JSON does not have, become null"
+    write_text(path, json.dumps(_strict(o), ensure_ascii=False, indent=1)+'\n')
+
+def _strict(o):
+    if isinstance(o, dict): return {k:_strict(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)): return [_strict(v) for v in o]
+    return None if isinstance(o, float) and not math.isfinite(o) else o
 
 def read_json(
     path,

@@ -79,12 +79,14 @@ def train_grpo(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     watch:dict=None, # More scorers, for the metrics only
-    acc=None
+    acc=None,
+    dev:list=None  # Token lists of other prompts, for `o.eval_every`
 )->list:           # Metrics rows
     "Group relative policy optimisation"
+    look = lambda more=watch: unseen(policy, reference, dev, o, score, o.beta, child_seed(seed, 'grpo'), more)
     watch = {**(watch or {}), 'silent_groups':lambda b: (b.scores.std(1)<1e-6).float()}   # groups without signal
     def mk_updates(start):
         return rollouts(policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size, o.inner, 1,
                         child_seed(seed, 'grpo'), start, watch, acc)
     until = None if o.target_kl is None else lambda s: s['approx_kl']>o.target_kl
-    return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, o.updates, run, 'grpo', acc=acc, until=until)
+    return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'grpo', acc=acc, until=until, dev=look if dev else None)

@@ -109,7 +109,8 @@ def train_ppo(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     watch:dict=None, # More scorers, for the metrics only
-    acc=None
+    acc=None,
+    dev:list=None  # Token lists of other prompts, for `o.eval_every`
 )->list:           # Metrics rows
     "Proximal policy optimisation"
     model = nn.ModuleDict(dict(policy=policy, value=value))
@@ -118,4 +119,5 @@ def train_ppo(
         return rollouts(policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o), 1, o.epochs, o.mini_batches,
                         child_seed(seed, 'ppo'), start, watch, acc)
     until = None if o.target_kl is None else lambda s: s['approx_kl']>o.target_kl
-    return fit(model, mk_updates, lambda net,b,n: ppo_step(net, b, n, o), o, o.updates, run, 'ppo', opt, acc, until)
+    look = lambda: unseen(policy, reference, dev, o, score, o.kl_coef, child_seed(seed, 'ppo'), watch)
+    return fit(model, mk_updates, lambda net,b,n: ppo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'ppo', opt, acc, until, look if dev else None)

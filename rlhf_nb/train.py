@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts', 'micro_batches', 'in_pieces', 'Net', 'lr_factor', 'mk_optimizer', 'mk_accelerator', 'best_precision',
-           'peak_memory', 'steps', 'from_data', 'fit', 'save_checkpoint', 'load_checkpoint']
+           'peak_memory', 'steps', 'from_data', 'measured', 'on_dev', 'Best', 'fit', 'save_checkpoint',
+           'load_checkpoint']
 
 # %% ../nbs/04_train.ipynb #c9484837
 import json,math,sys,time
@@ -174,6 +175,58 @@ def from_data(
             yield [b[r::k] if k>1 else b],{}
     return mk_updates,n_updates(len(data), size, o.updates, o.epochs)
 
+# %% ../nbs/04_train.ipynb #f96e9ed7
+@torch.no_grad()
+def measured(
+    model,
+    step,        # As for `steps`
+    data:Batch,  # The whole of it
+    o:Optim
+)->dict:
+    "Loss and metrics of `step` on `data`, without gradients"
+    n,out,net = counts(data),defaultdict(float),lambda f,*args,**kw: f(model, *args, **kw)
+    device = next(model.parameters()).device
+    for i in micro_batches(data, o.micro_tokens):
+        loss,stats = step(net, data[i].to(device), n)
+        for k,v in dict(stats, loss=loss).items(): out[k] += float(v)
+    return dict(out, n=len(data))
+
+def on_dev(model, step, data, o):
+    "What `fit` takes as `dev`: the first `o.eval_n` of `data`, the best state with the lowest loss; None without data"
+    if data is None: return None
+    def look():
+        m = measured(model, step, data[:o.eval_n], o)
+        return m,-m['loss']
+    return look
+
+class Best:
+    "The best state of a stage, by its dev split"
+    def __init__(self, model, dev, o:Optim, total:int, acc):
+        self.model,self.dev,self.o,self.acc,self.total = model,dev,o,acc,total
+        self.kept,self.at,self.bad = None,None,False
+        e = o.eval_every if dev is not None else None
+        self.every = None if e is None else max(1, round(e*total)) if e<1 else int(e)
+    def due(self, n):
+        "Is there a look after `n` updates? Row 0 has the one before training"
+        return bool(self.every) and (n==self.total or n>1 and n%self.every==0)
+    def look(self, n)->dict:
+        "Metrics of the state after `n` updates, which is kept if it is the best so far; the training's random numbers stay where they are"
+        with torch.random.fork_rng([self.acc.device] if self.acc.device.type=='cuda' else []), torch.no_grad(), self.acc.autocast():
+            metrics,good = self.dev()
+        if self.acc.num_processes>1: good = float(self.acc.reduce(torch.tensor(float(good), device=self.acc.device), 'mean')) # one decision for all
+        if self.kept is None or good>self.kept['good']:
+            self.kept = dict(good=float(good), update=n, model={k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()})
+        self.at,self.bad = n,not good>-math.inf
+        return {**{f'dev_{k}':v for k,v in metrics.items()}, 'dev_update':n}
+    def over(self, n):
+        "Did the state become impossible at this look, or has there been no better one for too long?"
+        if not self.every or self.at!=n: return False
+        return self.bad or self.o.patience is not None and n-self.kept['update']>=self.o.patience*self.every
+    def restore(self, n)->int: # After how many updates that state was
+        "Put the best state in the place of the one after `n` updates"
+        if self.kept['update']!=n: self.model.load_state_dict(self.kept['model'])
+        return self.kept['update']
+
 # %% ../nbs/04_train.ipynb #70ba4c60
 def fit(
     model,           # Module, or ModuleDict of several
@@ -185,36 +238,45 @@ def fit(
     stage:str='',    # Name of the log and the checkpoint
     opt=None,
     acc=None,
-    until=None
+    until=None,
+    dev=None         # `dev()` measures the model on data that it does not learn from: (metrics, a number that is higher for a better state)
 )->list:             # All metrics rows
-    "Train to the end, from the checkpoint where there is one"
+    "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
     acc,opt = acc or mk_accelerator(),opt or mk_optimizer(model, o)
-    start,rows = 0,[]
+    start,rows,n,best = 0,[],0,Best(model, dev, o, total, acc)
     model.to(acc.device)
+    write = lambda: write_text(run.log(stage), ''.join(json.dumps(r)+'\n' for r in rows)) if run and acc.is_main_process else None
     if run:
         path = run/'checkpoints'/f'{stage}.pt'
         if path.exists():
-            start = load_checkpoint(path, model, opt)
+            start,best.kept = load_checkpoint(path, model, opt)
             rows = [r for r in run.rows(stage) if r['update']<start]
-        if acc.is_main_process: write_text(run.log(stage), ''.join(json.dumps(r)+'\n' for r in rows))
+        write()
+    first = best.look(start) if best.every and best.kept is None else {}
     it = steps(model, mk_updates(start), step, o, total, opt, acc, start, until)
     for r in progress(it, total-start, stage) if acc.is_main_process else it:
+        n = r['update']+1
+        r.update(best.look(n) if best.due(n) else first if n==1 else {})
         rows.append(r)
-        if run and acc.is_main_process:
-            append_row(run.log(stage), r)
-            if (r['update']+1)%o.checkpoint_every==0 and r['update']+1<total: save_checkpoint(path, model, opt, r['update']+1)
+        if run and acc.is_main_process: append_row(run.log(stage), r)
+        if best.over(n): break
+        if run and acc.is_main_process and n%o.checkpoint_every==0 and n<total: save_checkpoint(path, model, opt, n, best.kept)
+    if best.every and rows:
+        if best.at!=n: rows[-1].update(best.look(n))     # the updates ended by themselves
+        rows[-1]['kept'] = best.restore(n)
+        write()
     return rows
 
-def save_checkpoint(path, model, opt, update:int):
-    "Weights, optimizer and the index of the next update"
-    with replacing(path) as tmp: torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), update=update), tmp)
+def save_checkpoint(path, model, opt, update:int, kept=None):
+    "Weights, optimizer, the index of the next update, and the best state so far"
+    with replacing(path) as tmp: torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), update=update, kept=kept), tmp)
 
-def load_checkpoint(path, model, opt)->int:
-    "Restore; returns the index of the next update"
+def load_checkpoint(path, model, opt)->tuple: # Index of the next update; the best state so far, or None
+    "Restore weights and optimizer"
     try:
         d = torch.load(path, weights_only=True, map_location='cpu')
         model.load_state_dict(d['model'])
         opt.load_state_dict(d['opt'])
-        return d['update']
+        return d['update'],d.get('kept')
     except Exception as e:
         raise ValueError(f'{path}: not a checkpoint of this stage and model ({type(e).__name__}: {e}). Remove it to start this stage again') from e
