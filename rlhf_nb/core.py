@@ -429,7 +429,7 @@ def _value(v, kinds:set, key:str):
         v = int(v) if re.fullmatch(r'[-+]?[0-9_]+', v) and len(v)<40 else float(v)
     if type(v) not in (int,float) or not kinds & {int,float}: no()
     if isinstance(v, float) and (not math.isfinite(v) or float not in kinds and not v.is_integer()): no()
-    if float not in kinds: return int(v)
+    if int in kinds and v==int(v) and (isinstance(v, int) or float not in kinds): return int(v)
     return float(v) if abs(v)<1e300 else no()
 
 def _checked(d, cls, where=''):

@@ -675,6 +675,7 @@ def load_tokenizer(
     if 'base_model_type' in c: kw['config'] = AutoConfig.for_model(c['base_model_type']) # our reward head's folder: transformers doesn't know its type
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
+    for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
     if Path(name).is_dir():
         files = {'tokenizer.json','tokenizer_config.json',*tok.vocab_files_names.values()}
         if not any((Path(name)/o).exists() for o in files) or len(tok)<=len(tok.added_tokens_decoder)<20:

@@ -250,7 +250,9 @@ def fit(
         path = run/'checkpoints'/f'{stage}.pt'
         if path.exists():
             start,best.kept = load_checkpoint(path, model, opt)
-            rows = [r for r in run.rows(stage) if r['update']<start]
+            rows = run.rows(stage)[:start]
+            if [r.get('update') for r in rows]!=list(range(start)):
+                raise ValueError(f'{run.log(stage)}: does not fit {path}, which is after {start} updates: their rows are not all there, in order. Remove both to start this stage again')
         write()
     first = best.look(start) if best.every and best.kept is None else {}
     it = steps(model, mk_updates(start), step, o, total, opt, acc, start, until)
