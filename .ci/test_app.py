@@ -20,10 +20,11 @@ import http.client
 
 from load_app import load
 from playwright.sync_api import expect, sync_playwright
-from rlhf_nb.app import Desk, launch
+from rlhf_nb.app import Desk, _limit, card, dialogue, host_name, launch, mk_prompt
 from rlhf_nb.core import Run, load_config, write_json
 from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records
+from rlhf_nb.failures import detect
 from rlhf_nb.judge import read_votes
 from rlhf_nb.models import mk_policy, mk_reward_model, save_model
 from rlhf_nb.rollout import mk_scorer
@@ -614,6 +615,24 @@ def test_wrong_types_are_named(app, capfd):
             c.predict(*args, api_name="/vote")
     assert "Traceback" not in capfd.readouterr().err
     assert c.predict("hi", None, None, 4, None, None, api_name="/compare")["seed"] == 0
+
+
+def test_no_text_takes_long():
+    "Whatever stands in a prompt, an answer or a filter, reading and showing it takes no more than its length: 100,000 characters, a CPU-second or two"
+    units = ["\n", " \n", "\n\n", " ", "\t", "\r\n", "a", "a ", ". ", ".", "`", "<", "&", "{", "Human:", "\nHuman", "\n\nHuman:", "\nAssistant:\n", "n't ", "abcabd", "is it true that ", "i am just really ", "1,", "\u2028", "🙂", "-"]
+    desk, slow = Desk(live=False).load(), {}
+    for u in units:
+        for text in (u*(100_000//len(u))+"x", "Human: x"+u*(100_000//len(u))+"Assistant"):
+            r = dict(desk.records["ppo"][0], prompt=f"\n\nHuman: {text}\n\nAssistant:", response=text)
+            for name, f in dict(mk_prompt=lambda: mk_prompt(text), detect=lambda: detect(r), dialogue=lambda: dialogue(r["prompt"]), card=lambda: card(r, text), limit=lambda: _limit(text), host=lambda: host_name(text)).items():
+                t = time.process_time()
+                try:
+                    f()
+                except ValueError:
+                    pass
+                if (t := time.process_time()-t) > 2:
+                    slow[name, text[:20]] = t
+    assert not slow, slow
 
 
 def test_deleted_run(browser, folder, tmp_path):
