@@ -160,7 +160,7 @@ def md_inline(
 )->str:
     "`s` within a line or a cell of Markdown, as it was written: plain words stay as they are, anything else becomes code"
     s = visible(s).replace('\n', '↵')
-    if re.fullmatch(r"[^\W_]+(( |'|[_-]+)[^\W_]+)*", s): return s
+    if re.fullmatch(r"[^\W_]+(( |, |'|[_-]+)[^\W_]+)*", s): return s
     if '|' in s: return ''.join(c if c.isalnum() or c==' ' else f'&#{ord(c)};' for c in s)     # a bar ends a cell, even within code
     return md_code(s)
 
