@@ -447,7 +447,7 @@ def _run_locked(run, todo, command):
     line.check(todo)
     line.begin()
     say = lambda s: print(f'[{run.path}] {s}', flush=True)
-    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {line.splits.report.reasons()}')
+    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {" ".join([line.splits.report.reasons()+"."*bool(line.splits.report.remarks), *line.splits.report.remarks])}')
     secs = run_stages(line, todo, say)
     if secs: write_json(f, {**(read_json(f, dict) if f.exists() else {}), **{k:round(v, 1) for k,v in secs.items()}})
     return line
