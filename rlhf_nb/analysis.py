@@ -942,9 +942,9 @@ def analyze(
     "Write `results/ANALYSIS.md`, `results/training_analysis/`, the pictures of `results/failure_analysis/`, and complete `results/summary.json`"
     data,res = read_runs(folder),Path(folder)/'results'
     md,more = mk_report(data, command, res)
-    write_text(res/'ANALYSIS.md', md)
     path = res/'summary.json'
     old = _get([], path) if path.exists() else {}
     if isinstance(old, dict) and (not old or 'models' in old or _ours(path)): write_json(path, {**old, **more})     # a file that is not ours is left alone, and named in the report
+    write_text(res/'ANALYSIS.md', md)                                            # last: with it the stage is done
     for p in data['problems']: print(f'not used: {visible(p)}')
     return md

@@ -494,9 +494,10 @@ def cmd_generate(a):
     dest = Path(a.to) if a.to else run/'generated'
     _free(dest, (), a.replace, '--to')
     prompts = read_prompts(a.prompts) if a.prompts else None       # before anything is loaded
-    with only_writer(dest): _generate(prompts, Line(run), o, dest)
+    source = file_source(a.prompts) if a.prompts else split_source(o.split, run.config.data.name)
+    with only_writer(dest): _generate(prompts, Line(run), o, dest, source, _command(a))
 
-def _generate(prompts, line, o, dest):
+def _generate(prompts, line, o, dest, source, command):
     ref = line.model('sft')
     if line.config.data.max_prompt+o.max_new_tokens>max_tokens(ref):
         raise ValueError(f'--max-new-tokens: prompts of up to {line.config.data.max_prompt} tokens (data.max_prompt) and {o.max_new_tokens} new ones, the model takes {max_tokens(ref)}')
@@ -505,8 +506,7 @@ def _generate(prompts, line, o, dest):
     if cut: print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={line.config.data.max_prompt} tokens and lost their oldest turns; the first: {cut[0][:80]!r}')
     recs = line.records(prompts, o)
     for f in dest.glob('*_samples.json'): f.unlink()
-    source = file_source(a.prompts) if a.prompts else split_source(o.split, line.config.data.name)
-    write_samples(dest, recs, source, _command(a), seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
+    write_samples(dest, recs, source, command, seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
     print(samples_md(recs, 3)); print(f'{sum(map(len, recs.values()))} answers in {dest}')
 
 @contextmanager
