@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['gr', 'esc', 'views', 'style', 'sorts', 'snippet', 'script', 'mk_prompt', 'pieces', 'percentile', 'shipped_samples',
            'Desk', 'Player', 'shield', 'title', 'num', 'dialogue', 'legend', 'card', 'bars', 'board', 'append_vote',
-           'vote_summary', 'preferences', 'find', 'curves_html', 'votes_html', 'mk_app', 'Guard', 'launch', 'app_main']
+           'vote_summary', 'preferences', 'find', 'curves_html', 'votes_html', 'mk_app', 'host_name', 'page_hosts',
+           'Throttle', 'Guard', 'launch', 'app_main']
 
 # %% ../nbs/15_app.ipynb #5a944806
-import argparse,atexit,base64,getpass,hmac,html,inspect,io,ipaddress,json,os,random,re,subprocess,sys,tempfile,threading,time,uuid
+import argparse,asyncio,atexit,base64,getpass,hashlib,hmac,html,inspect,io,ipaddress,json,os,random,re,socket,subprocess,sys,tempfile,threading,time,uuid
 from bisect import bisect_left,bisect_right
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 def _import_gradio(find=inspect.getfile):
@@ -29,23 +31,39 @@ def _import_gradio(find=inspect.getfile):
 gr = _import_gradio()
 import torch
 from fastcore.basics import patch
+from fastapi import Form
+from fastapi.security import OAuth2PasswordRequestForm
 from filelock import FileLock
 
 from .core import *
 
 # %% ../nbs/15_app.ipynb #88c5211f
+_role = re.compile(r'^[^\S\n]*(Human|Assistant):', re.M)    # blanks of its own line only: a pattern that runs over empty lines takes their square
+
+def _shown(v):
+    "A value in a message"
+    try: s = repr(v)
+    except ValueError: s = 'a number of thousands of digits'
+    return s if len(s)<=80 else s[:77]+'...'
+
+def _whole(s):
+    "Text that UTF-8 can hold: half an emoji becomes a sign that something is missing"
+    return s.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 def mk_prompt(
     text:str,   # What was typed: a question, or a dialogue with `Human:` and `Assistant:` before its turns
     history=()  # (role, text) of the turns before it
 )->str: # In HH form, ending in "\n\nAssistant:"
     "The prompt that the models see"
     from rlhf_nb.data import parse_turns,to_hh
-    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').replace('\r\n', '\n').replace('\0', '')
+    if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_shown(text)}')
+    text = _whole(text).replace('\r\n', '\n').replace('\0', '')
     if text.startswith('\n\nHuman:') and text.endswith('\n\nAssistant:') and not history: return text
-    if re.match(r'\s*(Human|Assistant):', text):
-        turns = [(r,t.strip()) for r,t in parse_turns(re.sub(r'(?:^|\n)\s*(Human|Assistant):', r'\n\n\1:', text))]
+    if _role.match(typed := text.strip()):
+        turns = [(r,t.strip()) for r,t in parse_turns(_role.sub(r'\n\n\1:', typed))]
         if turns[-1]==('assistant',''): turns = turns[:-1]
-    else: turns = [('user',text.strip())]
+    elif len(parse_turns(to_hh([('user',typed)])))>1: raise ValueError("A line 'Human:' or 'Assistant:' after an empty line begins a turn: put Human: before the first turn too, or take the empty line away")
+    else: turns = [('user',typed)]
     turns = [*map(tuple, history),*turns]
     if not turns or turns[-1][0]!='user' or not turns[-1][1]: raise ValueError('Type a prompt first; a dialogue ends with a turn of the human')
     return to_hh(turns)+'\n\nAssistant:'
@@ -91,6 +109,7 @@ class Desk:
         keep:int=256         # Comparisons that can still be voted on or saved
     ):
         self.policies,self.live,self.max_chars,self.max_tokens,self.given,self.keep = policies or {},live,max_chars,max_tokens,votes,keep
+        if (k := {'tie','bad'} & set(self.policies)): raise ValueError(f"a model cannot be called '{min(k)}': a vote says that")
         self.lock,self.running,self.maker,self.seen = threading.RLock(),{},None,threading.Event()
         self.open(run)
 
@@ -134,9 +153,17 @@ def load(self:Desk, wait:float=0.):
 
 @patch
 def _read_samples(self:Desk):
-    there = [f for o in (self.path,self.path/'output_samples') for f in o.glob('*_samples.json')]
-    try: self.records = read_samples(self.path) if there else {}
-    except (ValueError,OSError) as e: self.trouble(str(e))
+    folder = self.path/'output_samples' if (self.path/'output_samples').is_dir() else self.path
+    first = ['reference','ppo','grpo','dpo']
+    files = [f.name for f in folder.glob('*_samples.json')]
+    for f in sorted(files, key=lambda f: (first.index(k) if (k := f.removesuffix('_samples.json')) in first else 9,f)):
+        try:
+            got = read_samples(folder, only=f)
+            check_prompts({**dict([*self.records.items()][:1]), **got})
+            self.records.update(got)
+        except (ValueError,OSError) as e: self.trouble(str(e))      # the others can still be read
+    for r in (r for rs in self.records.values() for r in rs):
+        r.update(prompt=_whole(r['prompt']), response=_whole(r['response']), kl_per_token=r.get('kl_per_token', r['kl']/max(1, r['n_tokens'])))
     rs = self.records.get('reference') or next(iter(self.records.values()), [])
     self.prompts = list(dict.fromkeys(r['prompt'] for r in rs))
     self.spread = sorted(r['reward'] for r in self.records.get('reference', []))
@@ -148,7 +175,9 @@ def _load_players(self:Desk):
         from rlhf_nb.rollout import mk_scorer
     from rlhf_nb.world import gold_reward
     try: c = self.config = Run(self.path).config
-    except (ValueError,OSError) as e: return None if self.records else self.trouble(str(e))
+    except (ValueError,OSError) as e:       # samples alone are no fault; models without a configuration are
+        said = str(e) if 'config.yaml' in str(e) else f"{self.path/'config.yaml'}: {e}"
+        return self.trouble(said) if not self.records or any((self.path/o).exists() for o in ('config.yaml','reference')) else None
     kw = dict(forward=c.model.forward, device='cuda' if c.device!='cpu' and torch.cuda.is_available() else 'cpu')
     def attempt(name, f, path):
         try: return f(str(path), **kw)
@@ -157,7 +186,9 @@ def _load_players(self:Desk):
     first = [k for k in ('ppo','grpo','dpo') if k in found]
     folders = {'reference':self.path/'reference', **{k:found[k] for k in first+sorted(set(found)-set(first))}, **self.policies}
     loaded = {k:o for k,d in folders.items() if (o := attempt(k, load_policy, d))}
-    rm = attempt('reward_model', load_reward_model, self.path/'reward_model') if loaded else None
+    rm = None
+    if loaded and not (self.path/'reward_model').is_dir(): self.trouble(f"{self.path/'reward_model'}: no such folder, so answers come without a reward")
+    elif loaded: rm = attempt('reward_model', load_reward_model, self.path/'reward_model')
     for k,(m,tok) in loaded.items():
         self.players[k] = Player(m, tok, mk_scorer(rm, tok) if rm else None, mk_scorer(gold_reward, tok) if c.data.name=='world' else None)
 
@@ -173,6 +204,25 @@ def start(self:Desk):
     return self
 
 # %% ../nbs/15_app.ipynb #7e7df75f
+def _number(name, v, default, lo, hi, whole=True):
+    "`v` as it came, if it is such a number; the default where a field is empty"
+    if v is None: return default
+    if type(v) is not int and (whole or type(v) is not float): raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number, got {_shown(v)}")
+    if not lo<=v<=hi: raise ValueError(f'{name}: expected {lo} to {hi}, got {_shown(v)}')
+    return v
+
+@patch
+def _chosen(self:Desk, models):
+    "The names of a question's models, checked"
+    here = self.names()
+    if models is None: return here[:4]
+    if not isinstance(models, (list,tuple)): raise ValueError(f"models: expected a list of names, some of {', '.join(here)}, got {_shown(models)}")
+    for k in models:
+        if k not in here: raise ValueError(f"no model {_shown(k)} here, expected some of {', '.join(here)}")
+    if not 1<=len(models)<=4: raise ValueError(f'Choose one to four models, not {len(models)}')
+    if (twice := [k for k in models if models.count(k)>1]): raise ValueError(f"models: '{twice[0]}' is named twice")
+    return list(models)
+
 @patch
 def ask(self:Desk,
     prompt:str,            # In HH form
@@ -183,15 +233,15 @@ def ask(self:Desk,
     n:int=1                # Samples of each model; the one with the highest reward is shown
 )->dict:                   # A comparison without answers
     "A checked question"
-    models = list(models or self.names()[:4])
-    if (unknown := [k for k in models if k not in self.names()]): raise ValueError(f"no model '{unknown[0]}' here, expected some of {', '.join(self.names())}")
-    if not 1<=len(models)<=4: raise ValueError(f'Choose one to four models, not {len(models)}')
-    for k,v,lo,hi in (('temperature',temperature,0,5),('length',max_new_tokens,1,1024),('samples',n,1,64),('seed',seed,0,2**62)):
-        if not lo<=v<=hi: raise ValueError(f'{k}: expected {lo} to {hi}, got {v}')
+    models = self._chosen(models)
+    temperature = _number('temperature', temperature, 1., 0, 5, whole=False)
+    max_new_tokens,n,seed = _number('length', max_new_tokens, 48, 1, 1024),_number('samples', n, 1, 1, 64),_number('seed', seed, 0, 0, 2**62)
+    if 0<temperature<1e-3: raise ValueError(f'temperature: expected 0 (the most likely token each time) or .001 to 5, got {temperature}')
     if len(models)*n*max_new_tokens>self.max_tokens:
         raise ValueError(f'{len(models)} models, {n} samples and {max_new_tokens} tokens make {len(models)*n*max_new_tokens} tokens, the limit is {self.max_tokens}: ask for fewer samples or shorter answers')
+    if not isinstance(prompt, str): raise ValueError(f'prompt: expected text, got {_shown(prompt)}')
     if len(prompt)>self.max_chars: raise ValueError(f'The prompt is too long: {len(prompt)} characters, the limit is {self.max_chars}')
-    return dict(id=uuid.uuid4().hex, prompt=prompt, models=models, temperature=float(temperature), max_new_tokens=int(max_new_tokens), seed=int(seed), n=int(n), state='writing', answers={})
+    return dict(id=uuid.uuid4().hex, prompt=prompt, models=models, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, n=n, state='writing', answers={})
 
 @patch
 def _encode(self:Desk, c):
@@ -423,24 +473,37 @@ style = """
 def append_vote(
     path,     # JSON-lines file
     row:dict
-):
-    "Add one row for good: on the disk when this returns"
-    path,data = Path(path),(json.dumps(row, ensure_ascii=False)+'\n').encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'),open(path, 'ab+') as f:
-        end = _full_lines(f)
-        f.truncate(end)
-        try: f.write(data); f.flush(); os.fsync(f.fileno())
-        except OSError: f.truncate(end); raise                    # a full disk leaves no half line
+)->int:       # Lines that the file has now
+    "Add one row for good: on the disk when this returns, and the only one that is being added, by whatever process"
+    path,data = Path(path),_line(row)
+    if not path.parent.is_dir(): raise FileNotFoundError(f'{path.parent}: this folder is gone')   # a lock would make it anew
+    with FileLock(f'{path}.lock', timeout=10),open(path, 'ab+', buffering=0) as f:
+        end = f.seek(0, 2)
+        tail = _tail(f, end)
+        cut = tail.startswith(b'{') and not _is_json(tail)    # a machine died here; nobody was told that this one was saved
+        if cut: f.truncate(end-len(tail))
+        elif tail: data = b'\n'+data                          # a whole line that lacks its end, as editors leave it
+        try:
+            left = memoryview(data)
+            while left: left = left[f.write(left):]
+            os.fsync(f.fileno())
+        except OSError: f.truncate(end-len(tail)*cut); raise  # a full disk leaves no half line
+        f.seek(0)
+        return sum(b.count(b'\n') for b in iter(lambda: f.read(1<<20), b''))
 
-def _full_lines(f, block=1<<16):
-    "Where the last full line ends"
-    end = f.seek(0, 2)
-    while end:
-        at = f.seek(max(0, end-block))
-        if (j := f.read(end-at).rfind(b'\n'))>=0: return at+j+1
-        end = at
-    return 0
+def _line(o)->bytes: return _whole(json.dumps(o, ensure_ascii=False, allow_nan=False)+'\n').encode()
+
+def _tail(f, end, block=1<<16):
+    "What stands behind the last line's end"
+    at,out = end,b''
+    while at and b'\n' not in out:
+        f.seek(at := max(0, at-block))
+        out = f.read(min(block, end-at-len(out)))+out
+    return out[out.rfind(b'\n')+1:]
+
+def _is_json(b):
+    try: json.loads(b); return True
+    except (ValueError,RecursionError): return False
 
 # %% ../nbs/15_app.ipynb #1eadc09d
 @patch
@@ -450,17 +513,18 @@ def vote(self:Desk,
 )->int:        # How many votes there are now
     "Save one vote"
     with self.lock:
-        c = self.comparisons.get(id)
+        c = self.comparisons.get(id) if isinstance(id, str) else None
         if not c: raise ValueError('This comparison is gone: compare again, then vote')
         if c['state']!='done' or len(c['models'])<2: raise ValueError('A vote needs at least two finished answers')
-        if choice not in (*c['models'],'tie','bad'): raise ValueError(f"a vote is one of {', '.join(c['models'])}, tie, bad; got {choice!r}")
+        if choice not in (*c['models'],'tie','bad'): raise ValueError(f"a vote is one of {', '.join(c['models'])}, tie, bad; got {_shown(choice)}")
         if c.get('vote'): raise ValueError('There is a vote on this comparison already')
+        if not self.shipped and not self.path.is_dir(): raise FileNotFoundError(f'{self.path}: this folder is gone, and the vote with it')
+        if self.shipped or self.given: self.votes.parent.mkdir(parents=True, exist_ok=True)
         of = lambda key: {k:a[key] for k,a in c['answers'].items() if a.get(key) is not None}
         row = dict(prompt=c['prompt'], answers=of('response'), order=c.get('order', c['models']), vote=choice, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), reward=of('reward'))
-        append_vote(self.votes, dict(row, **({'gold_reward':g} if (g := of('gold_reward')) else {})))
+        n = append_vote(self.votes, dict(row, **({'gold_reward':g} if (g := of('gold_reward')) else {})))
         c['vote'] = choice
-        self.n_votes = self.n_votes+1 if hasattr(self, 'n_votes') else len(read_rows(self.votes))
-        return self.n_votes
+        return n
 
 # %% ../nbs/15_app.ipynb #fb3b91f1
 def _against(votes, k):
@@ -498,7 +562,10 @@ def export_votes(self:Desk)->Path: # The file
     pairs = preferences(read_votes(self.votes) if self.votes.exists() else [])
     if not pairs: raise ValueError('There are no votes with a winner yet')
     path = self.votes.with_name('preferences.jsonl')
-    write_text(path, ''.join(json.dumps(o, ensure_ascii=False)+'\n' for o in pairs))
+    lines = {_line(o).decode():o for o in pairs}
+    if path.exists() and any(_line(o).decode() not in lines for o in read_rows(path)):
+        raise ValueError(f'{path} holds pairs that are not of these votes, so it stays as it is: move it away, then export again')
+    write_text(path, ''.join(_line(o).decode() for o in pairs))
     return path
 
 # %% ../nbs/15_app.ipynb #de57ecd3
@@ -522,6 +589,14 @@ def find(
     rs = [r for r in rows.values() if all(within(r[k], *v) for k,v in limits.items()) and text.lower() in (r['prompt']+r['response']).lower()
           and (not failure or detect(r).get(failure))]
     return [r['prompt'] for r in (sorted(rs, key=sorts[sort]) if sorts[sort] else rs)]
+
+def _limit(s):
+    "What a field for a limit says: a number, or None where it is empty"
+    s = (s or '').strip().replace('−', '-')
+    if not s: return None
+    if re.fullmatch(r'[-+]?[0-9]{1,3}(,[0-9]{3})+', s): raise ValueError(f'A limit is a number, and {s} may be two: write it without the comma, or with a point')
+    if not re.fullmatch(r'[-+]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)(e[-+]?[0-9]+)?', s, re.I): raise ValueError('A limit is a number, such as 0.5')
+    return float(s.replace(',', '.'))
 
 def curves_html(
     path # Run folder
@@ -582,6 +657,10 @@ def _banner(desk):
     return shield(f'<div class="top"><h1>One prompt, {"four" if len(desk.names())!=1 else "one"} answers</h1><p><span class="mode {desk.state}">{mode}</span> {esc(what)}</p>'
                   +(f'<ul class="problems" role="alert">{bad}</ul>' if bad else '')+'</div>')
 
+def _order(models, blind):
+    "How the answers stand: shuffled where nobody shall know whose they are"
+    return random.SystemRandom().sample(models, len(models)) if blind else models
+
 def _follow(desk, prompt, stored, history, models, temperature, length, seed, n, colour, blind, request):
     "Everything that happens after a click on Compare: (comparison or None, status)"
     stop = threading.Event()
@@ -593,13 +672,13 @@ def _follow(desk, prompt, stored, history, models, temperature, length, seed, n,
             time.sleep(.2)
         if not desk.players and not stored: raise ValueError('There are no models here: choose one of the stored prompts')
         c = desk.ask(mk_prompt(prompt, history) if desk.players else stored, models, temperature, length, seed, n)
-        c['order'] = random.SystemRandom().sample(c['models'], len(c['models'])) if blind else c['models']
+        c['order'] = _order(c['models'], blind)
         c['blind'] = bool(blind)
         for o in desk.compare(c, stop) if desk.players else [desk.stored(c)]:
             tokens = max([a['n_tokens'] for a in o['answers'].values()], default=0)
             yield o,_status({'writing':f'Writing: {tokens} tokens', 'scoring':'Reward and KL', 'stopped':f'Stopped after {tokens} tokens',
                              'done':f'Done in {time.perf_counter()-t0:.1f} s'+('. Which answer is best?' if blind else '')}[o['state']])
-    except (ValueError,FloatingPointError) as e: yield None,_status(str(e), 'bad')
+    except (ValueError,OSError,FloatingPointError) as e: yield None,_status(str(e), 'bad')
     finally: desk.running.pop(request.session_hash, None)
 
 def _compare_tab(desk):
@@ -675,7 +754,7 @@ def _compare_tab(desk):
     examples.click(lambda x: x[0], examples, prompt, **quick)
 
     def fill():
-        live = desk.live and not desk.shipped and (desk.path/'reference').exists()
+        live = bool(desk.players) or desk.live and not desk.shipped and desk.state=='loading' and (desk.path/'reference').exists()
         c,names = desk.config,desk.names()
         shown_as = [(p.split('Human:')[-1].removesuffix('\n\nAssistant:').strip()[:120],p) for p in desk.prompts]
         single = [[s] for s,p in shown_as if p.count('Human:')==1][:6]
@@ -706,8 +785,8 @@ def _explore_tab(desk):
         flags = _flags(c['answers'].get(model))
         return {where:_status(f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {"; ".join(flags) or "no failure found"}'), shown:board(c), place:at}
     def on_find(model, sort, failure, text, *ls):
-        try: ls = [float(o.replace(',', '.').replace('−', '-')) if o and o.strip() else None for o in ls]
-        except ValueError: return {where:_status('A limit is a number, such as 0.5', 'bad')}
+        try: ls = [_limit(o) for o in ls]
+        except ValueError as e: return {where:_status(str(e), 'bad')}
         h = find(desk.records, model, sort, failure or None, text or '', **{k:ls[2*i:2*i+2] for i,k in enumerate(('gap','kl','n_tokens'))})
         return {hits:h, place:0, **show(h, 0, model)}
     def step(d): return lambda hits,at,model: show(hits, at+d, model)
@@ -741,15 +820,18 @@ def votes_html(
         [cells(title(k), ci(w, 'rate'), f"{w['wins']}, {w['ties']}, {w['losses']}", w['n'], w.verdict) for k,w in s['win_rates'].items()])
     same = table('How often a judge says what people say', ('share [95% interval]','kappa [95% interval]','comparisons'),
         [cells(k, ci(o['agree']), ci(o, 'kappa'), o['n']) for k,o in s['agreement'].items()])
-    return shield(f"<div class=\"board votes\"><p><b>{s['votes']}</b> votes, {s['ties']} ties, {s['bad']} all bad</p>{won}{same}</div>")
+    bad = s.get('unread') or []
+    unread = f"; {len(bad)} {'line is no vote' if len(bad)==1 else 'lines are no votes'} and left out: {esc(bad[0])}" if bad else ''
+    return shield(f"<div class=\"board votes\"><p><b>{s['votes']}</b> votes, {s['ties']} ties, {s['bad']} all bad{unread}</p>{won}{same}</div>")
 
 @patch
 def summary(self:Desk)->dict:
     "`vote_summary` of this desk's votes, with the judges that `rlhf_nb judge` has held against them"
     from rlhf_nb.judge import read_votes
-    s,f = vote_summary(read_votes(self.votes) if self.votes.exists() else []),self.path/'results'/'judgements'/'agreement.json'
+    votes = read_votes(self.votes) if self.votes.exists() else []
+    s,f = vote_summary(votes),self.path/'results'/'judgements'/'agreement.json'
     more = {k.removesuffix(' and votes'):o['all'] for k,o in (read_json(f) if f.exists() else {}).items() if k.endswith(' and votes')}
-    return dict(s, agreement={**s['agreement'], **{k:o for k,o in more.items() if k not in ('reward','gold')}})
+    return dict(s, unread=getattr(votes, 'bad', []), agreement={**s['agreement'], **{k:o for k,o in more.items() if k not in ('reward','gold')}})
 
 def _votes_tab(desk):
     "Win rates and export"
@@ -758,13 +840,13 @@ def _votes_tab(desk):
     status,saved = gr.HTML(_status(), elem_id='v-status'),gr.Textbox(visible='hidden')
     def on_count():
         try: return votes_html(desk.summary())
-        except (ValueError,KeyError) as e: return _status(str(e), 'bad')
+        except (ValueError,KeyError,OSError) as e: return _status(str(e), 'bad')
     def on_export():
         try: path = desk.export_votes()
         except (ValueError,OSError) as e: return _status(str(e), 'bad'),''
         base = desk.path if not desk.shipped else 'outputs/demo'
         do = f'rlhf_nb run --stages sft dpo --set sft.skip=true --model {base}/reference --data {path} --out outputs/from_votes'
-        return shield(_status(f'{len(path.read_text().splitlines())} pairs in {path}. DPO on them (reward model: --stages sft reward):')+f'<pre><code>{esc(do)}</code></pre>'),path.read_text()
+        return shield(_status(f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):')+f'<pre><code>{esc(do)}</code></pre>'),path.read_text(encoding='utf-8')
     quick = dict(queue=False, api_visibility='private', show_progress='hidden')
     again.click(on_count, None, shown, **quick)
     out.click(on_export, None, [status,saved], **quick).then(None, saved, None, js="s => rlhf_save(s, 'preferences.jsonl')")
@@ -799,11 +881,11 @@ def _api(desk):
             while desk.state=='loading': time.sleep(.1)
             c = desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n)
             yield from desk.compare(c) if desk.players else [desk.stored(c)]
-        except ValueError as e: raise gr.Error(str(e), print_exception=False) from None
+        except (ValueError,OSError,FloatingPointError) as e: raise gr.Error(str(e), print_exception=False) from None
     def vote(id:str, choice:str) -> int:
         "A vote on a comparison: a model's name, tie or bad; returns the number of votes"
         try: return desk.vote(id, choice)
-        except ValueError as e: raise gr.Error(str(e), print_exception=False) from None
+        except (ValueError,OSError,FloatingPointError) as e: raise gr.Error(str(e), print_exception=False) from None
     gr.api(compare, api_name='compare', concurrency_limit=desk.parallel, concurrency_id='models')
     gr.api(vote, api_name='vote', queue=False)
 
@@ -850,7 +932,7 @@ def mk_app(
     desk.parallel = parallel
     with gr.Blocks(title='rlhf_nb: one prompt, four answers', analytics_enabled=False) as app:
         top = gr.HTML(_banner(desk), elem_id='top')
-        with gr.Row(visible=False, elem_id='demo') as offer:
+        with gr.Row(visible=False, elem_id='demo') as offer:         # only a page without a run makes one
             make,making = gr.Button("Make the embedded demo's run (minutes)", elem_id='make', scale=1),gr.HTML(_status(), elem_id='making')
         with gr.Tab('Compare', id='compare'): outs,fill = _compare_tab(desk)
         with gr.Tab('Explore', id='explore'): x_outs,x_fill = _explore_tab(desk)
@@ -870,54 +952,211 @@ def mk_app(
                 yield {top:_banner(desk), **fill()}
         app.load(on_load, None, [top,offer,*outs,*x_outs], concurrency_limit=None, **quick)
         def on_make():
+            if not desk.shipped: return (yield _status(f'Done: {desk.path}'))      # another visitor has made it
             try:
                 for o in desk.make_demo(*demo): yield _status(o['text'], share=o['share'])
             except (ValueError,OSError) as e: yield _status(str(e), 'bad')
-        make.click(on_make, None, making, concurrency_limit=None, **quick).then(None, None, None, js="() => { if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload() }")
+        if desk.shipped: make.click(on_make, None, making, concurrency_limit=None, **quick).then(None, None, None, js="() => { if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload() }")
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
 
 # %% ../nbs/15_app.ipynb #c241d7b0
+def host_name(s:str)->str|None: # None: there is none
+    "The name in a Host header, without port, in one spelling: case, a last point and the forms of an address do not matter"
+    m = re.fullmatch(r'(?:\[([0-9a-f:.]{2,45})\]|([a-z0-9_][a-z0-9_.-]{0,252}?)\.?)(?::([0-9]{0,5}))?', s.lower())
+    if not m or int(m[3] or 0)>65535: return None
+    return _address(m[1] or m[2]) or m[2]
+
+def _address(s):
+    "An IP address in its one spelling, or None"
+    try: a = ipaddress.ip_address(s)
+    except ValueError: return None
+    return str(getattr(a, 'ipv4_mapped', None) or a)
+
+def _loopback(s):
+    "Is this a name or an address of this machine that no other machine can reach?"
+    return s=='localhost' or bool(_address(s)) and ipaddress.ip_address(_address(s)).is_loopback
+
+def _allowed(names):
+    "The names of `--allow-host`, checked and in one spelling"
+    out = set()
+    for s in [names] if isinstance(names, str) else names:
+        try: name = host_name(s[s.startswith('.'):].encode('idna').decode()) if not _address(s) else _address(s)
+        except UnicodeError: name = None
+        if not name: raise ValueError(f'--allow-host: expected a name such as lab.example.org, or .example.org for all below it, got {_shown(s)}')
+        out.add('.'*s.startswith('.')+name)
+    return out
+
+def page_hosts(
+    host:str,     # Where the page listens
+    more=(),      # Further names
+    env=os.environ
+)->set:           # A name with a point in front stands for all below it
+    "The names that a page answers to, beside localhost and the address at which a request has come in"
+    out = {host_name(host) or host} | _allowed(more)
+    if env.get('SPACE_ID'): out |= {'.hf.space', *filter(None, map(host_name, env.get('SPACE_HOST', '').split(',')))}
+    if env.get('COLAB_RELEASE_TAG') or 'google.colab' in sys.modules: out |= {'.googleusercontent.com','.colab.dev','colab.research.google.com'}
+    if _loopback(host.strip('[]')): return out
+    me = socket.gethostname().lower().split('.')
+    out |= {me[0],me[0]+'.local','.'.join(me)}
+    try: out |= {a for *_,o in socket.getaddrinfo(socket.gethostname(), None) if (a := _address(o[0]))}
+    except OSError: pass                                          # a machine whose own name is not known
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as o:
+        try: o.connect(('192.0.2.1', 9)); out.add(o.getsockname()[0])  # sends nothing: asks which address the machine would send from
+        except OSError: pass                                      # no network
+    return out
+
+# %% ../nbs/15_app.ipynb #1c357de6
+class Throttle:
+    "So many tries at once, then one each `every` seconds"
+    def __init__(self, burst, every, clock=time.monotonic, most=10_000): self.burst,self.every,self.clock,self.most,self.free = burst,every,clock,most,OrderedDict()
+    def wait(self, key)->float:
+        "Seconds until the next try of `key`"
+        return max(0., self.free.get(key, 0.)-self.clock()-(self.burst-1)*self.every)
+    def take(self, key, n=1):
+        "A try of `key`, or with -1 one less"
+        self.free[key] = max(self.free.pop(key, 0.), self.clock())+n*self.every
+        while len(self.free)>self.most: self.free.popitem(last=False)
+
+# %% ../nbs/15_app.ipynb #8bf171f9
 class Guard:
     "Lets through what the page needs"
-    shut = re.compile(r'/(upload|file|proxy|stream|process_recording|component_server|custom_component|vibe|undo-vibe|run-history|runs|profiling|monitoring|dev/)|/deep_link', re.I)
-    def __init__(self, app, most=1<<18): self.app,self.most = app,most
-    async def __call__(self, scope, receive, send):
-        if scope['type']!='http': return await self.app(scope, receive, send)
-        size = dict(scope['headers']).get(b'content-length', b'0')
-        if self.shut.search(scope['path']): return await self._answer(send, 404, b'not found')
-        if not size.isdigit() or int(size)>self.most or b'chunked' in dict(scope['headers']).get(b'transfer-encoding', b''): return await self._answer(send, 413, b'too large')
-        await self.app(scope, receive, send)
-    async def _answer(self, send, code, text):
-        await send(dict(type='http.response.start', status=code, headers=[(b'content-type',b'text/plain')]))
-        await send(dict(type='http.response.body', body=text))
+    known = re.compile(r"""/(config/? | log(in|out)/? | theme\.css | favicon\.ico | robots\.txt | manifest\.json | pwa_icon(/\d+)? | (assets|static|svelte)/.*
+        | gradio_api/(info/? | openapi\.json | config/? | user/? | login_check/? | app_id/? | startup-events | theme\.css | heartbeat/\w+ | cancel | reset/? | queue/(join|data|status)
+        | (call(/v2)?|run|api)/[\w-]+(/\w*)?))?""", re.X)
+    calls = re.compile(r'/gradio_api/(?:queue/(join)|(?:call(?:/v2)?|run|api)/([\w-]+)/?)')
+    def __init__(self, app, most=1<<18, hosts=(), page=None):
+        self.app,self.most,self.hosts,self.page,self.told = app,most,hosts,page,set()
+        self.one,self.all = Throttle(5, 1.),Throttle(20, .25)        # wrong passwords of one client, and of all together
 
-def _loopback(host):
-    try: return host=='localhost' or ipaddress.ip_address(host).is_loopback
-    except ValueError: return False
+    async def __call__(self, scope, receive, send):
+        if scope['type']=='lifespan': return await self.app(scope, receive, send)
+        if scope['type']!='http': return await send(dict(type='websocket.close', code=1008))      # the page has none
+        no = self._stranger(scope)
+        if no: return await self._answer(send, 403, no)
+        heads = dict(scope['headers'])
+        size = heads.get(b'content-length', b'0')
+        if not self.known.fullmatch(scope['path']): return await self._answer(send, 404, 'not found')
+        if not size.isdigit() or int(size)>self.most or b'chunked' in heads.get(b'transfer-encoding', b'').lower(): return await self._answer(send, 413, 'too large')
+        if scope['method']=='POST' and (m := self.calls.fullmatch(scope['path'])):
+            body = b''
+            while (o := await receive())['type']=='http.request':
+                body += o.get('body', b'')
+                if not o.get('more_body'): break
+            no = self._may_not_call(m[2], body)
+            if no: return await self._answer(send, *no)
+            receive = _again(body, receive)
+        if scope['method']=='POST' and scope['path'].startswith('/login'): return await self._login(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _stranger(self, scope):
+        "Why this request is for another page, or comes from one: its Host and its Origin are names, and any name may be made to point here"
+        hosts = [v.decode('latin-1') for k,v in scope['headers'] if k==b'host']
+        origins = [v.decode('latin-1').partition('://')[2] for k,v in scope['headers'] if k==b'origin']
+        if len(hosts)!=1: return 'this page wants one Host header'
+        for s in hosts+origins:
+            name = host_name(s)
+            if self._mine(name, scope): continue
+            if name and name not in self.told and len(self.told)<20:
+                self.told.add(name)
+                print(f"rlhf_nb app: turned away a request for '{name}'. If that is a name of this page, start it with --allow-host {name}", file=sys.stderr, flush=True)
+            return f"this page does not answer to {repr(name) if name else 'that name'}. If it should, start it with --allow-host {name or 'NAME'}"
+
+    def _mine(self, name, scope):
+        if not name: return False
+        return _loopback(name) or name in self.hosts or name==_address((scope.get('server') or [''])[0]) or any(h[0]=='.' and name.endswith(h) for h in self.hosts)
+
+    def _may_not_call(self, name, body):
+        "Why this call is none of the page's: what it does itself goes by number, what a program may ask by name"
+        try: o = json.loads(body)
+        except (ValueError,RecursionError): return 400,'expected JSON'
+        if not isinstance(o, dict): return 400,'expected a JSON object'
+        fns = self.page.fns if self.page else {}
+        public = {f.api_name:f for f in fns.values() if f.api_visibility=='public'}
+        i = o.get('fn_index')
+        if i is not None: f = fns.get(i) if type(i) is int else None
+        else: f = public.get(name)
+        if f is None or f.fn is None or name not in (None,'predict',*public): return 404,'this page has no such function'
+        data = o.get('data')
+        if data is not None and (not isinstance(data, list) or len(data)!=len(f.inputs)): return 422,f'{f.api_name} takes {len(f.inputs)} values as a list'
+
+    async def _login(self, scope, receive, send):
+        "A wrong password costs time: the sixth in a row waits, and who sends more at once is turned away"
+        key = _client(scope)
+        wait = max(self.one.wait(key), self.all.wait(''))
+        if wait>10: return await self._answer(send, 429, f'too many tries: wait {wait:.0f} seconds')
+        self.one.take(key); self.all.take('')
+        await asyncio.sleep(wait)
+        async def sent(o):
+            if o['type']=='http.response.start' and o['status']==200: self.one.take(key, -1); self.all.take('', -1)
+            await send(o)
+        await self.app(scope, receive, sent)
+
+    async def _answer(self, send, code, text):
+        await send(dict(type='http.response.start', status=code, headers=[(b'content-type',b'text/plain; charset=utf-8'),(b'x-content-type-options',b'nosniff')]))
+        await send(dict(type='http.response.body', body=text.encode()))
+
+def _again(body, receive):
+    "A body that has been read, to be read once more"
+    first = [dict(type='http.request', body=body, more_body=False)]
+    async def f(): return first.pop() if first else await receive()
+    return f
+
+def _client(scope):
+    "Who asks: an IPv4 address, or the network of an IPv6 one, since a machine has as many of those as it likes"
+    a = _address((scope.get('client') or ['?'])[0]) or '?'
+    return a if ':' not in a else str(ipaddress.ip_network(f'{a}/64', strict=False))
+
+# %% ../nbs/15_app.ipynb #07dc5a50
+def _checked_place(host, port):
+    "An address to listen on and a port, checked"
+    if not isinstance(host, str) or not host.strip(): raise ValueError(f'--host: expected a name or an address, got {_shown(host)}')
+    if port is not None and (type(port) is not int or not 0<=port<=65535): raise ValueError(f'--port: expected 1 to 65535, or 0 for any that is free, got {_shown(port)}')
+    host = host.strip().removeprefix('[').removesuffix(']')
+    try: family,_,_,_,where = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+    except (OSError,UnicodeError) as e: raise OSError(f'--host {host}: not a name that this machine knows ({e})') from None
+    try:
+        with socket.socket(family) as o:
+            if os.name=='posix': o.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)    # as the server does; elsewhere it means another thing
+            o.bind(where)
+            if port==0: port = o.getsockname()[1]
+    except OSError as e: raise _busy(host, port, e) from None
+    return (f'[{host}]' if ':' in host else host),port
+
+def _busy(host, port, e): return OSError(f'{host}:{port or "7860 to 7959"}: busy, or not an address of this machine ({e}). Choose another --port, or leave it out for the next free one')
 
 def launch(
     run=None,            # Run folder, or a folder of samples; None: the samples that come with the package
     host:str='127.0.0.1',
-    port:int=None,       # None: the next free one from 7860
+    port:int=None,       # None: the next free one from 7860; 0: any
     password:str=None,   # Asked for on the page, with any name; needed where others can reach it
     share:bool=False,    # A public link through gradio's servers
     parallel:int=2, queue:int=16, demo:tuple=('outputs/demo',()), # As in `mk_app`
     inline:bool=None,    # Show it below a notebook's cell (None: yes)
+    allow_host=(),       # More names that the page answers to, such as that of a proxy in front of it
     **kw                 # As in `Desk`
 )->gr.Blocks:            # With `local_url`, `desk` and `close()`
     "Open the page, in a notebook or from the command line; returns at once"
-    if (share or not _loopback(host)) and not password: raise ValueError('A page that others can reach needs a password')
+    if password is not None and (not isinstance(password, str) or not password.strip()): raise ValueError('An empty password is none: leave it out, or choose one')
+    host,port = _checked_place(host, port)
+    if (share or not _loopback(host.strip('[]'))) and not password: raise ValueError('A page that others can reach needs a password')
+    hosts = page_hosts(host, allow_host)
     desk = Desk(run, **kw)
     app = mk_app(desk, parallel, queue, demo)
     app.desk = desk
-    auth = dict(auth=lambda name,word: hmac.compare_digest(word.encode(), password.encode()), auth_message='Any name, and the password') if password else {}
+    digest = lambda s: hashlib.sha256(s.encode('utf-8', 'surrogatepass')).digest()
+    auth = dict(auth=lambda name,word: hmac.compare_digest(digest(word), digest(password)), auth_message='Any name, and the password') if password else {}
     try: app.launch(server_name=host, server_port=port, share=share, inline=inline, prevent_thread_lock=True, quiet=True, css=style, head=f'<script>{script}</script>', theme=gr.themes.Default(primary_hue='blue',
         font=['system-ui','sans-serif'], font_mono=['ui-monospace','monospace']), footer_links=['api'], run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
-        show_error=False, state_session_capacity=128, app_kwargs=dict(middleware=[(Guard,(),{})]), allowed_paths=[], max_file_size=0, **auth)
-    except OSError as e:
-        raise OSError(f'{host}:{port or "7860 to 7959"}: busy, or not an address of this machine ({e}). Choose another --port, or leave it out for the next free one') from None
+        show_error=False, state_session_capacity=128, app_kwargs=dict(middleware=[(Guard,(),dict(hosts=hosts, page=app))]), allowed_paths=[], max_file_size=0, **auth)
+    except OSError as e: raise _busy(host, port, e) from None
+    if app.share_url: hosts.add(host_name(app.share_url.partition('://')[2].rstrip('/')))
+    app.app.dependency_overrides[OAuth2PasswordRequestForm] = _login_form
     desk.start()
     return app
+
+def _login_form(username:str=Form(''), password:str=Form('')):
+    "What was typed to log in; any name will do, an empty one too"
+    return SimpleNamespace(username=username.strip() or 'visitor', password=password)
 
 # %% ../nbs/15_app.ipynb #b505ab1e
 def app_main(
@@ -930,7 +1169,8 @@ def app_main(
     p.add_argument('--samples-only', action='store_true', help='load no models')
     p.add_argument('--votes', metavar='FILE', help='where votes go (default: votes.jsonl of the run)')
     p.add_argument('--host', default='127.0.0.1', help='address to listen on (default: this machine alone)')
-    p.add_argument('--port', type=int, help='default: the next free one from 7860')
+    p.add_argument('--port', type=int, help='default: the next free one from 7860; 0: any')
+    p.add_argument('--allow-host', action='append', default=[], metavar='NAME', help='one more name that the page answers to, such as that of a proxy in front of it (.example.org: all below); may be repeated')
     p.add_argument('--password', action='store_true', help='ask visitors for a password (RLHF_NB_PASSWORD, or typed here)')
     p.add_argument('--share', action='store_true', help="a public link through gradio's servers; needs --password")
     a = p.parse_args(args)
@@ -940,7 +1180,7 @@ def app_main(
     run = a.run or ('outputs/demo' if Path('outputs/demo').is_dir() else None)
     if not torch.cuda.is_available(): torch.set_num_threads(1)     # small models: a second thread costs more than it gives
     sys.setswitchinterval(5e-4)                                     # importing what loads the models must not hold up the page
-    app = launch(run, a.host, a.port, word, a.share, policies=policies, live=not a.samples_only, votes=a.votes)
+    app = launch(run, a.host, a.port, word, a.share, allow_host=a.allow_host, policies=policies, live=not a.samples_only, votes=a.votes)
     print(f'{app.share_url or app.local_url}  {app.desk.path}  (Ctrl-C ends it)', flush=True)
     try: threading.Event().wait()
     except KeyboardInterrupt: app.close()

@@ -39,12 +39,18 @@ def train_reward(
     o:RewardConfig,
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
-    acc=None
+    acc=None,
+    dev:Batch=None # Pairs of other prompts, for `o.eval_every`
 )->list:           # Metrics rows
     "Train a reward model on preferences"
     if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
     mk_updates,total = from_data(data, o, child_seed(seed, 'reward'), acc)
-    return fit(rm, mk_updates, lambda net,b,n: reward_step(net, b, n, o.center), o, total, run, 'reward', acc=acc)
+    step = lambda net,b,n: reward_step(net, b, n, o.center)
+    look = on_dev(rm, step, dev, o)
+    def trained():
+        m,good = look()
+        return m,-math.inf if m['accuracy']==.5 and m['margin']==0 else good    # the same score for all: no reward model yet
+    return fit(rm, mk_updates, step, o, total, run, 'reward', acc=acc, dev=look and trained)
 
 # %% ../nbs/06_reward.ipynb #165e853c
 def pair_scores(

@@ -38,11 +38,12 @@ def train_sft(
     o:SFTConfig,
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
-    acc=None
+    acc=None,
+    dev:Batch=None # Responses to others' prompts, for `o.eval_every`
 )->list:           # Metrics rows
     "Supervised fine-tuning"
     mk_updates,total = from_data(data, o, child_seed(seed, 'sft'), acc)
-    return fit(policy, mk_updates, sft_step, o, total, run, 'sft', acc=acc)
+    return fit(policy, mk_updates, sft_step, o, total, run, 'sft', acc=acc, dev=on_dev(policy, sft_step, dev, o))
 
 # %% ../nbs/05_sft.ipynb #7e6df727
 def generate_plain(
