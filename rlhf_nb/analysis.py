@@ -457,7 +457,7 @@ def plot_frontier(
 ):                # Figure, data
     "Methods, their way through training, best-of-n and Gibbs on the reward-KL plane, for the reward and, where it is known, for gold"
     dfs = [frontier_data(models, frontiers, logs, m).assign(metric=m) for m in ('reward','gold')]
-    dfs = [d for d in dfs if len(d) and (d.kind!='training').any()]
+    dfs = [d.astype({k:float for k in ('kl','kl_low','kl_high','value','low','high')}) for d in dfs if len(d) and (d.kind!='training').any()]  # no interval (one prompt): no bar
     if not dfs: raise ValueError('plot_frontier: no model has both a reward and a KL')
     fig,axs = _axes(len(dfs), 2, 2.6)
     for ax,d in zip(axs, dfs):
