@@ -603,7 +603,7 @@ def read_rows(path)->list:
     lines = read_text(path).split('\n') if Path(path).exists() else []
     rows = []
     for i,l in enumerate(lines):
-        if not l: continue
+        if not l.strip(): continue
         try: row = json.loads(l)
         except (ValueError,RecursionError):
             if i==len(lines)-1 and l[0]=='{': break
