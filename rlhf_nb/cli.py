@@ -407,7 +407,7 @@ def _run_all(a, c, todo, t0, command):
         rm = [s['reward_model'] for s in sums]
         write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command=command, models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
         write_text(Path(a.out)/'results'/'seeds.md', f'Mean over {len(a.seeds)} seeds [lowest, highest], {c.eval.split} split, {sums[0]["models"]["reference"]["reward"]["n"]} prompts each.\n\n{seeds_table(d)}\n')
-        print('\n'+(Path(a.out)/'results'/'seeds.md').read_text())
+        print('\n'+(Path(a.out)/'results'/'seeds.md').read_text(encoding='utf-8'))
         if all(l.done('analyze') for l in done): seeds_report(a.out, done, command)
     else: print('\n'+show_summary(sums[0]))
     u = os.times()
