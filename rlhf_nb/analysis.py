@@ -457,7 +457,7 @@ def plot_frontier(
 ):                # Figure, data
     "Methods, their way through training, best-of-n and Gibbs on the reward-KL plane, for the reward and, where it is known, for gold"
     dfs = [frontier_data(models, frontiers, logs, m).assign(metric=m) for m in ('reward','gold')]
-    dfs = [d for d in dfs if len(d) and (d.kind!='training').any()]
+    dfs = [d.astype({k:float for k in ('kl','kl_low','kl_high','value','low','high')}) for d in dfs if len(d) and (d.kind!='training').any()]  # no interval (one prompt): no bar
     if not dfs: raise ValueError('plot_frontier: no model has both a reward and a KL')
     fig,axs = _axes(len(dfs), 2, 2.6)
     for ax,d in zip(axs, dfs):
@@ -649,7 +649,7 @@ def _read_run(folder, problems):
         if not logs[f.stem]: problems.append(f'{f}: empty, the stage stopped before its first update'); del logs[f.stem]
     run['logs'] = {s:logs[s] for s in [*(s for s in stage_order if s in logs),*(s for s in logs if s not in stage_order)]}
     if run['summary'] and run['summary'].get('from_samples'): run['summary'] = None          # what we wrote ourselves; the samples may have changed
-    if run['summary'] is None and any((folder/'output_samples').glob('*_samples.json')):
+    if run['summary'] is None and any(f for at in (folder,folder/'output_samples') for f in at.glob('*_samples.json')):
         try: recs = read_samples(folder); run['summary'] = _from_samples(recs, samples_source(folder, recs)); problems += partly(recs)
         except (ValueError,OSError) as e: problems.append(str(e))
     return {k:v for k,v in run.items() if v}
