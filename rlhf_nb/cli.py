@@ -139,7 +139,8 @@ class Line:
         rm = mk_reward_model(ref, head, c.seed)
         train_reward(rm, self.pairs(s.train), c.reward, c.seed, run, self.acc, self.dev(c.reward))
         ids = self.prompts(s.train)[:c.reward.n_normalise]
-        parts = [sample(ref, ids[i:i+c.eval.batch_size], 1, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
+        n = max(1, c.reward.n_normalise//len(ids))              # of a handful of prompts several answers each
+        parts = [sample(ref, ids[i:i+c.eval.batch_size], n, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
         normalise(rm, Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()]).to(self.acc.device))
         held = self.held()[:c.eval.n_pairs]; data = self.pairs(held).to(self.acc.device)
         sc,longer = pair_scores(rm, data),data.lengths.float()
@@ -447,7 +448,7 @@ def _run_locked(run, todo, command):
     line.check(todo)
     line.begin()
     say = lambda s: print(f'[{run.path}] {s}', flush=True)
-    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {line.splits.report.reasons()}')
+    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {" ".join([line.splits.report.reasons()+"."*bool(line.splits.report.remarks), *line.splits.report.remarks])}')
     secs = run_stages(line, todo, say)
     if secs: write_json(f, {**(read_json(f, dict) if f.exists() else {}), **{k:round(v, 1) for k,v in secs.items()}})
     return line
