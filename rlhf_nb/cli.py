@@ -69,7 +69,9 @@ class Line:
     def first(self):
         "The model that is to be fine-tuned"
         c = self.config
-        return mk_policy(c.model, self.tok, c.seed) if c.model.name=='scratch' else load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        m = mk_policy(c.model, self.tok, c.seed) if c.model.name=='scratch' else load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        check_sampling(m)
+        return m
     @cached_property
     def tok(self):
         "The reference's tokenizer, or the one it will have"
@@ -100,6 +102,8 @@ class Line:
     def check(self, todo):
         "What can be known before anything is trained, or written: the stages, the device, the data, the model"
         c,left = self.config,_left(self, todo)
+        name = str(self.run/'reference') if self.done('sft') else c.model.name
+        if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
         if not self.world or set(left)-{'judge','analyze'}:
             self.acc,self.splits,self.tok
             if set(left)&{'reward','evaluate','failures','frontier','last_token'}: self.held()
@@ -218,7 +222,7 @@ class Line:
         "The comparison"
         recs = self.records(unique_prompts(self.held())[:self.config.eval.n_prompts], train=unique_prompts(self.splits.train+self.splits.sft))
         f = self.run/'results'/'reward_model.json'
-        write_results(self.run, recs, summarise(recs, world_rates if self.world else None), seeds=[self.config.seed], split=self.config.eval.split,
+        write_results(self.run, recs, summarise(recs, world_rates if self.world else None), self.command, seeds=[self.config.seed], split=self.config.eval.split,
                       config=asdict(self.config), reward_model=read_json(f) if f.exists() else None)
 
     def judge(self):
@@ -228,8 +232,10 @@ class Line:
     def failures(self):
         "Failure modes: of the samples there are, and of prompts that provoke them"
         c,ood = self.config,unique_prompts(self.splits.ood or [])[:self.config.eval.n_prompts]
-        failures_run(self.run.path, self.models, self.tok, dict(ood=ood) if self.world else None, {c.eval.split:read_samples(self.run)}, self.held()[:c.eval.n_prompts],
-                     c.eval, c.data.max_prompt, c.data.max_response, c.seed, split=c.eval.split, command=self.command)
+        recs = read_samples(self.run); src = samples_source(self.run, recs)      # they may be of another file than the evaluation's
+        if src['name']=='ood': ood = []                                         # these are the prompts that are there already
+        failures_run(self.run.path, self.models, self.tok, dict(ood=ood) if self.world else None, {src['name']:recs}, self.held()[:c.eval.n_prompts],
+                     c.eval, c.data.max_prompt, c.data.max_response, c.seed, split=src['split'], source=src['text'], command=self.command)
 
     def analyze(self):
         "The report"
@@ -355,7 +361,7 @@ def seeds_table(
     rates = sorted({k for v in d.values() for k in v.get('rates', {})})
     fmt = lambda o: f"{o['mean']:.2f} [{o['lowest']:.2f}, {o['highest']:.2f}]" if o else ''
     rows = [['model',*(k.replace('_', ' ') for k in keys),*rates]]
-    rows += [[n,*(fmt(v.get(k)) for k in keys),*(fmt(v.get('rates', {}).get(k)) for k in rates)] for n,v in d.items()]
+    rows += [[md_inline(n),*(fmt(v.get(k)) for k in keys),*(fmt(v.get('rates', {}).get(k)) for k in rates)] for n,v in d.items()]
     return md_table(rows)
 
 # %% ../nbs/16_cli.ipynb #bc2ec4f4
@@ -395,7 +401,7 @@ def _run_all(a, c, todo, t0, command):
     else: runs = [Run(Path(a.out)/f'seed{s}', mk_config({**asdict(c), 'seed':s}), a.resume, save=False) for s in a.seeds]
     done = [_run_one(r, todo, command) for r in runs]
     if not all(l.done('evaluate') for l in done): return
-    sums = [read_json(l.run/'results'/'summary.json') for l in done]
+    sums = [read_results(l.run/'results'/'summary.json') for l in done]
     if a.seeds:
         d = over_seeds([s['models'] for s in sums])
         more = {k:[read_json(l.run/folders[k]) for l in done] for k in ('last_token','frontier','overoptimise') if all(l.done(k) for l in done)}
@@ -428,11 +434,11 @@ def publish(out, lines, to, command, n=100):
     "The results of a run, or of several seeds, and the first `n` prompts of the first seed, in a folder to be shown"
     shutil.copytree(Path(out)/'results', Path(to)/'results', dirs_exist_ok=True, ignore=shutil.ignore_patterns('judgements','samples.jsonl','config.yaml'))
     recs,dest = read_samples(lines[0].run),Path(to)/'output_samples'
-    total = len(groups(recs['reference']))
-    for k,rs in recs.items(): recs[k] = [r for g in list(groups(rs).values())[:n] for r in g]; write_json(dest/f'{k}_samples.json', recs[k])
-    c = lines[0].config
-    write_text(dest/'samples.md', samples_md(recs).replace('# Samples\n', f'# Samples\n\nSeed {c.seed}, of the seeds {", ".join(str(l.config.seed) for l in lines)}: the first {min(n, total)} of {total} prompts of the '
-               f'{c.eval.split} split ({c.data.name}), made by `{command}`.\n', 1))
+    src,total,c = samples_source(lines[0].run, recs),len(groups(recs['reference'])),lines[0].config
+    recs = {k:[r for g in list(groups(rs).values())[:n] for r in g] for k,rs in recs.items()}
+    write_samples(dest, recs, dict(split_source(src['split'], c.data.name), first=n, of=total) if src['split'] else None, command, seed=c.seed)
+    whose = f"{min(n, total)} of {total} prompts of the {md_inline(src['split'])} split ({md_inline(c.data.name)})" if src['split'] else f"{min(n, total)} of {src['md']}"
+    write_text(dest/'samples.md', samples_md(recs, about=f'Seed {c.seed}, of the seeds {", ".join(str(l.config.seed) for l in lines)}: the first {whose}, made by {md_code(command)}.'))
 
 def _run_one(run, todo, command=None):
     with only_writer(run.path): return _run_locked(run, todo, command)
@@ -455,11 +461,13 @@ def show_summary(s:dict)->str:
         out.append(f"Reward model ({rm['head']}): accuracy {a['accuracy']:.3f} [{a['low']:.3f}, {a['high']:.3f}] on {a['n']} held-out pairs; '{rm['rule']}' {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
                    +(f"; best possible {rm['bayes']['accuracy']:.3f}, share of it {rm['share_of_possible']:.2f}" if 'bayes' in rm else ''))
     out += ['', f"{s['split']} prompts, 95% intervals, one seed ({s['seeds'][0]})", '', summary_table(s['models'])]
+    few = too_few(s['models']['reference']['reward']['n'])
+    if few: out += ['', few]
     if all('rates' in v for v in s['models'].values()):
         rates = list(s['models']['reference']['rates'])
-        fmt = lambda d: f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]"
-        out += ['', '| model | '+' | '.join(f"{k} (n={s['models']['reference']['rates'][k]['n']})" for k in rates)+' |', '|'+'---|'*(len(rates)+1)]
-        out += [f'| {n} | '+' | '.join(fmt(v['rates'][k]) for k in rates)+' |' for n,v in s['models'].items()]
+        fmt = lambda d: f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]" if d else ''
+        out += ['', md_table([['model',*(f"{k} (n={s['models']['reference']['rates'][k]['n']})" for k in rates)],
+                              *([md_inline(n),*(fmt(v['rates'].get(k)) for k in rates)] for n,v in s['models'].items())])]
     return '\n'.join(out)+'\n'
 
 def cmd_train(a):
@@ -510,8 +518,8 @@ def _generate(a, line, o, dest):
     prompts = read_prompts(a.prompts) if a.prompts else unique_prompts(line.held())[:o.n_prompts]
     recs = line.records(list(dict.fromkeys(prompts)), o)
     for f in dest.glob('*_samples.json'): f.unlink()
-    for name,rs in recs.items(): write_json(dest/f'{name}_samples.json', rs)
-    write_text(dest/'samples.md', samples_md(recs))
+    source = file_source(a.prompts) if a.prompts else split_source(o.split, line.config.data.name)
+    write_samples(dest, recs, source, _command(a), seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
     print(samples_md(recs, 3)); print(f'{sum(map(len, recs.values()))} answers in {dest}')
 
 @contextmanager

@@ -563,6 +563,7 @@ def jackknife(
     groups:int=32 # Parts of the prompts, each left out once
 ): # Values and standard errors, (K,)
     "A number about a whole set of prompts, and its standard error from leaving out parts"
+    if B<2: v = f(torch.ones(B, dtype=torch.bool)); return v,torch.full_like(v, math.inf)     # one prompt says nothing about their spread
     order,g = torch.randperm(B, generator=generator(0, 'jackknife')),min(groups, B)
     parts = []
     for j in range(g):
@@ -572,10 +573,12 @@ def jackknife(
     return f(torch.ones(B, dtype=torch.bool)),((g-1)/g*((p-p.mean(0))**2).sum(0)).sqrt()
 
 def _p(d, se, df):
-    "Two-sided p of Student's t (Abramowitz & Stegun 26.7.8)"
-    if not se: return 1. if not d else 0.
+    "Two-sided p of Student's t (Abramowitz & Stegun 26.7.8); of a handful of prompts never below that of a sign-flip test, whatever the spread"
+    if not d or df<1 or not math.isfinite(se): return 1.
+    least = 2.**-df if df<fewest-1 or not se else 0.
+    if not se: return least
     t = d/se
-    return math.erfc(abs(t)*(1-1/(4*df))/math.sqrt(1+t*t/(2*df))/math.sqrt(2))
+    return max(least, math.erfc(abs(t)*(1-1/(4*df))/math.sqrt(1+t*t/(2*df))/math.sqrt(2)))
 
 # %% ../nbs/13_failures.ipynb #74e173e5
 def over_set(
@@ -695,6 +698,8 @@ def failure_analysis(
 )->dict: # sets, rates {set: {model: {failure: dict}}}, rows (all), shift, detectors, examples, about
     "All failure modes, of all models, on all prompt sets"
     rows,sets,examples = [],{},[]
+    samples = {s:by for s,by in samples.items() if any(by.values())}            # a set without a prompt: nothing to say
+    if not samples: raise ValueError('no answers to analyse: every set of prompts is empty')
     for s,by in samples.items():
         rs,flags,sets[s] = analyse_set(by)
         rows += [dict(set=s, mode=mode_of[r['metric']], **r, answers=sets[s]['answers']) for r in rs]
@@ -716,10 +721,8 @@ def failure_analysis(
 def fence(
     s:str # Any text
 )->str:
-    "`s` as a Markdown block in which nothing means anything"
-    s = ''.join(c if c in '\n\t' or unicodedata.category(c)!='Cc' else '\ufffd' for c in s.strip())
-    f = '`'*max(3, 1+max(map(len, re.findall('`+', s)), default=0))
-    return f'{f}text\n{s}\n{f}'
+    "`md_text` under its old name"
+    return md_text(s)
 
 def _f(v, sign=''): return f'{round(v, 2)+0.:{sign}.2f}'                  # no -0.00
 def _ci(v, lo, hi, sign=''): return f'{_f(v, sign)} [{_f(lo, sign)}, {_f(hi, sign)}]'
@@ -738,8 +741,8 @@ def _changes(d):
     for r in d['rows']:
         if r.get('p_holm', 1.)<.05: by.setdefault((_word(r),r['metric']), {}).setdefault(r['model'], []).append(r)
     for (w,k),ms in sorted(by.items(), key=lambda o: ['worse','less varied','better','more varied','higher','lower'].index(o[0][0])):
-        one = lambda r: f"{r['set']} {_ci(r['difference'], r['difference_low'], r['difference_high'], '+')} (n={r['n']}, p={r['p_holm']:.1g})"
-        yield f"- {w}: `{k}`: "+'; '.join(f"**{m}** {', '.join(map(one, rs))}" for m,rs in ms.items())
+        one = lambda r: f"{md_inline(r['set'])} {_ci(r['difference'], r['difference_low'], r['difference_high'], '+')} (n={r['n']}, p={r['p_holm']:.1g})"
+        yield f"- {w}: `{k}`: "+'; '.join(f"**{md_inline(m)}** {', '.join(map(one, rs))}" for m,rs in ms.items())
 
 limits = '''- `sycophantic`, `contrarian`, `complied`, `over_refusal` and `wrong` are read off the truth on prompts of the embedded world. On other prompts they are rules for English text: agreement, refusal and help are found by phrases, right answers by whole words among the first 60, so an answer that names a right and a wrong value counts as right. What a rule misses in one model it mostly misses in another: differences are safer than rates.
 - `repetitive`, `over_polite`, `garbled` and `runs_on` are rules everywhere. `long` is relative to this reference on this set, `never_stops` means the limit on new tokens of this evaluation.
@@ -753,10 +756,11 @@ def failures_md(
     "The failure report"
     models = list(dict.fromkeys(r['model'] for r in d['rows']))
     out = ['# Failure modes','',f'{d["tests"]} comparisons with the reference; 95% intervals, clustered by prompt; p adjusted by Holm over all of them.']
-    if d['about']: out += ['',', '.join(f'{k}: {v}' for k,v in d['about'].items() if v is not None)]
-    out += ['','| set | prompts | answers to each | long: more words than | most common opening |','|---|---|---|---|---|']
-    tops = lambda s: '; '.join(f"{m}: {_words_only(o['text'])} ({o['share']:.2f})" for m,o in s['openings'].items())
-    out += [f"| {k} | {s['prompts']} | {s['answers']} | {s['long']} | {tops(s)} |" for k,s in d['sets'].items()]
+    if d['about']: out += ['',', '.join(f'{md_inline(k)}: {md_inline(v)}' for k,v in d['about'].items() if v is not None)]
+    tops = lambda s: '; '.join(f"{md_inline(m)}: {_words_only(o['text'])} ({o['share']:.2f})" for m,o in s['openings'].items())
+    out += ['',md_table([['set','prompts','answers to each','long: more words than','most common opening'],*([md_inline(k),s['prompts'],s['answers'],s['long'],tops(s)] for k,s in d['sets'].items())])]
+    out += [f'\n{md_inline(k)}: {few}' for k,s in d['sets'].items() if (few := too_few(s['prompts']))]
+    if models==['reference']: out += ['','There is only the reference: nothing is compared with it.']
     out += ['','## What changed','','Differences from the reference with p < .05 after Holm; everything else is no shown difference.','',*(list(_changes(d)) or ['No difference from the reference survives the correction.'])]
     for s in dict.fromkeys(r['set'] for r in d['rows']):
         by = {}
@@ -765,16 +769,16 @@ def failures_md(
         never = [k for k,v in by.items() if k in failure_names and not any(r['value'] for r in v.values())]
         name = {**failure_names,**measures}
         n = lambda v: next(iter(v.values()))['n']
-        out += ['',f'## {s}','','Value with interval; difference from the reference with interval; * where p < .05 after Holm.','',md_table([['mode','','',*models,'n'],
+        out += ['',f'## {md_inline(s)}','','Value with interval; difference from the reference with interval; * where p < .05 after Holm.','',md_table([['mode','','',*map(md_inline, models),'n'],
             *([mode_of[k],f'`{k}`',name[k],*(_cell(v[m]) if m in v else '' for m in models),n(v)] for k,v in by.items() if k not in never)])]
         if never: out += ['','Never seen, in any model: '+', '.join(f'`{k}` (n={n(by[k])}; at most {max(r["high"] for r in by[k].values()):.3f})' for k in never)+'.']
     if d['shift']:
         at = {}
         for r in d['shift']:
             if r['base'] or r['ood']: at.setdefault(r['metric'], {})[r['model']] = r
-        f = lambda r: _ci(r['difference'], r['low'], r['high'], '+')+('*' if r['low']>0 or r['high']<0 else '') if r else '0'
+        f = lambda r: _ci(r['difference'], r['low'], r['high'], '+')+('*' if (r['low']>0 or r['high']<0) and min(r['n_base'], r['n'])>=fewest else '') if r else '0'
         out += ['',f'## Out of distribution: `ood` less `{d["base"]}`','','How much more often each model itself fails there; * where the interval excludes 0, without correction.','',
-                md_table([['',*models,'n'],*([f'`{k}`',*(f(v.get(m)) for m in models),'{n_base}, {n}'.format(**next(iter(v.values())))] for k,v in at.items())])]
+                md_table([['',*map(md_inline, models),'n'],*([f'`{k}`',*(f(v.get(m)) for m in models),'{n_base}, {n}'.format(**next(iter(v.values())))] for k,v in at.items())])]
     if d['detectors']:
         f = lambda c: '' if c is None else f"{_ci(c['mean'], c['low'], c['high'])} (n={c['n']})"
         out += ['','## The rules against the truth of the world','','On these very answers, averaged by prompt.','',
@@ -782,7 +786,7 @@ def failures_md(
     return '\n'.join([*out,'','## Limits','',limits,'','Examples: [examples.md](examples.md).',''])
 
 # %% ../nbs/13_failures.ipynb #06295973
-def _words_only(s): return re.sub(r'[^\w\' ]', '', s) or '(none)'
+def _words_only(s): return md_inline(re.sub(r'[^\w\' ]', '', s)) or '(none)'
 
 def examples_md(
     d:dict # From `failure_analysis`
@@ -794,7 +798,7 @@ def examples_md(
         if es: out += ['',f'## {k}: {failure_names[k]}']
         for e in es:
             worth = ', '.join(f"{n} {e[o]:.2f}" for o,n in (('reward','reward'),('gold_reward','gold'),('kl','KL')) if o in e)
-            out += ['',f"**{e['model']}**, {e['set']}"+(f' ({worth})' if worth else ''),'',fence(e['prompt'][-1500:]),'',fence(e['response']),'','The reference:','',fence(e['reference'])]
+            out += ['',f"**{md_inline(e['model'])}**, {md_inline(e['set'])}"+(f' ({worth})' if worth else ''),'',fence(e['prompt'][-1500:]),'',fence(e['response']),'','The reference:','',fence(e['reference'])]
     return '\n'.join(out)+'\n'
 
 # %% ../nbs/13_failures.ipynb #b0d5f6a0
@@ -843,12 +847,12 @@ def failures_run(
     max_prompt:int=256,
     max_response:int=128,
     seed:int=0,
-    **about             # More to name in the report: command, split
+    **about             # More to name in the report: command, split, source (whose prompts the samples answer)
 )->dict: # From `failure_analysis`
     "Sample what is missing, measure, write `results/failure_analysis/` with the new answers in `samples.jsonl`"
     if 'reference' not in models: raise ValueError(f"failures are differences from the reference; the models are {', '.join(models) or 'none'}")
     if prompts is None: prompts = {k:[p['prompt'] for p in v] for k,v in failure_prompts().items()}
-    new = {k:sample_texts(models, ps, tok, o, max_prompt, seed) for k,ps in prompts.items()}
+    new = {k:sample_texts(models, ps, tok, o, max_prompt, seed) for k,ps in prompts.items() if ps}
     rows = [dict(prompt=r['prompt'], response=r.get('response', r.get('chosen'))) for r in held or ()]
     ppl = perplexity(models, tokenize_sft(rows, tok, max_prompt, max_response)) if rows else ()
     d = failure_analysis({**(samples or {}), **new}, ppl, dict(seed=seed, **about))

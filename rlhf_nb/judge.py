@@ -655,7 +655,7 @@ def audit_table(
     "Audits as a Markdown table"
     cols = dict(accuracy='accuracy', flips='flips', longer='points of the longer (.50: no preference)', injection='turned by injection', slot_bias='second slot')
     rows = [['judge',*cols.values(),'p of the slot','failed','pairs']]
-    rows += [[k,*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']),str(v['failed']),str(v['n'])] for k,v in d.items()]
+    rows += [[md_inline(k),*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']),str(v['failed']),str(v['n'])] for k,v in d.items()]
     return md_table(rows)
 
 # %% ../nbs/12_judge.ipynb #f7511be0
@@ -666,7 +666,7 @@ def judge_table(
     "Win rates by one judge as a Markdown table"
     rows = [['model','win rate [95%]','wins / ties / losses','p','p, Holm','','prompts','failed','detectable from']]
     for k,w in d.items():
-        rows.append([k,*((_f(w),f"{w['wins']} / {w['ties']} / {w['losses']}",_p(w['p']),_p(w['p_holm']),WinRate(w).verdict) if w['n'] else ('–',)*4+('not judged',)),
+        rows.append([md_inline(k),*((_f(w),f"{w['wins']} / {w['ties']} / {w['losses']}",_p(w['p']),_p(w['p_holm']),WinRate(w).verdict) if w['n'] else ('–',)*4+('not judged',)),
                      str(w['n']),str(w['failed']),f"±{w['mdd']:.2f}" if w['n'] else '–'])
     return md_table(rows)
 
@@ -677,7 +677,7 @@ def order_table(
     n = sum(w['wins']+w['ties']+w['losses'] for w in d.values() if w['n'])
     if not any(w['flips'] and w['flips']['mean'] for w in d.values()): return f'No flip in {n} pairs.'
     rows = [['model','flips [95%]','second slot [95%]','p of the slot','decided verdicts','same text']]
-    return md_table(rows+[[k,_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
+    return md_table(rows+[[md_inline(k),_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
 
 def length_table(d:dict)->str:
     "The same at equal length"
@@ -685,37 +685,38 @@ def length_table(d:dict)->str:
     for k,w in d.items():
         c = w['length_controlled']
         slope = dict(mean=c.get('slope'), low=c.get('slope_low'), high=c.get('slope_high'))
-        rows.append([k,_f(w),c['refused'] if 'refused' in c else _f(c),_f(slope),_f(w['longer'], 1)])
+        rows.append([md_inline(k),_f(w),c['refused'] if 'refused' in c else _f(c),_f(slope),_f(w['longer'], 1)])
     return md_table(rows)
 
 def win_rates_md(
     rates:dict,     # {judge: {model: dict}}
     agree:dict,     # {'x and y': {model or 'all': from `agreement`}}
     audits:dict,    # {judge: from `audit`}
-    source:str='',  # Where the samples come from
+    source:str='',  # Where the samples come from, in Markdown
     command:str=''  # What makes this file
 )->str:
     "The report: only what the numbers say"
     first = next(iter(next(iter(rates.values())).values()))
-    out = ['# Win rates', '', f"Against '{first['against']}'; {source}. Made by `{command}`.", '',
+    against = md_inline(first['against'])
+    out = ['# Win rates', '', f"Against '{against}'; {source}. Made by {md_code(command)}.", '',
            'Every pair is judged in both orders; where the two verdicts differ, the pair counts as a tie and as a flip. Win rate: wins and half of the ties, with its 95% interval, clustered by '
            'prompt. p: test against one half; Holm: corrected for the number of models. Second slot: share of the decided verdicts that went to the answer shown second (.50: no preference). '
            'Detectable from: the distance from .50 that would be found with 80% power. Pairs without a verdict are left out and counted.']
     for name,d in rates.items():
-        out += ['', f'## Judge: {name}', '']
+        out += ['', f'## Judge: {md_inline(name)}', '']
         a = next(iter(d.values())).get('judge')
         if a:
             cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
-            out += [f"{a['model']} at {a['server']}, {a['date']}, prompt {a['prompt']}, temperature {a['params']['temperature'] if a['params']['temperature'] is not None else 'of the server'}. "
+            out += [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, temperature {a['params']['temperature'] if a['params']['temperature'] is not None else 'of the server'}. "
                     f"{a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens billed ({cost}), {a['possibly_billed']} more possibly billed; {a['cut']} questions were cut to fit.", '']
         if any('partial' in w for w in d.values()):
             why = Counter()
             for w in d.values(): why.update(w.get('reasons', {}))
-            out += [f"**Partial: {sum(w['failed'] for w in d.values())} pairs have no verdict** ({'; '.join(f'{k}: {v}' for k,v in why.most_common(4))}). Do not quote these numbers.", '']
+            out += [f"**Partial: {sum(w['failed'] for w in d.values())} pairs have no verdict** ({'; '.join(f'{md_inline(k)}: {v}' for k,v in why.most_common(4))}). Do not quote these numbers.", '']
         out += [judge_table(d), '', 'Order:', '', order_table(d), '', 'At equal length:', '', length_table(d)]
     if agree:
         rows = [['','models','agreement [95%]','kappa [95%]','opposite','verdicts']]
-        rows += [[k,m,_f(v['agree']),_f(v),'–' if v['opposite'] is None else f"{v['opposite']:.2f}",str(v['n'])] for k,o in agree.items() for m,v in o.items()]
+        rows += [[md_inline(k),md_inline(m),_f(v['agree']),_f(v),'–' if v['opposite'] is None else f"{v['opposite']:.2f}",str(v['n'])] for k,o in agree.items() for m,v in o.items()]
         out += ['', '## Agreement', '', 'Cohen\'s kappa: agreement beyond chance. Opposite: one says a, the other b.', '', md_table(rows)]
     if audits: out += ['', '## Audit on pairs with known answers', '', audit_table(audits)]
     return '\n'.join(out)+'\n'
@@ -755,6 +756,7 @@ def judge_run(
         extra = audit_pairs() if audited else []
         return {k:j.estimate(pairs+extra) if isinstance(j, LLMJudge) else dict(pairs=len(pairs), requests=0, cost=0.) for k,j in judges.items()}
     sha,rates,audits,errors = _samples_hash(records),{},{},[]
+    about = samples_source(folder, records)
     old = read_json(res/'win_rates.json') if (res/'win_rates.json').exists() else {}
     fresh = lambda d: isinstance(d, dict) and d and all(isinstance(w, dict) and w.get('samples')==sha and w.get('against')==against for w in d.values())
     rates.update({k:d for k,d in old.items() if fresh(d) and at(k).exists()})
@@ -768,7 +770,7 @@ def judge_run(
         hint = f'. What was judged is kept in {j.journal.path}: the same command asks only for the rest' if isinstance(j, LLMJudge) else ''
         try: _check_failures(rows, rates[name], most_failed, hint)
         except JudgeError as e: errors.append(e)
-        for w in rates[name].values(): w.update(samples=sha, **({'judge':j.about()} if isinstance(j, LLMJudge) else {}))
+        for w in rates[name].values(): w.update(samples=sha, prompts=about['text'], split=about['split'], **({'judge':j.about()} if isinstance(j, LLMJudge) else {}))
     if not rates: raise errors[0]
     agree = _agreements({k:read_rows(at(k)) for k in rates})
     votes = votes or (folder/'votes.jsonl' if (folder/'votes.jsonl').exists() else None)
@@ -798,10 +800,6 @@ def _agreements(rows):
     return out
 
 def _source(folder, records):
-    "Where the samples come from, in words"
-    rs = next(iter(records.values()))
-    n = len({r['prompt'] for r in rs})
-    what = f'{n} prompts, {len(rs)//n} sample{"s" if len(rs)>n else ""} each'
-    if not (Path(folder)/'config.yaml').exists(): return what+', from a folder of samples: split and seed unknown'
-    c = Run(folder).config
-    return f'{what}, {c.eval.split} split of {c.data.name}, one training seed ({c.seed})'
+    "Where the samples come from, in Markdown, and what so few of them can show"
+    few = too_few(len({r['prompt'] for r in next(iter(records.values()))}))
+    return '; '.join([samples_source(folder, records)['md'],*partly(records),*([few.removesuffix('.')] if few else [])])
