@@ -411,6 +411,9 @@ def _run_all(a, c, todo, t0, command):
         print('\n'+(Path(a.out)/'results'/'seeds.md').read_text())
         if all(l.done('analyze') for l in done): seeds_report(a.out, done, command)
     else: print('\n'+show_summary(sums[0]))
+    for s in sums:
+        seed = f" (seed {s['seeds'][0]})" if a.seeds else ''
+        if s.get('read_first'): print(f"Read this first{seed}: {' '.join(s['read_first'])}\n")
     u = os.times()
     print(f'{time.perf_counter()-t0:.0f} s in all, {u.user+u.system+u.children_user+u.children_system:.0f} CPU-seconds. Everything is in {a.out}')
     if a.publish: publish(a.out, done, a.publish, command)

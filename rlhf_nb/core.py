@@ -566,8 +566,13 @@ def write_text(path, s:str):
     with replacing(path) as tmp: tmp.write_text(s, encoding='utf-8')
 
 def write_json(path, o):
-    "Write `o` as JSON to `path` at once"
-    write_text(path, json.dumps(o, ensure_ascii=False, indent=1)+'\n')
+    "Write `o` as JSON to `path` at once; NaN and infinities, which JSON does not have, become null"
+    write_text(path, json.dumps(_strict(o), ensure_ascii=False, indent=1)+'\n')
+
+def _strict(o):
+    if isinstance(o, dict): return {k:_strict(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)): return [_strict(v) for v in o]
+    return None if isinstance(o, float) and not math.isfinite(o) else o
 
 def read_json(
     path,
