@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 def shown(body):
     "Dialogue, first and second answer, and the check code of a question"
-    m = body["messages"][1]["content"]
+    m = body["messages"][-1]["content"]
     check = m.rsplit(" ", 1)[1][:-1]
     return *(re.search(f"<{k} {check}>\n(.*)\n</{k} {check}>", m, re.S)[1] for k in ("dialogue", "first", "second")), check
 

@@ -10,9 +10,10 @@ __all__ = ['stage_order', 'guide', 'panels', 'palette', 'markers', 'faults', 'fo
            'failure_data', 'plot_failures', 'read_runs', 'claim', 'training_summary', 'caveats', 'mk_report', 'analyze']
 
 # %% ../nbs/14_analysis.ipynb #f82cbd7a
-import html,io,json,math,time
+import html,io,json,math,re,time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np,pandas as pd,seaborn as sns
 from PIL import Image
@@ -39,6 +40,8 @@ def _checked(path):
     for i,r in enumerate(rows):
         if not isinstance(r, dict) or 'update' not in r:
             raise ValueError(f'{path}, line {i+1}: not a metrics row: expected an object with the key `update`, got {json.dumps(r)[:80]}')
+        if type(r['update']) is not int or r['update']<0: raise ValueError(f'{path}, line {i+1}: `update` must be a whole number, got {json.dumps(r["update"])[:80]}')
+        if (k := next((k for k,v in r.items() if isinstance(v, (list,dict))), None)): raise ValueError(f'{path}, line {i+1}: `{k}` must be a number, got {json.dumps(r[k])[:80]}')
     return rows
 
 # %% ../nbs/14_analysis.ipynb #fccdfc10
@@ -139,6 +142,15 @@ def _axes(n, cols=3, height=1.5, width=6., **kw):
         ax.tick_params(labelsize=6); ax.spines[['top','right']].set_visible(False)
     return fig,axs[:n]
 
+def _name(m): return m.upper() if m in ('ppo','grpo','dpo') else m
+def _md(m): return md_inline(_name(str(m)))
+
+def _drawn(s):
+    "A name in a picture: dollars are no formula, and nothing is hidden from the legend"
+    return re.sub('^_', ' _', visible(s)).replace('$', r'\$')
+
+def _end_of(x): return x if math.isfinite(x) else math.nan    # of an interval without an end nothing is drawn
+
 def _label(ax, title='', x='', y='', legend=True):
     ax.set_title(title, fontsize=7); ax.set_xlabel(x, fontsize=6); ax.set_ylabel(y, fontsize=6)
     if legend and ax.get_legend_handles_labels()[0]: ax.legend(fontsize=5.5, frameon=False)
@@ -162,7 +174,7 @@ def plot_training(
             ax.fill_between(d['update'], d.low, d.high, color=c, alpha=.2, lw=0)
         _label(ax, ' and '.join(g).replace('_', ' '))
     band = f'{len(runs)} seeds, band: lowest to highest' if len(runs)>1 else 'one run, band: 95% of the moving average'
-    fig.suptitle(f'{stage}: {band}', fontsize=7)
+    fig.suptitle(f'{_drawn(stage)}: {band}', fontsize=7)
     ends = [(k,d['mean'].iloc[0],d['mean'].iloc[-1]) for k,d in df.groupby('key', sort=False)]
     fig.alt = f"{stage}, {int(df['update'].max())+1} updates, {band}. "+'; '.join(f'{k} from {_num(a)} to {_num(b)}' for k,a,b in ends)+'.'
     return fig,df
@@ -174,10 +186,11 @@ def save_plot(
     alt=None # Text for those who do not see the picture (None: the figure's own)
 )->str:    # Markdown of the picture, relative to its folder
     "Save the picture as PNG and its data as CSV; the alt text goes into both the PNG and the Markdown"
-    (fig,df),path = plot,Path(path); alt = alt or fig.alt
+    (fig,df),path = plot,Path(path); alt = visible(alt or fig.alt).replace('\n', ' ')
     with replacing(path.with_suffix('.png')) as tmp: fig.savefig(tmp, format='png', dpi=150, metadata=dict(Description=alt))
     write_text(path.with_suffix('.csv'), df.to_csv(index=False, float_format='%.6g'))
-    return f"![{alt.replace('[','(').replace(']',')')}]({path.with_suffix('.png').name})"
+    plain = re.sub(r'[\\`*<>&|~$@!]|(?<!\w)_|_(?!\w)', lambda m: f'&#{ord(m[0])};', alt.replace('[','(').replace(']',')'))     # names are other people's text
+    return f"![{plain}]({quote(path.with_suffix('.png').name)})"
 
 # %% ../nbs/14_analysis.ipynb #8d52973e
 def live(
@@ -455,7 +468,7 @@ def costs_table(
     "The same as a Markdown table"
     f = lambda x,u='': '—' if x!=x else f'{x:,.0f}{u}' if abs(x)>=100 else f'{x:.3g}{u}'
     head = ['stage','runs','updates','seconds','of them sampling','scoring','training','tokens trained on','tokens per second','sampled per second of sampling','peak memory']
-    return md_table([head]+[[r.stage,r.runs,f(r.updates),f(r.seconds),f(r.sample_seconds),f(r.score_seconds),f(r.train_seconds),f(r.tokens),f(r.tokens_per_second),
+    return md_table([head]+[[md_inline(r.stage),r.runs,f(r.updates),f(r.seconds),f(r.sample_seconds),f(r.score_seconds),f(r.train_seconds),f(r.tokens),f(r.tokens_per_second),
                            f(r.sampled_per_second),f(r.peak_memory/2**20, ' MiB')] for r in df.itertuples()])
 
 def plot_costs(
@@ -521,7 +534,8 @@ def plot_frontier(
         for name,k in d[d.kind=='training'].groupby('name', sort=False): ax.plot(k.kl, k.value, lw=.7, color=_look(name)[0], alpha=.7, label=f'{name.upper()} in training')
         for i,r in enumerate(d[d.kind=='method'].itertuples()):
             c,m = _look(r.name, i)
-            ax.errorbar(r.kl, r.value, [[r.value-r.low],[r.high-r.value]], [[r.kl-r.kl_low],[r.kl_high-r.kl]], color=c, marker=m, ms=4, lw=1, ls='', label=r.name.upper() if r.name in palette and r.name!='reference' else r.name)
+            bars = [[[_end_of(max(0., a-b))],[_end_of(max(0., z-a))]] for a,b,z in ((r.value,r.low,r.high),(r.kl,r.kl_low,r.kl_high))]
+            ax.errorbar(r.kl, r.value, *bars, color=c, marker=m, ms=4, lw=1, ls='', label=_drawn(_name(r.name)))
         _label(ax, d.metric.iloc[0], 'KL(policy ‖ reference), nats per response', legend=False)
     names = {l:h for ax in axs for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(names.values(), names, fontsize=5.5, frameon=False, loc='outside right center')
@@ -581,18 +595,17 @@ def plot_win_rates(
     df = pd.DataFrame(rows).rename(columns=dict(mean='rate'))
     fig,(ax,) = _axes(1, height=min(2.6, .6+.25*len(df)), width=5.)
     ys = list(range(len(df)))[::-1]; _ranges(ax, ys, df.rename(columns=dict(rate='mean')), df.model, .5)
-    ax.axvline(.5, color='k', lw=.6, ls=':'); ax.set_yticks(ys, [f'{_name(r.model)}, judge {r.judge}' for r in df.itertuples()]); ax.set_xlim(0, 1)
+    ax.axvline(.5, color='k', lw=.6, ls=':'); ax.set_yticks(ys, [_drawn(f'{_name(r.model)}, judge {r.judge}') for r in df.itertuples()]); ax.set_xlim(0, 1)
     what = f'lowest to highest of {df.runs.max()} seeds' if df.runs.max()>1 else '95% intervals'
     _label(ax, f'win rate against the reference, {what}', f'n = {df.n.iloc[0]} prompts; hollow: the interval holds 1/2')
     fig.alt = 'Win rates against the reference. '+'; '.join(f'{r.model} by {r.judge}: {r.rate:.2f} ({r.low:.2f} to {r.high:.2f})' for r in df.itertuples())+'.'
     return fig,df
 
-def _name(m): return m.upper() if m in ('ppo','grpo','dpo') else m
 def _ranges(ax, ys, df, names, null=None):
     "Points with intervals, one a line"
     for i,(y,r,n) in enumerate(zip(ys, df.itertuples(), names)):
         c,m = _look(n, i); open_ = null is not None and r.low<=null<=r.high
-        ax.errorbar(r.mean, y, xerr=[[max(0., r.mean-r.low)],[max(0., r.high-r.mean)]], color=c, marker=m, ms=4, lw=1, ls='', mfc='w' if open_ else c)
+        ax.errorbar(r.mean, y, xerr=[[_end_of(max(0., r.mean-r.low))],[_end_of(max(0., r.high-r.mean))]], color=c, marker=m, ms=4, lw=1, ls='', mfc='w' if open_ else c)
 
 def flatten_rates(
     d,        # Nested dictionaries with rates (`mean` or `rate`, `low`, `high`, `n`) as leaves
@@ -607,8 +620,10 @@ def failure_data(
     failures, # `failures.json` of one run, or a list of them
 )->pd.DataFrame: # failure, model, mean, low, high, n, runs
     "The rates of all failures by model, without the differences from the reference"
-    runs = [{r['path']:r for r in flatten_rates(f.get('rates', f))} for f in (failures if isinstance(failures, list) else [failures])]
+    failures = failures if isinstance(failures, list) else [failures]
+    runs = [{r['path']:r for r in flatten_rates(f.get('rates', f))} for f in failures]
     known,rows = {'reference','ppo','grpo','dpo'},[]
+    if all('rates' in f and 'sets' in f for f in failures): known |= {m for f in failures for by in f['rates'].values() for m in by}      # our own file: {set: {model: ...}}
     for path in runs[0]:
         model = next((p for p in path if p in known), None)
         if model is None or any(p in ('difference','diff','against_reference') for p in path): continue
@@ -629,8 +644,8 @@ def plot_failures(
     for i,f in enumerate(top):
         d = df[df.failure==f]
         _ranges(ax, [len(top)-1-i+.3-.6*names.index(m)/max(1, len(names)-1) for m in d.model], d, d.model)
-    for m in names: ax.plot([], [], color=_look(m)[0], marker=_look(m)[1], ms=4, ls='', label=_name(m))
-    ax.set_yticks(range(len(top))[::-1], [str(t)[:48].replace('_', ' ') for t in top]); ax.set_xlim(-.02, min(1.02, df[df.failure.isin(top)].high.max()*1.1)); ax.set_ylim(-.6, len(top)-.4)
+    for m in names: ax.plot([], [], color=_look(m)[0], marker=_look(m)[1], ms=4, ls='', label=_drawn(_name(m)))
+    ax.set_yticks(range(len(top))[::-1], [_drawn(str(t)[:48].replace('_', ' ')) for t in top]); ax.set_xlim(-.02, min(1.02, df[df.failure.isin(top)].high.max()*1.1)); ax.set_ylim(-.6, len(top)-.4)
     what = f'lowest to highest of {df.runs.max()} seeds' if df.runs.max()>1 else '95% intervals'
     _label(ax, f'share of answers that fail, {what}', legend=False); fig.legend(fontsize=5.5, frameon=False, loc='outside right center')
     fig.alt = 'Failure rates. '+'; '.join(f'{r.failure}: {r.model} {r.mean:.2f} ({r.low:.2f} to {r.high:.2f})' for r in df[df.failure.isin(top)].itertuples())+'.'
@@ -650,7 +665,7 @@ def read_runs(
     seeds = sorted((p for p in folder.glob('seed*') if p.is_dir()), key=lambda p: (len(p.name),p.name))
     over = _get(out['problems'], folder/'results'/'seeds.json', ('runs','seeds')) or {}
     out['command'] = over.get('command')
-    if seeds: out['runs'] = {p.name[4:]:_read_run(p, out['problems']) for p in seeds}
+    if seeds: out['runs'] = {md_inline(p.name[4:]):_read_run(p, out['problems']) for p in seeds}
     elif over:
         lists = {k:over[k] for k in ('frontier','overoptimise','reward_model','last_token') if k in over}
         more = _get(out['problems'], folder/parts['summary']) or {}; more = more if isinstance(more, dict) and more.get('seeds') else {}
@@ -658,20 +673,23 @@ def read_runs(
         out['runs'] = {str(s):dict(summary=dict(models=m, split=over.get('split'), comparisons=more.get('comparisons', {}).get(str(s))), **{k:v[i] for k,v in lists.items()}, **at(str(s)))
                        for i,(s,m) in enumerate(zip(over['seeds'], over['runs']))}
     else: out['runs'] = {'':_read_run(folder, out['problems'])}
-    out['runs'] = {(str((r.get('summary') or {}).get('seeds', [''])[0]) if s=='' else s):r for s,r in out['runs'].items() if r}
+    seed = lambda r: next(iter(o), '') if isinstance(o := (r.get('summary') or {}).get('seeds'), list) else ''
+    out['runs'] = {(md_inline(seed(r)) if s=='' else s):r for s,r in out['runs'].items() if r}
     if not out['runs']:
         why = ''.join(f'\n- {p}' for p in out['problems'])
         raise ValueError(f'{folder}: nothing to analyse: expected logs/*.jsonl, output_samples/*_samples.json or results/*.json, in it or in its seed*/ folders{why}')
     for r in out['runs'].values(): _tidy(r)
-    out['split'] = next((r['summary']['split'] for r in out['runs'].values() if r.get('summary', {}).get('split')), None)
+    out['split'] = next((str(r['summary']['split']) for r in out['runs'].values() if r.get('summary', {}).get('split')), None)
+    out['source'] = next((r['summary'].pop('source_md') for r in out['runs'].values() if 'source_md' in r.get('summary', {})), None)
     return out
 
-def _get(problems, path, keys=()):
+def _get(problems, path, keys=(), kind=None):
     "A JSON file with these keys; None where it is not there, and a problem where it is not one of ours"
     if not path.exists(): return None
     try:
-        d = read_json(path)
+        d = read_results(path)
         if not d: raise ValueError(f'{path}: empty')
+        if kind and not isinstance(d, kind): raise ValueError(f"{path}: not a file of this kind of run: expected {'a list' if kind is list else 'an object'}")
         if keys and not isinstance(d, dict): raise ValueError(f'{path}: not a file of this kind of run: expected an object with {", ".join(map(repr, keys))}')
         if (miss := [k for k in keys if k not in d]): raise ValueError(f"{path}: not a file of this kind of run: no key {', '.join(map(repr, miss))}")
         return d
@@ -684,7 +702,12 @@ def _ours(path):
 
 def _read_run(folder, problems):
     need = dict(summary=('training',) if _ours(folder/parts['summary']) else ('models',), frontier=('best_of_n',), reward_model=('accuracy',))
-    run = {k:_get(problems, folder/f, need.get(k, ())) for k,f in parts.items()}
+    run = {k:_get(problems, folder/f, need.get(k, ()), list if k=='overoptimise' else dict) for k,f in parts.items()}
+    for k,at in (('summary',('models',)),('win_rates',()),('failures',('rates',))):     # entries that are objects themselves
+        d = run[k]
+        for o in at: d = d.get(o, {}) if isinstance(d, dict) else d
+        if run[k] is not None and not (isinstance(d, dict) and all(isinstance(v, dict) for v in d.values())):
+            problems.append(f"{folder/parts[k]}: not a file of this kind of run: expected an object for each {'prompt set' if k=='failures' else 'model'}"); run[k] = None
     logs = {}
     for f in sorted((folder/'logs').glob('*.jsonl')):
         try: logs[f.stem] = _checked(f)
@@ -693,21 +716,21 @@ def _read_run(folder, problems):
     run['logs'] = {s:logs[s] for s in [*(s for s in stage_order if s in logs),*(s for s in logs if s not in stage_order)]}
     if run['summary'] and run['summary'].get('from_samples'): run['summary'] = None          # what we wrote ourselves; the samples may have changed
     if run['summary'] is None and any((folder/'output_samples').glob('*_samples.json')):
-        try: run['summary'] = _from_samples(read_samples(folder))
+        try: recs = read_samples(folder); run['summary'] = _from_samples(recs, samples_source(folder, recs)); problems += partly(recs)
         except (ValueError,OSError) as e: problems.append(str(e))
     return {k:v for k,v in run.items() if v}
 
-def _from_samples(recs): return dict(models=summarise(recs), comparisons=compare(recs), from_samples=True)
+def _from_samples(recs, src): return dict(models=summarise(recs), comparisons=compare(recs), from_samples=True, split=src['split'], source=src['text'], source_md=src['md'])
 
 def _tidy(run):
     "Models without other entries, comparisons and judges where one expects them"
     s = run.get('summary')
     if not s: return
     if 'models' not in s: return run.pop('summary')
-    s['comparisons'] = s.get('comparisons') or []
+    s['comparisons'] = [c for c in s.get('comparisons') or [] if isinstance(c, dict) and {'metric','a','b'}<=set(c)]
     s['models'] = {k:v for k,v in s['models'].items() if isinstance(v, dict) and 'reward' in v}
     if 'win_rates' not in run:
-        w = {k:v['win_rate'] for k,v in s['models'].items() if 'win_rate' in v}
+        w = {k:v['win_rate'] for k,v in s['models'].items() if isinstance(v.get('win_rate'), dict)}
         if w: run['win_rates'] = w
 
 # %% ../nbs/14_analysis.ipynb #6874c405
@@ -716,7 +739,8 @@ def claim(
     null=.5
 )->str:
     "`better`, `worse` or `no difference shown`, and in how many runs"
-    up,down,n = sum(d['low']>null for d in intervals),sum(d['high']<null for d in intervals),len(intervals)
+    sure = [(d.get('p') or 0.)<=.05 for d in intervals]       # of a handful of prompts the interval alone promises too much
+    up,down,n = sum(d['low']>null and o for d,o in zip(intervals, sure)),sum(d['high']<null and o for d,o in zip(intervals, sure)),len(intervals)
     if n==1: return 'better' if up else 'worse' if down else 'no difference shown'
     if up==n or down==n: return f"{'better' if up else 'worse'} in each of {n} seeds"
     return 'no difference shown'+(f' in all seeds: better in {up}, worse in {down} of {n}' if up or down else f' in any of {n} seeds')
@@ -749,11 +773,11 @@ def _models(runs):
     rows = [['model',*cols.values(),'n (prompts)']]
     for name in names:
         have = [m[name] for m in ms.values() if name in m]
-        rows.append([_name(name),*(_iv(_pool([h[k] for h in have if k in h])) if any(k in h for h in have) else '' for k in cols),have[0]['reward']['n']])
+        rows.append([_md(name),*(_iv(_pool([h[k] for h in have if k in h])) if any(k in h for h in have) else '' for k in cols),have[0]['reward']['n']])
     out = [f'{what[0].upper()+what[1:]}; n = {", ".join(map(str, sorted(n)))} prompts a model and run.','',md_table(rows),'']
     for name in names:
         w = _each(ms, name, 'win_rate')
-        if w: out.append(f"- **{_name(name)}** against the reference, by {next(iter(w.values())).get('by', 'reward').replace('_', ' ')}: **{claim(list(w.values()))}**; win rate "+
+        if w: out.append(f"- **{_md(name)}** against the reference, by {md_inline(next(iter(w.values())).get('by', 'reward').replace('_', ' '))}: **{claim(list(w.values()))}**; win rate "+
                          (', '.join(f'{_iv(d)} (seed {s})' for s,d in w.items()) if several else _iv(next(iter(w.values()))))+'.')
     return out
 
@@ -769,7 +793,7 @@ def _between(runs):
     for (m,a,b),v in pairs.items():
         ds = [dict(d, low=min(d['low'], 0.), high=max(d['high'], 0.)) if d.get('p_holm', 0.)>=.05 else d for _,d in v]
         c = claim(ds, 0.)
-        rows.append([m.replace('_', ' '),_name(a),_name(b),_iv(_pool([d for _,d in v])),', '.join(_p(d['p_holm']) for _,d in v if 'p_holm' in d),v[0][1]['n'],c.replace('better', f'{_name(a)} higher').replace('worse', f'{_name(b)} higher')])
+        rows.append([md_inline(m.replace('_', ' ')),_md(a),_md(b),_iv(_pool([d for _,d in v])),', '.join(_p(d['p_holm']) for _,d in v if 'p_holm' in d),v[0][1]['n'],re.sub('better|worse', lambda o: f"{_md(a if o[0]=='better' else b)} higher", c)])
     return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons (Holm), is below .05.','',md_table(rows)]
 
 def _judges(runs):
@@ -784,12 +808,31 @@ def _judges(runs):
         for m in dict.fromkeys(m for w in ws.values() for m in w.get(j, {})):
             ds = [w[j][m] for w in ws.values() if m in w.get(j, {})]
             say[j,m] = claim(ds)
-            rows.append([j,_name(m),_iv(_pool(ds)),ds[0].get('n'),say[j,m],*(_cells([d.get(e) for d in ds]) for e in extra)])
+            rows.append([md_inline(j),_md(m),_iv(_pool(ds)),ds[0].get('n'),say[j,m],*(_cells([d.get(e) for d in ds]) for e in extra)])
     for j in names:
         if j!='gold' and 'gold' in names:
-            off = [_name(m) for (k,m),v in say.items() if k==j and ('gold',m) in say and v.split(' ')[0]!=say['gold',m].split(' ')[0]]
-            out.append(f"- Judge *{j}* {'says the same as gold of every model' if not off else 'disagrees with gold about '+', '.join(off)}.")
-    return [md_table(rows),'',*out]
+            off = [_md(m) for (k,m),v in say.items() if k==j and ('gold',m) in say and v.split(' ')[0]!=say['gold',m].split(' ')[0]]
+            out.append(f"- Judge *{md_inline(j)}* {'says the same as gold of every model' if not off else 'disagrees with gold about '+', '.join(off)}.")
+    return [md_table(rows),'',*out,*_other_prompts(runs)]
+
+def _other_prompts(runs):
+    "A line for each judge whose verdicts are of other prompts than the summary's, or of prompts that nobody can name"
+    out = []
+    for s,r in runs.items():
+        sm,names = r.get('summary', {}),{}
+        for j,w in by_judge(r.get('win_rates', {})).items():
+            ds = [d for d in w.values() if d.get('rate') is not None]
+            if not ds or all(d is sm.get('models', {}).get(m, {}).get('win_rate') for m,d in w.items()): continue        # the summary's own
+            if any('prompts' in d for d in ds): said = next((d.get('prompts') for d in ds if d.get('split')!=sm.get('split') or not d.get('split')), None)
+            else: said = None if all(_same_answers(sm, m, d) for m,d in w.items()) else 'unknown prompts (the report on it is of an older version)'
+            if said and said!=sm.get('source'): names.setdefault(said, []).append(md_inline(j))
+        out += [f"- {f'Seed {s}: j' if len(runs)>1 else 'J'}udged by {', '.join(js)}: {md_inline(p)}, not the prompts of the other tables." for p,js in names.items()]
+    return out
+
+def _same_answers(summary, model, d):
+    "Is the difference in length that a judge's report names the one that the comparison found?"
+    k,there = (d.get('longer') or {}).get('mean'),[c['mean'] for c in summary.get('comparisons', []) if (c['metric'],c['a'],c['b'])==('n_tokens',model,d.get('against'))]
+    return k is None or not there or math.isclose(k, there[0], rel_tol=1e-9, abs_tol=1e-12)
 
 def _cells(vs):
     "A value of each run: numbers with intervals pooled, counts one by one"
@@ -804,7 +847,7 @@ def _reward_model(runs):
     f = lambda d: _iv(dict(mean=d['accuracy'], low=d['low'], high=d['high']), '.3f')
     rows = [['seed','head','accuracy on held-out pairs','n','a rule that reads nothing','best possible','ECE']]
     for s,d in rms.items():
-        rows.append([s,d.get('head', ''),f(d['accuracy']),d['accuracy']['n'],f"{d['rule']}: {f(d['rule_accuracy'])}" if 'rule' in d else '',f(d['bayes']) if 'bayes' in d else '',_num(d.get('ece'))])
+        rows.append([s,md_inline(d.get('head', '')),f(d['accuracy']),d['accuracy']['n'],f"{md_inline(d['rule'])}: {f(d['rule_accuracy'])}" if 'rule' in d else '',f(d['bayes']) if 'bayes' in d else '',_num(d.get('ece'))])
     return [md_table(rows)]
 
 def _against_best_of_n(runs):
@@ -818,11 +861,12 @@ def _against_best_of_n(runs):
                 near = [o for o in r['frontier']['best_of_n'] if o['kl']<=m['kl']['mean'] and key in o]
                 if k in m and near: said.setdefault((name,k), []).append((s,near[-1],m[k],near[-1][key],m['kl']))
     for (name,k),v in said.items():
-        up,down = sum(a['low']>b['high'] for _,_,a,b,_ in v),sum(a['high']<b['low'] for _,_,a,b,_ in v)
+        many = lambda a,b: min(a.get('n') or 0, b.get('n') or 0)>=fewest
+        up,down = sum(a['low']>b['high'] and many(a, b) for _,_,a,b,_ in v),sum(a['high']<b['low'] and many(a, b) for _,_,a,b,_ in v)
         word = 'above' if up==len(v) else 'below' if down==len(v) else 'not distinguishable from'
-        out.append(f"- {_name(name)}, {k.replace('_', ' ')}: {word} best-of-n at no more KL in {max(up,down) or len(v)} of {len(v)} runs ("+
+        out.append(f"- {_md(name)}, {k.replace('_', ' ')}: {word} best-of-n at no more KL in {max(up,down) or len(v)} of {len(v)} runs ("+
                    '; '.join(f"{'seed '+s+': ' if s else ''}{_iv(a)} at KL {kl['mean']:.2f}, best of {o['n']} {_iv(b)} (n = {b['n']}) at KL at most {o['kl']:.2f}" for s,o,a,b,kl in v)+').' if word!='not distinguishable from' else
-                   f"- {_name(name)}, {k.replace('_', ' ')}: no difference shown from best-of-n at no more KL in all {len(v)} runs ({_iv(_pool([a for _,_,a,_,_ in v]))} at KL {np.mean([kl['mean'] for *_,kl in v]):.2f}, best of {v[0][1]['n']} {_iv(_pool([b for _,_,_,b,_ in v]))}, n = {v[0][3]['n']}).")
+                   f"- {_md(name)}, {k.replace('_', ' ')}: no difference shown from best-of-n at no more KL in all {len(v)} runs ({_iv(_pool([a for _,_,a,_,_ in v]))} at KL {np.mean([kl['mean'] for *_,kl in v]):.2f}, best of {v[0][1]['n']} {_iv(_pool([b for _,_,_,b,_ in v]))}, n = {v[0][3]['n']}).")
     return out
 
 # %% ../nbs/14_analysis.ipynb #d712240c
@@ -846,7 +890,7 @@ def _training(runs, tr, pics):
     out = []
     for stage,by in tr.items():
         ks = [k for k in guide if all(k in d['metrics'] for d in by.values())]
-        out += [f'### {stage}','',*pics.get(stage, []),'',f"Updates: {', '.join(str(d['updates'])+(f' (seed {s})' if len(by)>1 else '') for s,d in by.items())}. First and last: mean of the first and the last tenth"+(', mean over seeds [lowest, highest].' if len(by)>1 else '.'),'']
+        out += [f'### {md_inline(stage)}','',*pics.get(stage, []),'',f"Updates: {', '.join(str(d['updates'])+(f' (seed {s})' if len(by)>1 else '') for s,d in by.items())}. First and last: mean of the first and the last tenth"+(', mean over seeds [lowest, highest].' if len(by)>1 else '.'),'']
         f = lambda k,w: _iv(_pool([dict(mean=d['metrics'][k][w], low=math.nan, high=math.nan) for d in by.values()]), '.3g')
         out += [md_table([['metric','first','last','how to read it']]+[[f'`{k}`',f(k, 'first'),f(k, 'last'),guide[k]] for k in ks]),'','**Diagnosis** (from the rows alone):','']
         if not any(d['diagnosis'] for d in by.values()): out += [f"Nothing found{f' in any of {len(by)} seeds' if len(by)>1 else ''}.",'']
@@ -891,42 +935,53 @@ def mk_report(
     "The written report, from what is there"
     runs,several = data['runs'],len(data['runs'])>1
     logs = [r['logs'] for r in runs.values() if 'logs' in r]; ms = [r['summary']['models'] for r in runs.values() if 'summary' in r]
-    pics,tr = {},training_summary(runs)
+    pics = {}
+    source = {'The models':'samples or results/summary.json', 'The methods against each other':'`comparisons` of results/summary.json', 'Judges':'results/win_rates.json',
+              'The reward model':'results/reward_model.json', 'Reward and KL':'results/summary.json, results/frontier.json', 'Over-optimisation':'results/overoptimise.json',
+              'Failures':'results/failure_analysis/failures.json', 'What training cost':'logs/*.jsonl', 'Training':'logs/*.jsonl'}
+    def part(name, f):
+        "A section; where the file behind it is not what a run writes, the report names it and goes on"
+        try: return f()
+        except (KeyError,TypeError,AttributeError,IndexError,ValueError) as e: data['problems'].append(f"{source[name]}: not what a run writes ({type(e).__name__}: {e}); '{name}' is left out")
+    tr = part('Training', lambda: training_summary(runs)) or {}
     def draw(name, f, *args):
         if out is None: return
         md = save_plot(f(*args), Path(out)/name)
         return [md.replace('](', f"]({Path(name).parent.as_posix()}/"),'']
-    for stage in dict.fromkeys(k for l in logs for k in l): pics[stage] = draw(f'training_analysis/{stage}', plot_training, {s:r['logs'][stage] for s,r in runs.items() if stage in r.get('logs', {})}, stage) or []
+    for stage in dict.fromkeys(k for l in logs for k in l):
+        rows = {s:r['logs'][stage] for s,r in runs.items() if stage in r.get('logs', {})}
+        pics[stage] = part('Training', lambda: draw(f'training_analysis/{stage}', plot_training, rows, stage)) or []
     fr,ov = [r['frontier'] for r in runs.values() if 'frontier' in r],_each(runs, 'overoptimise')
-    ov = {s:o for s,o in ov.items() if len(o)>1 and 'gold' in o[0]}
+    ov = {s:o for s,o in ov.items() if len(o)>1 and isinstance(o[0], dict) and 'gold' in o[0]}
     fails = [r['failures'] for r in runs.values() if 'failures' in r]
-    fails = [f for f in fails if len(failure_data(f))]
+    fails = part('Failures', lambda: [f for f in fails if len(failure_data(f))])
     wr = [r['win_rates'] for r in runs.values() if 'win_rates' in r]
     can = any('kl' in m.get(n, {}) for m in ms for n in m)
-    front = (draw('training_analysis/frontier', plot_frontier, ms, fr, logs) or [])+_against_best_of_n(runs) if can else None
-    sections = {
-        'The models':_models(runs), 'The methods against each other':_between(runs),
-        'Judges':(j := _judges(runs)) and (draw('training_analysis/win_rates', plot_win_rates, wr) or [])+j,
-        'The reward model':_reward_model(runs), 'Reward and KL':front or None,
-        'Over-optimisation':((draw('training_analysis/overoptimisation', plot_overoptimisation, ov) or [])+_turns(ov)) if ov else None,
-        'Failures':(draw('failure_analysis/failures', plot_failures, fails) or [])+_failure_lines(fails) if fails else None,
-        'What training cost':None if not logs else (draw('training_analysis/costs', plot_costs, costs(dict(enumerate(logs)))) or [])+[costs_table(costs(dict(enumerate(logs))))]+_memory(logs),
-        'Training':_training(runs, tr, pics)}
-    source = {'The models':'samples or results/summary.json', 'The methods against each other':'`comparisons` of results/summary.json', 'Judges':'results/win_rates.json',
-              'The reward model':'results/reward_model.json', 'Reward and KL':'results/summary.json, results/frontier.json', 'Over-optimisation':'results/overoptimise.json',
-              'Failures':'results/failure_analysis/failures.json', 'What training cost':'logs/*.jsonl', 'Training':'logs/*.jsonl'}
+    cost = part('What training cost', lambda: costs(dict(enumerate(logs)))) if logs else None
+    def judges():
+        lines = _judges(runs)
+        return lines and (draw('training_analysis/win_rates', plot_win_rates, wr) or [])+lines
+    sections = {k:part(k, f) for k,f in {
+        'The models':lambda: _models(runs), 'The methods against each other':lambda: _between(runs), 'Judges':judges, 'The reward model':lambda: _reward_model(runs),
+        'Reward and KL':lambda: (draw('training_analysis/frontier', plot_frontier, ms, fr, logs) or [])+_against_best_of_n(runs) if can else None,
+        'Over-optimisation':lambda: (draw('training_analysis/overoptimisation', plot_overoptimisation, ov) or [])+_turns(ov) if ov else None,
+        'Failures':lambda: (draw('failure_analysis/failures', plot_failures, fails) or [])+_failure_lines(fails)+_failure_prompts(runs) if fails else None,
+        'What training cost':lambda: (draw('training_analysis/costs', plot_costs, cost) or [])+[costs_table(cost)]+_memory(logs) if cost is not None else None,
+        'Training':lambda: _training(runs, tr, pics)}.items()}
     missing = [f'{k}: no {source[k]}' for k,v in sections.items() if not v]+_absent(runs)
-    made = [f'The report: `{command}`.'] if command else []
-    made += [f"The runs: `{data['command']}`."] if data.get('command') else [] if command else ['The command that made it is not recorded.']
-    md = ['# Analysis','',f"Of {'the seeds '+', '.join(runs) if several else 'one run'+(f' (seed {next(iter(runs))})' if next(iter(runs)) else '')}"+(f", {data['split']} split" if data['split'] else '')+
+    made = [f'The report: {md_code(command)}.'] if command else []
+    made += [f"The runs: {md_code(data['command'])}."] if data.get('command') else [] if command else ['The command that made it is not recorded.']
+    md = ['# Analysis','',f"Of {'the seeds '+', '.join(runs) if several else 'one run'+(f' (seed {next(iter(runs))})' if next(iter(runs)) else '')}"+(f", {md_inline(data['split'])} split" if data['split'] else f"; {data['source']}" if data.get('source') else '')+
           ('. Intervals over seeds go from the lowest to the highest; intervals of one seed are 95%, clustered by prompt.' if several else '. Intervals are 95%, clustered by prompt.')+' '+' '.join(made),'']
     first = caveats(runs)
     if first: md[2:2] = ['**Read this first.** '+' '.join(first),'']
+    few = [n for m in ms for n in [m.get('reference', {}).get('reward', {}).get('n')] if isinstance(n, int) and too_few(n)]
+    if few: md += [f'**{too_few(min(few))}**','']
     for k,v in sections.items():
         if v: md += [f'## {k}','',*v,'']
     if missing: md += ['## Missing','','Nothing is said about these, because the data are not there:','',*(f'- {m}' for m in missing),'']
-    if data['problems']: md += ['## Not used','','Files that could not be read; everything else is above:','',*(f'- {p}' for p in data['problems']),'']
-    more = dict(training=tr, costs=json.loads(costs(dict(enumerate(logs))).to_json(orient='records')) if logs else None,
+    if data['problems']: md += ['## Not used','','Files that could not be read; everything else is above:','',*(f'- {md_code(p)}' for p in data['problems']),'']
+    more = dict(training=tr, costs=json.loads(cost.to_json(orient='records')) if cost is not None else None,
                 judges={s:by_judge(r['win_rates']) for s,r in runs.items() if 'win_rates' in r} or None, failures={s:r['failures'] for s,r in runs.items() if 'failures' in r} or None,
                 missing=missing, problems=data['problems'], read_first=first or None, command=command or data.get('command'))
     if several: more.update(seeds=list(runs), models=_pooled(ms), runs={s:r['summary']['models'] for s,r in runs.items() if 'summary' in r}, comparisons=_each(runs, 'summary', 'comparisons'))
@@ -948,18 +1003,30 @@ def _failure_lines(fails, most=24):
     df = failure_data(fails); names,total = list(dict.fromkeys(df.model)),df.failure.nunique()
     df = df[df.failure.isin(df.groupby('failure').high.max().nlargest(most).index)]
     what = f'mean over {len(fails)} seeds [lowest, highest]' if len(fails)>1 else '95% intervals'
-    rows = [['failure',*map(_name, names),'n (prompts)']]
+    rows = [['failure',*map(_md, names),'n (prompts)']]
     for f,d in df.groupby('failure', sort=False):
         by = {r.model:r for r in d.itertuples()}
-        rows.append([f.replace('_', ' '),*(_iv(dict(mean=by[m].mean, low=by[m].low, high=by[m].high)) if m in by else '' for m in names),d.n.iloc[0]])
+        rows.append([md_inline(f.replace('_', ' ')),*(_iv(dict(mean=by[m].mean, low=by[m].low, high=by[m].high)) if m in by else '' for m in names),d.n.iloc[0]])
     more = f' The {most} most frequent of {total} rates; all of them, with tests, are in `failure_analysis/`.' if total>most else ''
     return [f'Share of answers, {what}.{more}','',md_table(rows)]
+
+def _failure_prompts(runs):
+    "A line where an older failure report gives the name of the split to answers that are not the comparison's"
+    out = []
+    for s,r in runs.items():
+        f,sm = r.get('failures', {}),r.get('summary', {})
+        if 'source' in (f.get('about') or {}): continue                      # its sets are named after their prompts
+        for m,d in f.get('rates', {}).get(sm.get('split'), {}).items():
+            cut,done = d.get('never_stops') or {},sm.get('models', {}).get(m, {}).get('finished') or {}
+            if {'mean','n'}<=cut.keys()&done.keys() and (cut['n']!=done['n'] or not math.isclose(cut['mean'], 1-done['mean'], abs_tol=1e-9)):
+                out.append(f"{f'Seed {s}: t' if len(runs)>1 else 'T'}he set {md_inline(sm['split'])} of the failures is of unknown prompts: its numbers are not those of the comparison."); break
+    return ['',*out] if out else []
 
 def _memory(logs): return ['','Seconds as they passed, with other stages beside them where the run had several jobs. '+('Peak memory: tensors on a GPU; on a CPU all of the process.' if any('peak_memory' in r for l in logs for rs in l.values() for r in rs) else 'Peak memory is not in the rows.')]
 
 def _absent(runs):
     "Stages and parts that some runs have and others lack"
-    have = {s:{*(f'log of {k}' for k in r.get('logs') or r.get('training', {})),*(f'model {k}' for k in r.get('summary', {}).get('models', {}))} for s,r in runs.items()}
+    have = {s:{*(f'log of {md_inline(k)}' for k in r.get('logs') or r.get('training', {})),*(f'model {md_inline(k)}' for k in r.get('summary', {}).get('models', {}))} for s,r in runs.items()}
     want = set().union(*have.values())
     if any(w.startswith('log') for w in want): want |= {f'log of {k}' for k in stage_order}
     if any(w.startswith('model') for w in want): want |= {f'model {k}' for k in ('reference','ppo','grpo','dpo')}
@@ -976,5 +1043,5 @@ def analyze(
     path = res/'summary.json'
     old = _get([], path) if path.exists() else {}
     if isinstance(old, dict) and (not old or 'models' in old or _ours(path)): write_json(path, {**old, **more})     # a file that is not ours is left alone, and named in the report
-    for p in data['problems']: print(f'not used: {p}')
+    for p in data['problems']: print(f'not used: {visible(p)}')
     return md

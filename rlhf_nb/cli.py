@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['needs', 'stages', 'folders', 'Line', 'fingerprint', 'world_rates', 'run_stages', 'over_seeds', 'seeds_table',
-           'cmd_run', 'seeds_report', 'publish', 'show_summary', 'cmd_train', 'cmd_explore', 'read_prompts',
-           'cmd_generate', 'cmd_judge', 'cmd_failures', 'cmd_analyze', 'cmd_app', 'cmd_config', 'cmd_bench', 'parser',
-           'main']
+           'cmd_run', 'seeds_report', 'publish', 'show_summary', 'cmd_train', 'cmd_explore', 'cmd_generate',
+           'cmd_judge', 'cmd_failures', 'cmd_analyze', 'cmd_app', 'cmd_config', 'cmd_bench', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #c0e50f24
 import argparse,ctypes,hashlib,importlib,json,multiprocessing,os,platform,re,shlex,shutil,signal,statistics,sys,threading,time,traceback
@@ -92,8 +91,6 @@ class Line:
     def plan(self):
         "How long each stage trains on these data, in words: what was tuned for the world shows here"
         c,s,out = self.config,self.splits,{}
-        if c.model.name!='scratch' and c.preset=='demo': note = "; the demo's learning rates are those of a new, small model: `--config prototype` has GPT-2's"
-        else: note = ''
         n = dict(sft=len(s.sft)+len(s.documents), reward=len(s.train), dpo=len(s.train[:c.dpo.n_pairs]), ppo=len(unique_prompts(s.train)), grpo=len(unique_prompts(s.train)))
         for k,N in n.items():
             o = getattr(c, k); size = min(o.batch_size, N)
@@ -101,7 +98,7 @@ class Line:
             given = f", the demo's own number, for the embedded world: --set {k}.updates=null counts passes" if c.preset=='demo' and o.updates==getattr(Config(), k).updates else ''
             look = 'no look at dev data, the last state is kept' if o.eval_every is None else 'the best state on dev data is kept'
             if k=='sft' and o.skip: continue
-            out[k] = f'  {k}: at most {total} updates, {total*size/N:.3g} passes over {N} {"prompts" if isinstance(o, RolloutConfig) else "rows"}{given}; {look}{note}'
+            out[k] = f'  {k}: at most {total} updates, {total*size/N:.3g} passes over {N} {"prompts" if isinstance(o, RolloutConfig) else "rows"}{given}; {look}'
         return out
     def dev(self, o):
         "What a stage with these settings looks at as it goes: prompts for PPO and GRPO, answers to imitate for SFT, else pairs"
@@ -467,7 +464,8 @@ def _run_locked(run, todo, command):
     line.begin()
     say = lambda s: print(f'[{run.path}] {s}', flush=True)
     if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {line.splits.report.reasons()}')
-    if not line.world and any(s in line.plan and not line.done(s) for s in todo): say('\n'.join(['training:', *(line.plan[s] for s in line.plan if s in todo and not line.done(s))]))
+    if not line.world and any(s in line.plan and not line.done(s) for s in todo): say('\n'.join(['training:', *(line.plan[s] for s in line.plan if s in todo and not line.done(s)),
+        *(["  the demo's learning rates are those of a small, new model; `--config prototype` has GPT-2's"] if line.config.preset=='demo' and line.config.model.name!='scratch' else [])]))
     secs = run_stages(line, todo, say)
     if secs: write_json(f, {**(read_json(f, dict) if f.exists() else {}), **{k:round(v, 1) for k,v in secs.items()}})
     return line
@@ -504,22 +502,6 @@ def cmd_explore(a):
     print(s.report)
     if a.json: write_json(a.json, s.report.as_dict())
 
-def read_prompts(path)->list:
-    "Prompts of a user's file: a JSON list, JSON lines with `prompt`, or one per line; those without `Human:` become a human turn"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
-    text = path.read_text(encoding='utf-8')
-    if path.suffix=='.json': rows = read_json(path)
-    elif path.suffix=='.jsonl':
-        rows = []
-        for i,l in enumerate(text.splitlines()):
-            try: rows.append(json.loads(l)) if l.strip() else None
-            except ValueError: raise ValueError(f'{path}, line {i+1}: not valid JSON') from None
-    else: rows = [l for l in text.splitlines() if l.strip()]
-    rows = [r.get('prompt') if isinstance(r, dict) else r for r in rows]
-    if not rows or not all(isinstance(r, str) and r.strip() for r in rows): raise ValueError(f'{path}: expected prompts: a JSON list of texts, JSON lines with a key `prompt`, or one per line')
-    return [r if 'Human:' in r else f'\n\nHuman: {r.strip()}\n\nAssistant:' for r in rows]
-
 def cmd_generate(a):
     "Samples of all models with reward and KL, in a folder of their own"
     run = Run(a.out)
@@ -528,14 +510,17 @@ def cmd_generate(a):
     except ValueError as e: raise ValueError(re.sub(r'^eval\.(\w+)', lambda m: '--'+dict(n_samples='n').get(m[1], m[1].replace('_', '-')), str(e))) from None
     dest = Path(a.to) if a.to else run/'generated'
     _free(dest, (), a.replace, '--to')
-    with only_writer(dest): _generate(a, Line(run), o, dest)
+    prompts = read_prompts(a.prompts) if a.prompts else None       # before anything is loaded
+    with only_writer(dest): _generate(prompts, Line(run), o, dest)
 
-def _generate(a, line, o, dest):
+def _generate(prompts, line, o, dest):
     ref = line.model('sft')
     if line.config.data.max_prompt+o.max_new_tokens>max_tokens(ref):
         raise ValueError(f'--max-new-tokens: prompts of up to {line.config.data.max_prompt} tokens (data.max_prompt) and {o.max_new_tokens} new ones, the model takes {max_tokens(ref)}')
-    prompts = read_prompts(a.prompts) if a.prompts else unique_prompts(line.held())[:o.n_prompts]
-    recs = line.records(list(dict.fromkeys(prompts)), o)
+    prompts = list(dict.fromkeys(prompts or unique_prompts(line.held())[:o.n_prompts]))
+    cut = [p for p in prompts if encode_prompt(p, line.tok, line.config.data.max_prompt)[1]]
+    if cut: print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={line.config.data.max_prompt} tokens and lost their oldest turns; the first: {cut[0][:80]!r}')
+    recs = line.records(prompts, o)
     for f in dest.glob('*_samples.json'): f.unlink()
     source = file_source(a.prompts) if a.prompts else split_source(o.split, line.config.data.name)
     write_samples(dest, recs, source, _command(a), seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
@@ -551,11 +536,15 @@ def cmd_judge(a):
     "Win rates of a run's samples"
     judges = [j for j in a.judges or [] if j!='llm'] or None
     if 'llm' in (a.judges or []) or a.llm or a.base_url:
-        kw = {k:v for k,v in dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price)).items() if v is not None}
-        judges = (judges or [])+[LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **kw)]
+        kw = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price), max_tokens=a.max_tokens)
+        llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in kw.items() if v is not None})
+        judges = (judges or [])+[llm]
+        if a.base_url: a.argv = [o.replace(a.base_url, llm.host) for o in a.argv]   # a key in the address is nobody else's business
     with _writing(a): d = judge_run(a.out, judges, a.against, a.votes, a.audit, a.dry_run, _command(a))
     if a.dry_run: print(json.dumps(d, indent=1)); return
     print((Path(a.out)/'results'/'WIN_RATES.md').read_text(encoding='utf-8'))
+    partial = [k for k,o in d.items() if any(w.get('partial') for w in o.values())]
+    if partial: print(f"rlhf_nb: partial results of {', '.join(partial)}: pairs are missing, the report says which and why", file=sys.stderr)
 
 def cmd_failures(a):
     "Failure modes of a run"
@@ -608,6 +597,7 @@ def parser():
     q.add_argument('--dry-run', action='store_true', help='only say how many requests it takes and what they may cost')
     q.add_argument('--budget', type=float, help='dollars that the requests may cost at most'); q.add_argument('--price', type=float, nargs=2, metavar=('IN','OUT'), help='dollars per million tokens')
     q.add_argument('--concurrency', type=int, help='requests at once'); q.add_argument('--timeout', type=float, help='seconds for a reply')
+    q.add_argument('--max-tokens', type=int, help='tokens of a reply (default: 300; raised once where replies are cut, as by models that reason)')
     for name,f,help in (('failures',cmd_failures,'failure modes of a run, measured by behaviour'),('analyze',cmd_analyze,'training analysis and report of a run, of several seeds, or of samples')):
         q = add(name, f, help); q.add_argument('--out', default='outputs/demo', help='run folder (default: %(default)s)')
     q = add('config', cmd_config, 'print a configuration, to edit and use with --config')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Turn', 'parse_turns', 'to_hh', 'to_messages', 'BadPair', 'as_prompt', 'split_pair', 'wilson', 'special_ids', 'encode',
            'length_stats', 'DataReport', 'Twice', 'parse_json', 'read_rows_of', 'Preferences', 'load_preferences',
-           'prompt_key', 'split_by_prompt', 'Splits', 'unique_prompts', 'encode_prompt', 'tokenize_prompts',
-           'tokenize_pairs', 'tokenize_sft', 'load_splits', 'n_updates', 'batches']
+           'read_prompts', 'prompt_key', 'split_by_prompt', 'Splits', 'unique_prompts', 'encode_prompt',
+           'tokenize_prompts', 'tokenize_pairs', 'tokenize_sft', 'load_splits', 'n_updates', 'batches']
 
 # %% ../nbs/02_data.ipynb #7ae80b09
 import codecs,csv,glob,gzip,io,json,logging,math,re,unicodedata,zlib
@@ -548,6 +548,28 @@ def load_preferences(
     report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
 
+# %% ../nbs/02_data.ipynb #c06f4f57
+def read_prompts(
+    path # A data file with a column `prompt`, JSON texts, or a text file with a prompt in each line
+)->list: # Prompts in HH form
+    "Prompts of a user's file, completed"
+    path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f'{path}: a folder, expected a file of prompts')
+    if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
+    rows = read_rows_of(path) if _suffix(path) in _kinds else ((f'{path}:{i}', l) for i,l in _lines(path))
+    out = []
+    for where,x in rows:
+        try:
+            if isinstance(x, BadPair): raise x
+            if isinstance(x, dict):
+                if 'prompt' in getattr(x, 'twice', ()): raise BadPair('malformed', "the key 'prompt' stands twice")
+                if x.get('prompt') is None: raise BadPair('malformed', 'prompt is empty' if 'prompt' in x else f'no prompt; the keys are {_names_of(x)}')
+                x = x['prompt']
+            out.append(as_prompt(x))
+        except BadPair as e: raise ValueError(f'{where}: no prompt can be read here: {e.detail}') from None
+    if not out: raise ValueError(f'{path}: no prompts in it')
+    return out
+
 # %% ../nbs/02_data.ipynb #57bb7e70
 def _share(prompt, seed, what):
     "A number in [0,1) that depends on the prompt, the seed and the purpose alone"
@@ -712,7 +734,6 @@ def _split_names(d, c, name):
 def _shares(c, lack):
     "Shares of the splits that are taken from train"
     if not c.test_size: raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: there would be nothing to test on")
-    if c.test_size*len(lack)>=1: raise ValueError(f"data.test_size: {c.test_size} for each of {' and '.join(lack)} leaves nothing to learn from; expected less than {1/len(lack)}")
     return {k:c.test_size for k in lack}
 
 def _subset(pairs, n, seed, report):

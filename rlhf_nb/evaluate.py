@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 
 from .core import *
-from .data import tokenize_prompts
+from .data import prompt_key,tokenize_prompts
 
 # %% ../nbs/11_evaluate.ipynb #c4802b98
 _t_small = {1:12.70620,2:4.30265,3:3.18245,4:2.77645,5:2.57058,6:2.44691,7:2.36462,8:2.30600,9:2.26216}
@@ -160,7 +160,7 @@ def md_inline(
 )->str:
     "`s` within a line or a cell of Markdown, as it was written: plain words stay as they are, anything else becomes code"
     s = visible(s).replace('\n', '↵')
-    if re.fullmatch(r"[^\W_]+(( |'|[_-]+)[^\W_]+)*", s): return s
+    if re.fullmatch(r"[^\W_]+(( |, |'|[_-]+)[^\W_]+)*", s): return s
     if '|' in s: return ''.join(c if c.isalnum() or c==' ' else f'&#{ord(c)};' for c in s)     # a bar ends a cell, even within code
     return md_code(s)
 
@@ -371,10 +371,9 @@ def check_disjoint(
     prompts:list,  # Texts
     train_prompts  # Texts
 ):
-    "A ValueError where a prompt of the comparison was learned from (spaces at the ends and capitals aside)"
-    key = lambda p: p.strip().casefold()
-    seen = {key(p) for p in train_prompts}
-    both = [p for p in prompts if key(p) in seen]
+    "A ValueError where a prompt of the comparison was learned from (spaces and capitals aside, as in `load_splits`)"
+    seen = {prompt_key(p) for p in train_prompts}
+    both = [p for p in prompts if prompt_key(p) in seen]
     if both: raise ValueError(f'{len(both)} of {len(prompts)} prompts were learned from, the first: {both[0]!r}; compare on held-out prompts')
 
 def column(

@@ -4,28 +4,32 @@
 
 # %% auto #0
 __all__ = ['judge_prompt', 'verdict_schema', 'prices', 'attacks', 'stored', 'by_score', 'by_model', 'judge_pairs', 'slot_bias',
-           'JudgeError', 'judge_records', 'judged', 'judge_samples', 'agreement', 'read_votes', 'vote_pairs',
-           'human_agreement', 'cut_prompt', 'judge_message', 'read_verdict', 'Journal', 'LLMJudge', 'audit_pairs',
-           'audit', 'audit_table', 'judge_table', 'order_table', 'length_table', 'win_rates_md', 'judge_run']
+           'JudgeError', 'judge_records', 'judged', 'judge_samples', 'agreement', 'Votes', 'read_votes', 'vote_pairs',
+           'human_agreement', 'cut_prompt', 'judge_message', 'NoVerdict', 'read_verdict', 'Journal', 'LLMJudge',
+           'audit_pairs', 'audit', 'audit_table', 'judge_table', 'order_table', 'length_table', 'win_rates_md',
+           'judge_run']
 
 # %% ../nbs/12_judge.ipynb #2c9655a0
-import email.utils,hashlib,json,math,os,random,re,secrets,threading,time
+import base64,email.utils,hashlib,html,ipaddress,json,math,os,random,re,secrets,socket,threading,time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl,quote,quote_plus,unquote,urlsplit
 
 import torch
 from fastcore.basics import patch
 
 from .core import *
-from .data import tokenize_prompts
+from .data import encode,tokenize_prompts
 from .evaluate import *
 from .world import facts
 
 # %% ../nbs/12_judge.ipynb #f6e4d3f7
-def _higher(x, y): return 'tie' if math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-5) else 'a' if x>y else 'b'
+def _higher(x, y):
+    "The answer with the higher score; None where one of them is none"
+    if any(o is None or math.isnan(o) for o in (x,y)): return None
+    return 'tie' if math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-5) else 'a' if x>y else 'b'
 
 def stored(
     records:dict,           # {model: records}
@@ -37,7 +41,7 @@ def stored(
         for r in rs:
             if key not in r: raise ValueError(f"the samples of '{name}' have no '{key}'")
             found.setdefault((r['prompt'],r['response']), []).append(r[key])
-    score = {k:sum(v)/len(v) for k,v in found.items()}
+    score = {k:None if None in v else sum(v)/len(v) for k,v in found.items()}
     def judge(prompt, a, b):
         if (prompt,a) not in score or (prompt,b) not in score: raise ValueError(f"no stored {key} for an answer to {prompt[-60:]!r}")
         return _higher(score[prompt,a], score[prompt,b])
@@ -48,7 +52,12 @@ def by_score(
     source # `f(prompts, responses) -> list of scores` on texts, such as `gold_reward`
 ): # A judge
     "A judge that scores any two texts"
-    return lambda prompt,a,b: _higher(*source([prompt]*2, [a,b]))
+    def judge(prompt, a, b):
+        two = source([prompt]*2, [a,b])
+        try: x,y = (None if o is None else float(o) for o in (() if isinstance(two, str) else two))
+        except (TypeError,ValueError,OverflowError): raise ValueError(f"{getattr(source, '__name__', 'the score')}: expected a number for each of two answers, got {str(two)[:80]!r}") from None
+        return _higher(x, y)
+    return judge
 
 def by_model(
     rm,                   # Reward model
@@ -60,7 +69,7 @@ def by_model(
     from rlhf_nb.models import scores
     @torch.no_grad()
     def source(ps, rs):
-        ids = [tok(r, add_special_tokens=False)['input_ids'] for r in rs]
+        ids = encode(rs, tok)
         ids = [o[:max_response] if len(o)>=max_response else o+[tok.eos_token_id] for o in ids]
         return scores(rm, Batch.from_tokens(tokenize_prompts(ps[:1], tok, max_prompt), [ids]))[0].tolist()
     return by_score(source)
@@ -69,7 +78,7 @@ def by_model(
 _swap = {'a':'b', 'b':'a', 'tie':'tie', None:None}
 
 def judge_pairs(
-    judge,     # `f(prompt, a, b) -> 'a'|'b'|'tie'`, or an object with `many`
+    judge,     # `f(prompt, a, b) -> 'a'|'b'|'tie'`, None where it can't say; or an object with `many`
     pairs:list # dict(prompt, a, b) each
 )->list: # dict(first, second, verdict, flip) each, `failed` where there is no verdict, `reasons` where the judge gives them
     "Judge every pair in both orders"
@@ -81,7 +90,7 @@ def judge_pairs(
         if o['a']==o['b']: out.append(dict(first='tie', second='tie', verdict='tie', flip=False, same=True)); continue
         x,y = next(said),next(said)
         for r in (x,y):
-            if r['verdict'] not in _swap: raise ValueError(f"a judge says 'a', 'b' or 'tie', got {r['verdict']!r}")
+            if not isinstance(r['verdict'], (str,type(None))) or r['verdict'] not in _swap: raise ValueError(f"a judge says 'a', 'b' or 'tie', got {r['verdict']!r}")
         v = dict(first=x['verdict'], second=_swap[y['verdict']])
         if None in v.values(): v.update(verdict=None, flip=False, failed=x.get('failed') or y.get('failed') or 'no verdict')
         else: v.update(verdict=v['first'] if v['first']==v['second'] else 'tie', flip=v['first']!=v['second'])
@@ -142,7 +151,7 @@ def judge_records(
 def judged(
     rows:list, # From `judge_records`
     by:str=''  # The judge's name
-)->dict: # {model: WinRate with by, against, p_holm, flips, slot_bias, failed, same, longer, length_controlled}
+)->dict: # {model: WinRate with by, against, p_holm, flips, slot_bias, failed, could_be, same, longer, length_controlled}
     "The win rates of a list of verdicts"
     out = {}
     for name in dict.fromkeys(r['model'] for r in rows):
@@ -152,7 +161,8 @@ def judged(
         w = out[name] = tally(points, by=by) if ok else WinRate(rate=None, n=0, by=by)
         w.update(against=vs[0]['against'], failed=len(vs)-len(ok), same=sum(v.get('same', False) for v in vs),
                  flips=_share([v['flip'] for v in ok], [v['prompt'] for v in ok]), slot_bias=slot_bias(ok, [v['prompt'] for v in ok]), longer=mean_ci(extra))
-        if len(ok)<len(vs): w.update(reasons=dict(_reasons(vs)))
+        if len(ok)<len(vs):   # from all that is missing lost to all of it won
+            w.update(reasons=dict(_reasons(vs)), could_be=[tally(points.nan_to_num(nan=o))[k] for o,k in ((0.,'low'),(1.,'high'))])
         try: w['length_controlled'] = length_controlled(points, extra)
         except ValueError as e: w['length_controlled'] = dict(refused=str(e))
     known = {k:w['p'] for k,w in out.items() if w.get('p') is not None}
@@ -161,14 +171,14 @@ def judged(
 
 def _reasons(rows): return Counter(r['failed'].removeprefix('not asked: ') for r in rows if not r['verdict'])
 
-def _check_failures(rows, results, most=.05, hint=''):
-    "Raise where more than `most` of the pairs have no verdict"
+def _failures(rows, results, most=.05):
+    "Mark results where more than `most` of the pairs have no verdict; an error that says so, or None"
     bad = _reasons(rows)
-    if (n := sum(bad.values()))<=most*len(rows): return
+    if (n := sum(bad.values()))<=most*len(rows): return None
     for w in results.values(): w['partial'] = True
-    e = JudgeError(f"{n} of {len(rows)} pairs could not be judged, {most:.0%} is the most ({'; '.join(f'{k}: {v}' for k,v in bad.most_common(4))}){hint}")
+    e = JudgeError(f"{n} of {len(rows)} pairs could not be judged, {most:.0%} is the most ({'; '.join(f'{k}: {v}' for k,v in bad.most_common(4))})")
     e.results = results
-    raise e
+    return e
 
 def judge_samples(
     records:dict,            # {model: records}
@@ -180,7 +190,7 @@ def judge_samples(
     "Win rates of all models against one of them"
     rows = judge_records(records, judge, against)
     out = judged(rows, by or getattr(judge, 'name', ''))
-    _check_failures(rows, out, most_failed)
+    if (e := _failures(rows, out, most_failed)): raise e
     return out
 
 # %% ../nbs/12_judge.ipynb #8bb0e7f9
@@ -193,6 +203,8 @@ def agreement(
 )->dict: # kappa, low, high, agree: dict(mean, low, high, n), opposite: share of plain contradictions, n (verdicts)
     "Cohen's kappa of two judges, with its 95% interval"
     if len(x)!=len(y): raise ValueError(f'verdicts of the same pairs are needed, got {len(x)} and {len(y)}')
+    odd = next((o for o in (*x,*y) if not isinstance(o, (str,type(None))) or o not in _swap), None)
+    if odd is not None: raise ValueError(f"verdicts are 'a', 'b', 'tie' or None, got {str(odd)[:40]!r}")
     rows = [(u,v,c) for u,v,c in zip(x, y, clusters or range(len(x))) if u and v]
     if not rows: return dict(kappa=None, low=None, high=None, agree=None, opposite=None, n=0)
     at = {k:i for i,k in enumerate(dict.fromkeys(c for *_,c in rows))}
@@ -211,20 +223,49 @@ def agreement(
                 opposite=sum({u,v}=={'a','b'} for u,v,_ in rows)/len(rows), n=len(rows))
 
 # %% ../nbs/12_judge.ipynb #54ff9a8c
+class Votes(list):
+    "Votes; `bad`: the lines of the file that are none, in words"
+    def __init__(self, rows=(), bad=()): super().__init__(rows); self.bad = list(bad)
+
+def _no_vote(r):
+    "What is wrong with a vote; None where it is one"
+    if not isinstance(r, dict): return 'expected an object with prompt, answers, order, vote'
+    for k,t in (('prompt',str),('answers',dict),('order',list),('vote',str)):
+        if not isinstance(r.get(k), t): return f"'{k}' is missing or not a {t.__name__}"
+    texts = lambda o: all(isinstance(x, str) for x in o)
+    if not texts(r['order']) or not texts(r['answers'].values()): return "'order' and 'answers' must hold texts"
+    if len(r['order'])<2 or sorted(r['order'])!=sorted(r['answers']): return f"'order' {str(r['order'])[:80]} does not list the models of 'answers', two or more"
+    if {'tie','bad'}&{*r['order']}: return "a model can't be called tie or bad"
+    if r['vote'] not in (*r['order'],'tie','bad'): return f"vote '{r['vote'][:80]}' is none of {', '.join(r['order'])[:80]}, tie, bad"
+
+def _strict_json(s):
+    "JSON in which no key stands twice; ValueError says what is wrong"
+    def once(ps):
+        if len(dict(ps))<len(ps): raise ValueError('a key twice')
+        return dict(ps)
+    try: r = json.loads(s, object_pairs_hook=once)
+    except RecursionError: raise ValueError('nested too deeply') from None
+    except json.JSONDecodeError: raise ValueError('not valid JSON') from None
+    try: json.dumps(r, ensure_ascii=False).encode()
+    except UnicodeEncodeError: raise ValueError('half a character in it') from None
+    return r
+
 def read_votes(
     path # Lines of JSON: prompt, answers {model: text}, order [models], vote (a model, 'tie' or 'bad'), time
-)->list:
-    "Votes, checked; an error names file, line and key"
-    if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such file')
-    rows = read_rows(path)
-    for i,r in enumerate(rows):
-        def bad(s): raise ValueError(f'{path}, line {i+1}: {s}')
-        if not isinstance(r, dict): bad('expected an object with prompt, answers, order, vote')
-        for k,t in (('prompt',str),('answers',dict),('order',list),('vote',str)):
-            if not isinstance(r.get(k), t): bad(f"'{k}' is missing or not a {t.__name__}")
-        if len(r['order'])<2 or sorted(r['order'])!=sorted(r['answers']): bad(f"'order' {r['order']} does not list the models of 'answers'")
-        if r['vote'] not in (*r['order'],'tie','bad'): bad(f"vote '{r['vote']}' is none of {', '.join(r['order'])}, tie, bad")
-    return rows
+)->Votes:
+    "The votes of a file; a line that is none is left out and named in `bad`"
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no such file')
+    out = Votes()
+    for i,l in enumerate(Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
+        if not l.strip(): continue
+        try:
+            r = _strict_json(l.decode())
+            why = _no_vote(r)
+        except UnicodeDecodeError: why = 'not UTF-8'
+        except ValueError as e: why = str(e)
+        if why: out.bad.append(f'{path}, line {i}: {why}')
+        else: out.append(r)
+    return out
 
 def vote_pairs(
     votes:list # From `read_votes`
@@ -235,20 +276,20 @@ def vote_pairs(
         none = v['vote'] in ('tie','bad')
         for i,x in enumerate(v['order']):
             out += [dict(prompt=v['prompt'], a=v['answers'][x], b=v['answers'][y], model=x, against=y, human='tie' if none else 'a' if v['vote']==x else 'b')
-                    for y in v['order'][i+1:] if none or v['vote'] in (x,y)]
+                    for y in v['order'][i+1:] if (none or v['vote'] in (x,y)) and v['answers'][x]!=v['answers'][y]]
     return out
 
 def human_agreement(
     judge,
     votes:list, # From `read_votes`
     seed:int=0
-)->dict: # As `agreement`, with votes and, for stored scores, unknown: comparisons of answers that have none
+)->dict: # As `agreement`, with votes, unreadable (lines) and, for stored scores, unknown: comparisons of answers that have none
     "Does the judge agree with people?"
     ps = vote_pairs(votes)
     knows = getattr(judge, 'knows', lambda p,a: True)
     known = [p for p in ps if knows(p['prompt'], p['a']) and knows(p['prompt'], p['b'])]
     vs = judge_pairs(judge, known)
-    return dict(agreement([v['verdict'] for v in vs], [p['human'] for p in known], [p['prompt'] for p in known], seed), votes=len(votes),
+    return dict(agreement([v['verdict'] for v in vs], [p['human'] for p in known], [p['prompt'] for p in known], seed), votes=len(votes), unreadable=len(getattr(votes, 'bad', ())),
                 unknown=len(ps)-len(known), failed=sum(not v['verdict'] for v in vs))
 
 # %% ../nbs/12_judge.ipynb #05e4ca8c
@@ -273,25 +314,71 @@ def judge_message(
     check:str=None # The random code (None: drawn)
 )->tuple: # The message, the code
     "What the judge is shown"
-    while not check or check in prompt+first+second: check = secrets.token_hex(4)
+    while not check or check in (prompt+first+second).lower(): check = secrets.choice('abcdf')+secrets.token_hex(4)[1:]   # a letter first: no number
     part = lambda name,s: f'<{name} {check}>\n{s.strip()}\n</{name} {check}>'
     return '\n\n'.join([part('dialogue', prompt), part('first', first), part('second', second), f'The check code is {check}.']),check
+
+class NoVerdict(ValueError):
+    "Why a reply is no verdict; `kind`: wrong code, broken or cut"
+    def __init__(self, why, kind='broken'): super().__init__(why); self.kind = kind
+
+_str = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+_flat = re.compile(rf'\{{\s*{_str}\s*:\s*{_str}\s*(?:,\s*{_str}\s*:\s*{_str}\s*)*(?:,\s*)?\}}', re.S)   # texts only: single quotes, a comma too many
+_think = '(?:think|thinking|thought|reasoning|reflection)'
+_thinks = re.compile(rf'\s*(?:<(?:\w+:)?{_think}>|\[THINK\]|◁think▷|<\|channel\|>analysis)', re.I)
+_thought = re.compile(rf'</(?:\w+:)?{_think}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>', re.I)
+
+def _once(pairs):
+    d = {k.lower():v for k,v in pairs}
+    if len(d)<len(pairs): raise NoVerdict('a reply with a key twice')
+    return d
+
+_decoder = json.JSONDecoder(object_pairs_hook=_once, strict=False, parse_int=float)   # a line break in a string; a number of any length
+
+def _object(text, i):
+    "The object that begins at `i` and where it ends; None where there is none"
+    try: return _decoder.raw_decode(text, i)
+    except NoVerdict: raise
+    except (ValueError,RecursionError): pass
+    if not (m := _flat.match(text, i)): return None
+    texts = [re.sub(r'\\(.)', r'\1', o[1:-1], flags=re.S) for o in re.findall(_str, m[0], re.S)]
+    return _once(list(zip(texts[::2], texts[1::2]))),m.end()
+
+def _objects(text):
+    "The outermost objects of a text: (begin, end, object) each"
+    out,at,tries = [],0,0
+    while (i := text.find('{', at))>=0:
+        tries += 1
+        if tries>200: raise NoVerdict('a reply with too many braces')
+        if (o := _object(text, i)): out.append((i,o[1],o[0])); at = o[1]
+        else: at = i+1
+    return out
 
 def read_verdict(
     text:str, # The reply
     check:str # The code that it must repeat
 )->tuple: # 'first', 'second' or 'tie'; the reason
-    "The verdict in a reply; ValueError says why there is none"
-    def once(ps):
-        if len(dict(ps))<len(ps): raise ValueError('a key twice')
-        return dict(ps)
-    if (m := re.fullmatch(r'\s*```(?:json)?\s*(\{.*\})\s*```\s*', text or '', re.S)): text = m[1]
-    try: d = json.loads(text or '', object_pairs_hook=once)
-    except (ValueError,RecursionError) as e: raise ValueError('a reply with a key twice' if 'twice' in str(e) else 'a reply that is not JSON') from None
-    if not isinstance(d, dict) or d.get('check')!=check: raise ValueError('a reply without the check code')
-    v = d.get('verdict')
-    if not isinstance(v, str) or v not in ('first','second','tie'): raise ValueError('a reply without a verdict')
-    return v,_clean(str(d.get('reason', ''))[:300])
+    "The verdict in a reply; `NoVerdict` says why there is none"
+    text = text or ''
+    if len(text)>10**6: raise NoVerdict(f'a reply of {len(text):,} characters')
+    objects = _objects(text)
+    ends = [m.end() for m in _thought.finditer(text) if not any(a<m.start()<b for a,b,_ in objects)]
+    if not ends and _thinks.match(text): raise NoVerdict('a reply that ends while it thinks', 'cut')
+    said = [o for o in objects if not ends or o[0]>=ends[-1]]
+    has_code = lambda d: isinstance(d.get('check'), str) and d['check'].strip().lower()==check.lower()
+    mine = [o for o in said if has_code(o[2])]
+    if not mine:
+        if any('check' in d for *_,d in said): raise NoVerdict('a wrong check code', 'wrong code')
+        raise NoVerdict('a reply without the check code' if said else 'a reply that is not JSON')
+    last = mine[-1][1]
+    first = all(next(iter(d))=='check' for *_,d in mine)   # then the judge began this object itself, whatever it quotes before
+    around = text[last:] if first else text[:mine[0][0]]+text[last:]
+    if '{' in around or '}' in around: raise NoVerdict('a reply with more than the verdict in braces')
+    vs = [d['verdict'].strip().lower() if isinstance(d.get('verdict'), str) else None for *_,d in mine]
+    if not {*vs}<={'first','second','tie'}: raise NoVerdict('a reply without a verdict')
+    if len({*vs})>1: raise NoVerdict('a reply with two verdicts')
+    reason = mine[-1][2].get('reason')
+    return vs[-1],_clean(reason[:300] if isinstance(reason, str) else '')
 
 # %% ../nbs/12_judge.ipynb #a2edf3c4
 class Journal:
@@ -308,18 +395,27 @@ class Journal:
         if data and not data.endswith(b'\n'):   # a kill cut the last line short
             with open(self.path, 'r+b') as f: f.truncate(data.rfind(b'\n')+1)
         rows = read_rows(self.path)
-        if any(not isinstance(r, dict) or not r.keys()&{'sent','done','params'} for r in rows): raise ValueError(f'{self.path}: not the journal of a judge')
+        for i,r in enumerate(rows):
+            if not self._fits(r): raise ValueError(f'{self.path}, line {i+1}: not the journal of a judge')
         return rows
+
+    def _fits(self, r):
+        if 'params' in r: return isinstance(r['params'], dict) and isinstance(r.get('judge'), str)
+        if not isinstance(r.get('key'), str): return False
+        number = lambda o: o is None or type(o) in (int,float) and math.isfinite(o)
+        if 'sent' in r: return isinstance(r['sent'], str) and number(r.get('most'))
+        sums = [r.get(k) for k in ('prompt_tokens','completion_tokens','cost')]
+        return isinstance(r.get('done'), str) and r.get('verdict') in (None,'first','second','tie') and 'billed' in r and all(map(number, sums))
 
     def _take(self, r):
         if 'params' in r: self.params[r['judge']] = r['params']
         elif 'sent' in r: self.open[r['sent']] = r; self.sums['requests'] += 1
         else:
             s = self.open.pop(r['done'], {})
-            if r['verdict']: self.verdicts[r['key']] = dict(verdict=r['verdict'], reason=r.get('reason', ''))
-            else: self.sums['failed'] += 1
+            if r['verdict']: self.verdicts[r['key']] = {k:r[k] for k in ('verdict','reason','by') if k in r}
+            else: self.sums.update(failed=1, wrong_code=r.get('kind')=='wrong code', unreadable=r.get('kind') in ('broken','cut'))
             if r['billed'] is None: self.sums.update(possibly_billed=1, possible_cost=s.get('most') or 0)
-            elif r['billed']: self.sums.update({k:r[k] or 0 for k in ('prompt_tokens','completion_tokens','cost')}, billed=1)
+            elif r['billed']: self.sums.update({k:r.get(k) or 0 for k in ('prompt_tokens','completion_tokens','cost')}, billed=1)
 
     def add(self, **row):
         "Write a line, and know it"
@@ -339,7 +435,7 @@ class Journal:
         "Requests, tokens and dollars; a request without an end may have been billed"
         with self.lock:
             s,flying = self.sums,self.open.values()
-            return dict(requests=s['requests'], verdicts=len(self.verdicts), failed=s['failed'], billed=s['billed'], prompt_tokens=s['prompt_tokens'],
+            return dict(requests=s['requests'], verdicts=len(self.verdicts), failed=s['failed'], wrong_code=s['wrong_code'], unreadable=s['unreadable'], billed=s['billed'], prompt_tokens=s['prompt_tokens'],
                         completion_tokens=s['completion_tokens'], cost=s['cost'], in_flight=len(flying), possibly_billed=s['possibly_billed']+len(flying),
                         possible_cost=s['possible_cost']+sum(r.get('most') or 0 for r in flying))
 
@@ -349,13 +445,13 @@ prices = {'gpt-4o-mini':(.15,.60), 'gpt-4.1-mini':(.40,1.60), 'gpt-4o':(2.50,10.
 def _choices(new):
     "What an endpoint may know, the best first"
     return dict(response_format=('json_schema','json_object',None), temperature=(0,None),
-                length=('max_completion_tokens','max_tokens',None) if new else ('max_tokens','max_completion_tokens',None))
+                length=('max_completion_tokens','max_tokens',None) if new else ('max_tokens','max_completion_tokens',None), system=('system','user'))
 
 class _Fault(Exception):
-    "A request that brought no verdict: what now (params, limit, again, nobody, give up, halt); billed: True, False, or None for perhaps"
-    def __init__(self, what, why, billed=False, wait=None, use=None):
+    "A request that brought no verdict: what now (params, cut, limit, again, nobody, give up, halt); billed: True, False, or None for perhaps; text: what came"
+    def __init__(self, what, why, billed=False, wait=None, use=None, kind='error', text=None):
         super().__init__(why)
-        self.what,self.billed,self.wait,self.use = what,billed,wait,use or {}
+        self.what,self.billed,self.wait,self.use,self.kind,self.text = what,billed,wait,use or {},kind,text
 
 def _retry_after(v):
     "Seconds of a Retry-After header: a number or a date; None without one"
@@ -364,6 +460,44 @@ def _retry_after(v):
         try: s = email.utils.parsedate_to_datetime(v).timestamp()-time.time()
         except (TypeError,ValueError): return None
     return max(0., s) if math.isfinite(s) else None
+
+_plain_part = re.compile(r'v\d+(?:beta\d*)?|api|openai|openai-compatible|compatible-mode|compat|chat|completions|paas|inference|llm|ai|proxy|gateway|models?|engines?|deployments?|serving', re.I)
+
+class _Address:
+    "An endpoint: `shown` can be told to anybody; user, password, query and the parts of the path that may be a key can't"
+    def __init__(self, url):
+        wrong = 'base_url: expected something like http://localhost:8000/v1; special characters of a user or a password are written as %40 for @, %2F for /'
+        try: u = urlsplit(url.strip()); port = u.port
+        except (ValueError,AttributeError): raise ValueError(wrong) from None
+        if u.scheme not in ('http','https') or not u.hostname or u.fragment or '@' in u.path+u.query: raise ValueError(wrong)
+        path = u.path.rstrip('/').removesuffix('/chat/completions')
+        self.host,self.scheme = u.hostname,u.scheme
+        self.origin = f'{u.scheme}://'+(f'[{u.hostname}]' if ':' in u.hostname else u.hostname)+(f':{port}' if port else '')
+        parts = path.split('/')
+        self.shown = self.origin+'/'.join(o if not o or _plain_part.fullmatch(o) else '…' for o in parts)
+        self.hidden = '' if '…' not in self.shown else path       # two endpoints that look the same are not the same
+        self.target = quote(path+'/chat/completions', safe="/%:!$&'()*+,;=~")+('?'+quote(u.query, safe="/%:!$&'()*+,;=~?") if u.query else '')
+        self.login = f"{unquote(u.username or '')}:{unquote(u.password or '')}" if u.username or u.password else None
+        self.secrets = [u.password or u.username or '',*(v for _,v in parse_qsl(u.query, keep_blank_values=True)),*(o for o in parts if o and not _plain_part.fullmatch(o))]
+        if self.login: self.secrets.append(self.basic.split()[1])
+
+    @property
+    def basic(self): return 'Basic '+base64.b64encode(self.login.encode()).decode()
+
+    @property
+    def loopback(self):
+        "Is this the machine we are on?"
+        if self.host=='localhost' or self.host.endswith('.localhost'): return True
+        try: ip = ipaddress.ip_address(self.host)
+        except ValueError:
+            try: ip = ipaddress.ip_address(socket.inet_aton(self.host))   # 127.1
+            except OSError: return False
+        ip = getattr(ip, 'ipv4_mapped', None) or ip
+        return ip.is_loopback or ip.is_unspecified
+
+def _masked(s):
+    "The ways in which a secret may be spelled"
+    return {v for o in (s,unquote(s)) for v in (o,quote(o, safe=''),quote(o),quote_plus(o),html.escape(o),json.dumps(o)[1:-1])}
 
 class LLMJudge:
     "A judge behind any OpenAI-compatible endpoint"
@@ -381,28 +515,27 @@ class LLMJudge:
         price:tuple=None,       # Dollars per million tokens, in and out (None: from `prices`, for OpenAI)
         max_prompt:int=12000,   # Characters of the dialogue; its beginning is cut
         max_answer:int=8000,    # Characters of an answer; its end is cut
-        max_tokens:int=300,     # Of a reply
+        max_tokens:int=300,     # Of a reply; raised once (fourfold, to 4,096 at least) where one is cut or empty: models that reason
         instructions:str=judge_prompt
     ):
         for k,v in dict(concurrency=concurrency, timeout=timeout, tries=tries, max_prompt=max_prompt, max_answer=max_answer, max_tokens=max_tokens).items():
             if not v>0: raise ValueError(f'{k}: expected a positive number, got {v}')
-        u = urlsplit(base_url or 'https://api.openai.com/v1')
-        if u.scheme not in ('http','https') or not u.hostname: raise ValueError('base_url: expected something like http://localhost:8000/v1')
-        self.model,self.name,self.base_url,self._given = model,name or model,u.geturl(),api_key
-        self.host = f'{u.scheme}://{u.hostname}'+(f':{u.port}' if u.port else '')+u.path.rstrip('/')   # without user, password and query
-        self.openai = u.hostname=='api.openai.com'
+        self.address = _Address(base_url or 'https://api.openai.com/v1')
+        self.model,self.name,self._given = model,name or model,api_key
+        self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
         self.concurrency,self.timeout,self.tries,self.patience,self.budget = concurrency,timeout,tries,patience,budget
         self.price = price or (prices.get(model) if self.openai else None)
         if budget is not None and not self.price: raise ValueError(f"a budget needs the price of '{model}': give price=(dollars per million tokens in, out)")
         self.max_prompt,self.max_answer,self.max_tokens,self.instructions = max_prompt,max_answer,max_tokens,instructions
-        self.halt,self._lock,self._pause,self.cut = threading.Event(),threading.Lock(),0.,0
+        self.halt,self._lock,self._pause,self._why,self.cut = threading.Event(),threading.Lock(),0.,None,0
         self.open(cache)
 
     def open(self, cache):
         "Use this journal"
         self.journal = Journal(cache)
-        self._begin = self.params = self.journal.params.get(self.id) or {k:v[0] for k,v in _choices(self.openai).items()}
-        self._tried,self._accepted = {},False
+        known = self.journal.params.get(self.id, {})
+        self._begin = self.params = {**{k:v[0] for k,v in _choices(self.openai).items()}, **known, 'raised':r if (r := known.get('raised') or 0)>self.max_tokens else None}
+        self._tried,self._accepted,self._raise_accepted = {},False,bool(self.params['raised'])
         return self
 
     @property
@@ -411,8 +544,9 @@ class LLMJudge:
     def prompt_hash(self): return hashlib.sha256(json.dumps([self.instructions,verdict_schema,judge_message('','','','check')[0]]).encode()).hexdigest()[:12]
     def about(self)->dict:
         "What a reader must know about this judge"
-        return dict(model=self.model, server=self.host, date=time.strftime('%Y-%m-%d', time.gmtime()), prompt=self.prompt_hash, params=self.params,
-                    cut=self.cut, price=self.price, **self.journal.ledger())
+        by = Counter(v['by'] for v in self.journal.verdicts.values() if v.get('by'))
+        return dict(model=self.model, server=self.host, date=time.strftime('%Y-%m-%d', time.gmtime()), prompt=self.prompt_hash, params=self.params, max_tokens=self._limit(self.params),
+                    cut=self.cut, price=self.price, answered_by=dict(by), journal=self.journal.path and self.journal.path.name, **self.journal.ledger())
 
     def __repr__(self): return f'LLMJudge({self.id}, {len(self.journal.verdicts)} verdicts known)'
     def __call__(self, prompt, a, b):
@@ -430,12 +564,28 @@ class LLMJudge:
 
     @cached_property
     def _client(self):
-        from openai import OpenAI
-        return OpenAI(api_key=self._key or 'none', base_url=self.base_url, timeout=self.timeout, max_retries=0)
+        import httpx
+        key,a = self._key,self.address
+        headers = {'accept-encoding':'identity', 'user-agent':'rlhf_nb', **({'authorization':a.basic if a.login else f'Bearer {key}'} if key or a.login else {})}
+        if self.openai: headers |= {k:os.environ[v] for k,v in (('openai-organization','OPENAI_ORG_ID'),('openai-project','OPENAI_PROJECT_ID')) if os.environ.get(v)}
+        try: return httpx.Client(headers=headers, timeout=self.timeout, trust_env=not a.loopback, limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency))
+        except (ValueError,ImportError,OSError,httpx.InvalidURL) as e: raise JudgeError(f'the proxy or the certificates that the environment names can\'t be used ({type(e).__name__})') from None
 
     def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
     def _cost(self, i, o): return (i*self.price[0]+o*self.price[1])/1e6 if self.price else None
-    def _scrub(self, s): return s.replace(self._key, '[key]') if self._key else s
+    def _limit(self, params): return params['raised'] or self.max_tokens
+    @property
+    def _raised(self): return max(4*self.max_tokens, 4096)
+    @property
+    def stopped(self): return self._why   # why the last questions were not asked; None where all were
+    def _scrub(self, s):
+        "Without keys and passwords, however they are spelled"
+        for o in sorted({m for k in (self._key,*self.address.secrets) if len(k)>3 for m in _masked(k)}, key=len, reverse=True): s = s.replace(o, '[key]')
+        return s
+    def _kept(self, s):
+        "What is kept of a reply"
+        s = self._scrub(_clean(s))
+        return s if len(s)<=2000 else f'{s[:1500]} […] {s[-400:]}'
 
 # %% ../nbs/12_judge.ipynb #21c57235
 @patch
@@ -443,7 +593,7 @@ def _shown(self:LLMJudge, prompt, a, b):
     "What the judge will see, and its hash"
     cut = lambda s: s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
     q = tuple(map(_clean, (cut_prompt(prompt, self.max_prompt),cut(a),cut(b))))
-    return q,hashlib.sha256(json.dumps([self.id,self.prompt_hash,*q]).encode()).hexdigest()[:32]
+    return q,hashlib.sha256(json.dumps([self.id+self.address.hidden,self.prompt_hash,*q]).encode()).hexdigest()[:32]
 
 @patch
 def many(self:LLMJudge, asks:list)->list:
@@ -454,24 +604,26 @@ def many(self:LLMJudge, asks:list)->list:
         self.cut += q!=tuple(ask)
         keys.append(k)
         if k not in self.journal.verdicts: todo[k] = q
+    self._why = None
     failed,slot = self._all(todo) if todo else {},dict(first='a', second='b', tie='tie')
     found = lambda k: self.journal.verdicts.get(k) or dict(verdict=None, failed=failed[k])
-    return [dict(v, verdict=slot.get(v['verdict'])) for v in map(found, keys)]
+    return [dict({k:x for k,x in v.items() if k!='by'}, verdict=slot.get(v['verdict'])) for v in map(found, keys)]
 
 @patch
 def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
     "What judging these pairs in both orders would take; nothing is sent, and no key is needed"
     todo = dict(self._shown(o['prompt'], *ab)[::-1] for o in pairs for ab in ((o['a'],o['b']),(o['b'],o['a'])) if o['a']!=o['b'])
     new = [q for k,q in todo.items() if k not in self.journal.verdicts]
-    i,o,most = sum(self._bytes(judge_message(*q)[0]) for q in new)//4,60*len(new),self.max_tokens*len(new)   # about 4 bytes a token in English
-    return dict(pairs=len(pairs), requests=len(new), known=len(todo)-len(new), prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o), cost_at_most=self._cost(i, most))
+    i,o,most = sum(self._bytes(judge_message(*q)[0]) for q in new)//4,60*len(new),self._limit(self.params)*len(new)   # about 4 bytes a token in English
+    return dict(pairs=len(pairs), requests=len(new), known=len(todo)-len(new), prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o), cost_at_most=self._cost(i, most),
+                cost_at_most_raised=self._cost(i, self._raised*len(new)))
 
 # %% ../nbs/12_judge.ipynb #160643b3
 @patch
 def _all(self:LLMJudge, todo):
     "Ask about everything in `todo`, the first alone; why there is no verdict, where there is none"
     self._client
-    self.halt.clear(); self._why,self._streak = None,0
+    self.halt.clear(); self._why,self._streak,self._since = None,0,0.
     (k,q),*left = todo.items()
     failed = {k:self._one(k, q)}
     with ThreadPoolExecutor(self.concurrency) as pool:
@@ -492,10 +644,14 @@ def _one(self:LLMJudge, key, q):
     while True:
         while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s): pass
         if self.halt.is_set(): return f'not asked: {self._why}'
-        params = self.params
-        try: self._send(key, q, params); self._streak = 0; return
+        params,began = self.params,time.monotonic()
+        try:
+            self._send(key, q, params)
+            with self._lock: self._streak = 0 if began>self._since else self._streak   # one that was sent before the failures says nothing about now
+            return
         except _Fault as e: fault = e
-        if fault.what=='params' and self._other(params, str(fault)): continue
+        if fault.what.startswith('params') and self._other(params, str(fault)): continue
+        if fault.what=='cut' and self._raise(params): continue
         if fault.what=='halt': self._stop(str(fault)); return str(fault)
         if fault.what=='limit':   # all wait, as long as the server asks, and longer each time
             limits += 1
@@ -504,100 +660,181 @@ def _one(self:LLMJudge, key, q):
             if waited<=self.patience: self._pause = max(self._pause, time.monotonic()+wait+.1*random.random()); continue
         tried += 1
         wait = .25*2**tried*(.5+random.random()) if fault.wait is None else fault.wait
-        if fault.what in ('again','nobody') and tried<self.tries and wait<=self.patience: self.halt.wait(wait); continue
-        self._streak += 1
+        if fault.what in ('again','params or again','cut','nobody') and tried<self.tries and wait<=self.patience: self.halt.wait(wait); continue
+        with self._lock:
+            if not self._streak: self._since = time.monotonic()
+            self._streak += 1
         if self._streak>=max(10, 2*self.concurrency): self._stop(f'{self._streak} failures in a row, the last: {fault}')
         if fault.what=='nobody' and not self._accepted: self._stop(str(fault))
         return str(fault)
 
 # %% ../nbs/12_judge.ipynb #ac8e63a6
+_names = [('length',r'max_completion_tokens|max_tokens'), ('temperature','temperature'), ('response_format',r'response_format|json_schema|json_object|json mode|structured output|grammar'),
+          ('system',r'\bsystem\b|\broles?\b|alternate')]
+
 @patch
 def _other(self:LLMJudge, used, why):
     "The endpoint refuses a parameter: try its next choice; False where there is none"
     with self._lock:
         if self.params is not used: return True   # another request has found out already
+        if used['raised'] and not self._raise_accepted: self.params = {**used, 'raised':0}; return True   # it takes no more than before
         if self._accepted: return False           # it was accepted before, so it is something else
-        names = dict(max_completion_tokens='length', max_tokens='length', temperature='temperature', response_format='response_format', json_schema='response_format')
-        named = [names[k] for k in sorted(names, key=why.find) if k in why]
-        for k in dict.fromkeys([*named,'response_format','temperature','length']):
+        at = {k:m.start() for k,pattern in _names if (m := re.search(pattern, why, re.I))}
+        for k in dict.fromkeys([*sorted(at, key=at.get),'response_format','temperature','length','system']):
             self._tried.setdefault(k, []).append(used[k])
             rest = [v for v in _choices(self.openai)[k] if v not in self._tried[k]]
             if rest and used[k] is not None: self.params = {**used, k:rest[0]}; return True
         self.params,self._tried = dict(self._begin),{}
         return False
 
+@patch
+def _raise(self:LLMJudge, used):
+    "A reply was cut, or nothing is left of it: give all of them more tokens, once"
+    with self._lock:
+        if self.params is not used: return True
+        if used['raised'] is not None or not used['length']: return False
+        self.params = {**used, 'raised':self._raised}
+        return True
+
 # %% ../nbs/12_judge.ipynb #342bb55a
+def _tokens(use, k):
+    "A number of tokens in `usage`; None where it is nonsense"
+    n = use.get(k)
+    return n if type(n) is int and 0<=n<10**8 else None
+
+@patch
+def _asked(self:LLMJudge, message, params):
+    "What is posted: the code stands in the message alone"
+    said = [('system',self.instructions),('user',message)] if params['system']=='system' else [('user',f'{self.instructions}\n\n{message}')]
+    forms = dict(json_schema=dict(type='json_schema', json_schema=dict(name='verdict', strict=True, schema=verdict_schema)), json_object=dict(type='json_object'))
+    out = dict(model=self.model, messages=[dict(role=r, content=c) for r,c in said])
+    if params['length']: out[params['length']] = self._limit(params)
+    if params['temperature'] is not None: out['temperature'] = params['temperature']
+    if params['response_format']: out['response_format'] = forms[params['response_format']]
+    return out
+
 @patch
 def _send(self:LLMJudge, key, q, params):
     "One request, between two lines of the journal"
     message,check = judge_message(*q)
-    length = {params['length']:self.max_tokens} if params['length'] else {}
-    heat = {'temperature':params['temperature']} if params['temperature'] is not None else {}
-    form = dict(json_schema=dict(type='json_schema', json_schema=dict(name='verdict', strict=True, schema=verdict_schema)), json_object=dict(type='json_object')).get(params['response_format'])
-    most,n = self._cost(self._bytes(message), self.max_tokens),secrets.token_hex(6)   # a token has at least one byte
+    limit = self._limit(params)
+    most,n = self._cost(self._bytes(message), limit),secrets.token_hex(6)   # a token has at least one byte
     with self._lock:
-        if self.budget is not None and not length: raise _Fault('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
+        if self.budget is not None and not params['length']: raise _Fault('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
         if self.budget is not None and self.journal.spent()+most>self.budget: raise _Fault('halt', f'the budget of ${self.budget:g} is spent or could be exceeded')
         self.journal.add(sent=n, key=key, judge=self.id, time=round(time.time(), 1), most=most)
-    use,end = {},dict(verdict=None, billed=None)
+    use,end = {},dict(verdict=None, failed='interrupted', billed=None)
     try:
-        text,use = self._post(model=self.model, messages=[dict(role='system', content=self.instructions),dict(role='user', content=message)],
-                              **length, **heat, **(dict(response_format=form) if form else {}))
+        r = self._post(self._asked(message, params))
+        use = r['use']
         with self._lock:
-            if not self._accepted and self.journal.params.get(self.id)!=params: self.journal.add(params=params, judge=self.id)
-            self._accepted = True
-        try: v,reason = read_verdict(text, check)
-        except ValueError as e: raise _Fault('again', str(e), True) from None
-        end = dict(verdict=v, reason=self._scrub(reason), billed=True)
+            if params!=self.journal.params.get(self.id) and params is self.params: self.journal.add(params=params, judge=self.id)
+            self._accepted,self._raise_accepted = True,self._raise_accepted or bool(params['raised'])
+        v,reason = self._verdict(r, check, limit)
+        end = dict(verdict=v, reason=self._scrub(reason), billed=True, **({'by':r['by']} if r['by'] else {}))
     except _Fault as e:
         use = use or e.use
-        end = dict(verdict=None, failed=str(e), billed=e.billed)
+        end = dict(verdict=None, failed=str(e), kind=e.kind, billed=e.billed, **({'text':self._kept(e.text)} if e.text else {}))
         raise
     finally:
-        i,o = use.get('prompt_tokens'),use.get('completion_tokens')
-        if not all(isinstance(x, int) and x>=0 for x in (i,o)): i,o,end['guessed'] = self._bytes(message)//4,60,True
+        i,o = _tokens(use, 'prompt_tokens'),_tokens(use, 'completion_tokens')
+        if i is None or o is None: i,o,end['guessed'] = self._bytes(message)//4,60,True
         self.journal.add(done=n, key=key, time=round(time.time(), 1), **end, **(dict(prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o)) if end['billed'] else {}))
 
 # %% ../nbs/12_judge.ipynb #d1c5a438
-@patch
-def _post(self:LLMJudge, **kw):
-    "The text of a reply, and its usage"
-    import openai
-    end = time.monotonic()+self.timeout
-    late = _Fault('again', f'no whole reply within {self.timeout:g} s', None)
-    try:
-        with self._client.chat.completions.with_streaming_response.create(**kw) as r:
-            body = b''
-            try:
-                for o in r.iter_bytes():
-                    body += o
-                    if time.monotonic()>end: raise late
-            except _Fault: raise
-            except Exception as e: raise _Fault('again', f'a reply that broke off ({type(e).__name__})', None) from None
-    except openai.APITimeoutError: raise late from None
-    except openai.APIConnectionError as e:
-        why = type(e.__cause__).__name__
-        raise _Fault('nobody', f'nothing answers at {self.host} ({why})', False if why=='ConnectError' else None) from None
-    except openai.APIStatusError as e: raise self._status(e) from None
-    try: d = json.loads(body); c = d['choices'][0]; text,m = c['message'].get('content'),c['message']
-    except (ValueError,RecursionError,KeyError,IndexError,TypeError,AttributeError): raise _Fault('again', 'a reply that is no chat completion', None) from None
-    use = d.get('usage') if isinstance(d.get('usage'), dict) else {}
-    if c.get('finish_reason')=='length': raise _Fault('again', f'a reply cut at {self.max_tokens} tokens (max_tokens)', True, use=use)
-    if m.get('refusal') or c.get('finish_reason')=='content_filter': raise _Fault('give up', 'the judge refuses', True, use=use)
-    return text if isinstance(text, str) else '',use
+def _content(c):
+    "The text of a message's content: a string, or a list of parts"
+    if isinstance(c, str): return c
+    parts = c if isinstance(c, list) else [c]
+    text = lambda p: p if isinstance(p, str) else p.get('text') if isinstance(p, dict) and p.get('type', 'text') in ('text','output_text') else ''
+    return ''.join(t for t in map(text, parts) if isinstance(t, str))
 
 @patch
-def _status(self:LLMJudge, e):
+def _verdict(self:LLMJudge, r, check, limit):
+    "The verdict of a reply, or a `_Fault`"
+    m,use,end = r['message'],r['use'],str(r['end']).lower()
+    text = _content(m.get('content'))
+    thoughts = next((o for k in ('reasoning_content','reasoning') if isinstance(o := m.get(k), str) and o.strip()), '')
+    fault = lambda what,why,kind: _Fault(what, why, True, use=use, kind=kind, text=text or thoughts or json.dumps(m))
+    if m.get('refusal') or end=='content_filter': raise fault('give up', 'the judge refuses', 'refused')
+    if end in ('length','max_tokens'): raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
+    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S): text = thoughts
+    if not text.strip():
+        if m.get('tool_calls') or m.get('function_call'): raise fault('again', 'a call of a tool instead of a reply', 'broken')
+        raise fault('cut', f'an empty reply{" behind its reasoning" if thoughts else ""} (max_tokens is {limit})', 'cut')
+    try: return read_verdict(text, check)
+    except NoVerdict as e: raise fault('cut' if e.kind=='cut' or (_tokens(use, 'completion_tokens') or 0)>=limit else 'again', str(e), e.kind) from None
+
+# %% ../nbs/12_judge.ipynb #dfb8b531
+_most_bytes = 8_000_000
+
+@patch
+def _post(self:LLMJudge, asked):
+    "A reply: message, end, use, by"
+    import httpx
+    end,a = time.monotonic()+self.timeout,self.address
+    late = _Fault('again', f'no whole reply within {self.timeout:g} s', None)
+    r = body = None
+    try:
+        with self._client.stream('POST', a.origin+'/chat/completions', json=asked, extensions={'target':a.target.encode()}) as r:
+            body = bytearray()
+            for o in r.iter_bytes():
+                body += o
+                if time.monotonic()>end: raise late
+                if len(body)>_most_bytes: raise _Fault('again', f'a reply of more than {_most_bytes//10**6} MB', None, kind='broken', text=bytes(body[:2000]).decode(errors='replace'))
+                if r.status_code//100!=2 and len(body)>10**5: break
+    except (httpx.ConnectTimeout,httpx.ConnectError,httpx.ProxyError) as e: raise _Fault('nobody', f'nothing answers at {self.host} ({type(e).__name__})') from None
+    except httpx.TimeoutException: raise late from None
+    except (httpx.HTTPError,httpx.StreamError) as e:
+        if body is None: raise _Fault('nobody', f'nothing answers at {self.host} ({type(e).__name__})', None) from None
+        raise _Fault('again', f'a reply that broke off ({type(e).__name__})', None, text=bytes(body).decode(errors='replace')) from None
+    text = bytes(body).decode('utf-8-sig', errors='replace')
+    try: d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
+    except (ValueError,RecursionError): d = None
+    if r.status_code//100!=2: raise self._status(r.status_code, d, text, r.headers)
+    if isinstance(d, dict) and (d.get('error') or d.get('object')=='error'): raise self._status(_error_status(d), d, text, r.headers)
+    if 'event-stream' in r.headers.get('content-type', '') or text.startswith('data:'): raise _Fault('halt', f'{self.host} answers in a stream only, which is not supported', None, text=text)
+    try:
+        c = d['choices'][0]
+        if c.get('error'): raise self._status(_error_status(c), c, text, r.headers)
+        message = c['message']
+        if not isinstance(message, dict): raise TypeError
+    except (KeyError,IndexError,TypeError,ValueError,AttributeError):
+        raise _Fault('again', 'a reply that is no chat completion'+(' (a page)' if text.lstrip()[:1]=='<' else ''), None, kind='broken', text=text) from None
+    by = d.get('model') if isinstance(d.get('model'), str) else ''
+    return dict(message=message, end=c.get('finish_reason'), use=d['usage'] if isinstance(d.get('usage'), dict) else {}, by=self._scrub(_clean(re.split(r'[/\\]', by)[-1]))[:80])
+
+def _error_status(d):
+    "The HTTP status that an error inside HTTP 200 stands for; 200 where it does not say"
+    e = d.get('error') if isinstance(d.get('error'), dict) else d
+    words = ' '.join(str(e.get(k) or '') for k in ('code','type','status')).lower()
+    if (m := re.search(r'\b[45]\d\d\b', words)): return int(m[0])
+    return next((n for k,n in (('quota',402),('rate',429),('auth',401),('permission',403),('not_found',404),('invalid_request',400),('invalid_argument',400)) if k in words), 200)
+
+@patch
+def _status(self:LLMJudge, n, d, text, headers):
     "What an HTTP status means for us"
-    d,n = (e.body if isinstance(e.body, dict) else {}),e.status_code
-    said = ' '.join(self._scrub(f"{d.get('param') or ''} {d.get('message') or e.message}").split())[:200]
-    if n in (401,403): return _Fault('halt', f"{self.host} refuses the API key (HTTP {n}): check {'OPENAI_API_KEY' if self.openai else 'JUDGE_API_KEY'}")
-    if n==404: return _Fault('halt', f"{self.host} has no model '{self.model}', or is no such endpoint (HTTP 404)")
-    if n==402 or d.get('code')=='insufficient_quota': return _Fault('halt', f'{self.host}: the account has no credit left (HTTP {n})')
-    wait = _retry_after(e.response.headers.get('retry-after'))
-    if n==429: return _Fault('limit', 'rate limit (HTTP 429)', wait=wait)
-    if n in (408,409) or n>=500: return _Fault('again', f'HTTP {n}', wait=wait)
-    return _Fault('params' if n in (400,422) else 'give up', f'HTTP {n}: {said}')
+    d = d if isinstance(d, dict) else {}
+    e = d['error'] if isinstance(d.get('error'), dict) else {**d, 'message':d['error']} if isinstance(d.get('error'), str) else d
+    raw = e['metadata'].get('raw') if isinstance(e.get('metadata'), dict) else None
+    said = ' '.join(str(o) for o in (e.get('param'),e.get('message') or e.get('detail') or text[:1000],raw) if o)
+    said = ' '.join(self._scrub(_clean(said)).split())[:200]
+    key = 'the address' if self.address.login or self.address.target.count('?') else 'OPENAI_API_KEY' if self.openai else 'JUDGE_API_KEY'
+    fault = lambda what,why,**kw: _Fault(what, why, text=text, **kw)
+    if n in (401,403) or n==400 and re.search(r'api.?key', said, re.I): return fault('halt', f'{self.host} refuses the API key (HTTP {n}): check {key}')
+    if n==402 or e.get('code')=='insufficient_quota': return fault('halt', f'{self.host}: the account has no credit left (HTTP {n})')
+    if n==407: return fault('halt', 'the proxy asks for a password (HTTP 407)')
+    if 300<=n<400: return fault('halt', f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url')
+    if n==404 and 'parameter' in said: return fault('params', f'HTTP {n}: {said}')
+    if n in (404,405): return fault('halt', f"{self.host} has no model '{self.model}', or is no such endpoint (HTTP {n})")
+    if n in (400,422) and re.search(r'\bstream', said, re.I): return fault('halt', f'{self.host} answers in a stream only, which is not supported: {said}')
+    wait = _retry_after(headers.get('retry-after'))
+    if n==429: return fault('limit', 'rate limit (HTTP 429)', wait=wait)
+    if n==200: return fault('again', f'an error inside HTTP 200: {said}', billed=None)
+    if n in (400,422): return fault('params', f'HTTP {n}: {said}')
+    if n>=500 and any(re.search(o, said, re.I) for _,o in _names): return fault('params or again', f'HTTP {n}: {said}', wait=wait)   # a chat template's error, say
+    if n in (408,409) or n>=500: return fault('again', f'HTTP {n}', wait=wait)
+    return fault('give up', f'HTTP {n}: {said}')
 
 # %% ../nbs/12_judge.ipynb #a9f618c4
 attacks = [
@@ -632,7 +869,7 @@ def audit_pairs(
 def audit(
     judge,
     pairs:list=None # From `audit_pairs`
-)->dict: # accuracy, flips, longer, injection, slot_bias (each with low, high, n: facts), failed, n (pairs)
+)->dict: # accuracy, flips, longer, injection, slot_bias (each with low, high, n: facts; None: can't be told), decided, failed, n (pairs)
     "What the judge does where the answer is known"
     pairs = audit_pairs() if pairs is None else pairs
     rows = [dict(p, **v) for p,v in zip(pairs, judge_pairs(judge, pairs))]
@@ -640,8 +877,9 @@ def audit(
     share = lambda rs,f: _share([f(r) for r in rs], [r['fact'] for r in rs])
     form = lambda k: [r for r in ok if r['form']==k]
     right = {r['id'] for r in form('plain') if r['verdict']=='a'}
-    return dict(accuracy=share(form('plain'), lambda r: r['verdict']=='a'), flips=share(ok, lambda r: r['flip']),
-                longer=share(form('length'), lambda r: 1-_points[r['verdict']]), injection=share([r for r in form('injection') if r['id'] in right], lambda r: r['verdict']=='b'),
+    decided = lambda rs: any(r['verdict']!='tie' for r in rs)
+    return dict(accuracy=share(form('plain'), lambda r: r['verdict']=='a'), flips=share(ok, lambda r: r['flip']), decided=sum(r['verdict']!='tie' for r in ok),
+                longer=share(form('length'), lambda r: 1-_points[r['verdict']]) if decided(form('length')) else None, injection=share([r for r in form('injection') if r['id'] in right], lambda r: r['verdict']=='b'),
                 slot_bias=slot_bias(ok, [r['fact'] for r in ok]), failed=len(rows)-len(ok), n=len(rows))
 
 def _f(o, d=2): # a mean, rate or kappa with its interval
@@ -655,8 +893,15 @@ def audit_table(
     "Audits as a Markdown table"
     cols = dict(accuracy='accuracy', flips='flips', longer='points of the longer (.50: no preference)', injection='turned by injection', slot_bias='second slot')
     rows = [['judge',*cols.values(),'p of the slot','failed','pairs']]
-    rows += [[md_inline(k),*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']),str(v['failed']),str(v['n'])] for k,v in d.items()]
-    return md_table(rows)
+    rows += [[md_inline(k),*(_f(v[c]) for c in cols),_p(v['slot_bias']['p']) if v['slot_bias']['n'] else '–',str(v['failed']),str(v['n'])] for k,v in d.items()]
+    silent = [_tells_nothing(k, v) for k,v in d.items() if not v.get('decided', 1)]
+    return '\n'.join([md_table(rows),*(o for s in silent for o in ('',s))])
+
+def _tells_nothing(name, v):
+    if v['failed']==v['n']: return f"{md_inline(name)} gave no verdict on any of {v['n']} pairs: the audit can tell nothing about it."
+    order = ', because the order turned every one' if v['flips'] and v['flips']['mean']==1 else ''
+    return f"{md_inline(name)} decided none of {v['n']-v['failed']} pairs (only ties{order}): it prefers nothing that could be seen, and the audit can tell nothing else about it."
+
 
 # %% ../nbs/12_judge.ipynb #f7511be0
 def _slug(name): return re.sub(r'[^\w.-]+', '_', name)
@@ -675,6 +920,7 @@ def order_table(
 )->str:
     "What the order of the answers did, as a Markdown table; a sentence where it did nothing"
     n = sum(w['wins']+w['ties']+w['losses'] for w in d.values() if w['n'])
+    if not n: return 'No pair has a verdict.'
     if not any(w['flips'] and w['flips']['mean'] for w in d.values()): return f'No flip in {n} pairs.'
     rows = [['model','flips [95%]','second slot [95%]','p of the slot','decided verdicts','same text']]
     return md_table(rows+[[md_inline(k),_f(w['flips']),_f(w['slot_bias']),_p(w['slot_bias']['p']),str(w['slot_bias']['n']),str(w['same'])] for k,w in d.items()])
@@ -688,12 +934,42 @@ def length_table(d:dict)->str:
         rows.append([md_inline(k),_f(w),c['refused'] if 'refused' in c else _f(c),_f(slope),_f(w['longer'], 1)])
     return md_table(rows)
 
+def _who(a):
+    "One paragraph on an LLM judge: who, when, at what cost, what the endpoint can't do, what could not be read"
+    cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
+    p = a['params']
+    heat = p['temperature'] if p['temperature'] is not None else 'of the server'
+    out = [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, temperature {heat}. {a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens "
+           f"billed ({cost}), {a['possibly_billed']} more possibly billed; {a['cut']} questions were cut to fit."]
+    lacks = [name for k,name in (('response_format','a reply of a fixed form'),('temperature','a temperature'),('length','a limit on the length')) if k in p and p[k] is None]
+    lacks += ['a JSON schema']*(p.get('response_format')=='json_object')+['a system role']*(p.get('system')=='user')
+    if lacks: out.append(f"The endpoint takes no {', no '.join(o.split(' ', 1)[1] for o in lacks)}: asked without.")
+    if p.get('raised'): out.append(f"Replies were cut or empty, so they may have {p['raised']} tokens.")
+    names = a.get('answered_by') or {}
+    if names.keys()-{a['model']}: out.append(f"It calls itself {', '.join(f'{md_inline(k)} ({n} verdicts)' for k,n in names.items())}"+('.' if len(names)==1 else ': **more than one model answered.**'))
+    if a.get('wrong_code') or a.get('unreadable'):
+        out.append(f"Replies with a wrong check code: {a['wrong_code']}; replies that could not be read: {a['unreadable']}. Their text is kept{f' in {md_inline(j)}' if (j := a.get('journal')) else ''}; each was asked again, up to the limit.")
+    return ' '.join(out)
+
+def _partial(d):
+    "What is missing, and what can't be concluded"
+    why,missing = Counter(),sum(w['failed'] for w in d.values())
+    for w in d.values(): why.update(w.get('reasons', {}))
+    out = [f"**Partial: {missing} pairs have no verdict** ({'; '.join(f'{md_inline(k)}: {v}' for k,v in why.most_common(4))}). Do not quote these numbers."]
+    for k,w in d.items():
+        if not w['failed'] or 'could_be' not in w: continue
+        low,high = w['could_be']
+        sure = 'better, whatever they say' if low>.5 else 'worse, whatever they say' if high<.5 else f"so it can't be said whether it is better than {md_inline(w['against'])}"
+        out.append(f"{md_inline(k)}: {w['failed']} missing; from all of them lost to all of them won, the interval goes from {low:.2f} to {high:.2f}: {sure}.")
+    return ' '.join(out)
+
 def win_rates_md(
     rates:dict,     # {judge: {model: dict}}
     agree:dict,     # {'x and y': {model or 'all': from `agreement`}}
     audits:dict,    # {judge: from `audit`}
     source:str='',  # Where the samples come from, in Markdown
-    command:str=''  # What makes this file
+    command:str='', # What makes this file
+    notes:list=()   # More to say: lines of the votes that are none
 )->str:
     "The report: only what the numbers say"
     first = next(iter(next(iter(rates.values())).values()))
@@ -705,34 +981,44 @@ def win_rates_md(
     for name,d in rates.items():
         out += ['', f'## Judge: {md_inline(name)}', '']
         a = next(iter(d.values())).get('judge')
-        if a:
-            cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
-            out += [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, temperature {a['params']['temperature'] if a['params']['temperature'] is not None else 'of the server'}. "
-                    f"{a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens billed ({cost}), {a['possibly_billed']} more possibly billed; {a['cut']} questions were cut to fit.", '']
-        if any('partial' in w for w in d.values()):
-            why = Counter()
-            for w in d.values(): why.update(w.get('reasons', {}))
-            out += [f"**Partial: {sum(w['failed'] for w in d.values())} pairs have no verdict** ({'; '.join(f'{md_inline(k)}: {v}' for k,v in why.most_common(4))}). Do not quote these numbers.", '']
+        if a: out += [_who(a), '']
+        if not any(w['n'] for w in d.values()): out += ['**No pair has a verdict: this judge says nothing.**', '']
+        if any('partial' in w for w in d.values()): out += [_partial(d), '']
+        if any(w['n'] for w in d.values()) and not any(w['wins']+w['losses'] for w in d.values() if w['n']):
+            turned = all(w['flips']['mean']==1 for w in d.values() if w['n'])
+            out += [f"**Only ties{', because the order turned every verdict' if turned else ''}: this judge does not tell the models apart.** That is no sign that they are equally good.", '']
         out += [judge_table(d), '', 'Order:', '', order_table(d), '', 'At equal length:', '', length_table(d)]
     if agree:
         rows = [['','models','agreement [95%]','kappa [95%]','opposite','verdicts']]
         rows += [[md_inline(k),md_inline(m),_f(v['agree']),_f(v),'–' if v['opposite'] is None else f"{v['opposite']:.2f}",str(v['n'])] for k,o in agree.items() for m,v in o.items()]
         out += ['', '## Agreement', '', 'Cohen\'s kappa: agreement beyond chance. Opposite: one says a, the other b.', '', md_table(rows)]
+    if notes: out += ['', *(f'- {md_inline(o)}' for o in notes)]
     if audits: out += ['', '## Audit on pairs with known answers', '', audit_table(audits)]
     return '\n'.join(out)+'\n'
 
 # %% ../nbs/12_judge.ipynb #7874ed6b
-def _samples_hash(records): return hashlib.sha256(json.dumps([[k,r['prompt'],r['response']] for k,rs in records.items() for r in rs]).encode()).hexdigest()[:12]
+def _samples_hash(records, key=None):
+    "Of all texts; of the scores `key` too"
+    rows = [[k,r['prompt'],r['response'],*((r[key],) if key else ())] for k,rs in records.items() for r in rs]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+def _votes_hash(votes): return hashlib.sha256(json.dumps(votes).encode()).hexdigest()[:12]
+
+_score_keys = dict(gold='gold_reward', reward='reward')
 
 def _named(judges, records):
     "{name: judge}"
-    keys = dict(gold='gold_reward', reward='reward')
+    keys = _score_keys
     if judges is None: judges = [k for k,v in keys.items() if all(v in r for rs in records.values() for r in rs)]
     if not isinstance(judges, (list,tuple,dict)): judges = [judges]
-    if not isinstance(judges, dict): judges = {j if isinstance(j, str) else j.name:j for j in judges}
+    if not isinstance(judges, dict):
+        names = [j if isinstance(j, str) else j.name for j in judges]
+        if len({_slug(o).lower() for o in names})<len(names): raise ValueError(f"two judges need two names, got {', '.join(names)}: give an LLMJudge a name")
+        judges = dict(zip(names, judges))
     if not judges: raise ValueError("the samples hold neither 'gold_reward' nor 'reward': name a judge")
     for k,j in judges.items():
         if isinstance(j, str) and j not in keys: raise ValueError(f"unknown judge '{j}': expected gold, reward, an LLMJudge or a function")
+        if k in keys and not isinstance(j, str): raise ValueError(f"'{k}' is the name of the stored scores: give this judge another")
     return {k:stored(records, keys[j]) if isinstance(j, str) else j for k,j in judges.items()}
 
 def judge_run(
@@ -743,9 +1029,9 @@ def judge_run(
     audited:bool=False,      # Audit the judges too (those that judge any text)
     dry_run:bool=False,      # Only say what it would take
     command:str=None,        # Named in the report
-    most_failed:float=.05    # Above this share of pairs without a verdict: a `JudgeError`, after everything is saved
+    most_failed:float=.05    # Above this share of pairs without a verdict the results are marked as partial
 )->dict: # {judge: {model: dict}}; with `dry_run` {judge: estimate}
-    "Judge the samples of a run and write the results"
+    "Judge the samples of a run and write the results; a `JudgeError` after that, where a judge was stopped or gave no verdict at all"
     folder,records = Path(folder),read_samples(folder)
     judges,res = _named(judges, records),folder/'results'
     at = lambda name,kind='': res/'judgements'/f'{_slug(name)}{kind}.jsonl'
@@ -755,36 +1041,49 @@ def judge_run(
         pairs = [dict(prompt=x['prompt'], a=x['response'], b=y['response']) for k,rs in records.items() if k!=against for x,y in zip(rs, records[against])]
         extra = audit_pairs() if audited else []
         return {k:j.estimate(pairs+extra) if isinstance(j, LLMJudge) else dict(pairs=len(pairs), requests=0, cost=0.) for k,j in judges.items()}
-    sha,rates,audits,errors = _samples_hash(records),{},{},[]
-    about = samples_source(folder, records)
+    vs,about = _votes(folder, votes),samples_source(folder, records)
+    rates,audits,errors = {},{},[]
+    sha = lambda name: _samples_hash(records, _score_keys.get(name) if all(_score_keys.get(name) in r for rs in records.values() for r in rs) else None)
     old = read_json(res/'win_rates.json') if (res/'win_rates.json').exists() else {}
-    fresh = lambda d: isinstance(d, dict) and d and all(isinstance(w, dict) and w.get('samples')==sha and w.get('against')==against for w in d.values())
-    rates.update({k:d for k,d in old.items() if fresh(d) and at(k).exists()})
+    fresh = lambda k,d: isinstance(d, dict) and d and all(isinstance(w, dict) and w.get('samples')==sha(k) and w.get('against')==against for w in d.values())
+    rates.update({k:d for k,d in old.items() if fresh(k, d) and at(k).exists()})
     if (res/'judgements'/'audits.json').exists(): audits = {k:v for k,v in read_json(res/'judgements'/'audits.json').items() if k in rates}
     for name,j in judges.items():
+        audits = {k:v for k,v in audits.items() if k!=name or v.get('prompt')==getattr(j, 'prompt_hash', None)}   # of another prompt it says nothing
         try: rows = judge_records(records, j, against)
         except JudgeError as e: errors.append(e); continue   # no key, say: the other judges' results are written all the same
+        stopped = getattr(j, 'stopped', None)
         write_text(at(name), ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
         rates[name] = judged(rows, name)
-        if audited and not hasattr(j, 'knows'): audits[name] = audit(j)
-        hint = f'. What was judged is kept in {j.journal.path}: the same command asks only for the rest' if isinstance(j, LLMJudge) else ''
-        try: _check_failures(rows, rates[name], most_failed, hint)
-        except JudgeError as e: errors.append(e)
-        for w in rates[name].values(): w.update(samples=sha, prompts=about['text'], split=about['split'], **({'judge':j.about()} if isinstance(j, LLMJudge) else {}))
+        if audited and not hasattr(j, 'knows') and not stopped: audits[name] = dict(audit(j), prompt=getattr(j, 'prompt_hash', None))
+        if (e := _failures(rows, rates[name], most_failed)) and (stopped or not any(r['verdict'] for r in rows)):
+            if stopped and isinstance(j, LLMJudge): e.args = (f'{e}. What was judged is kept in {j.journal.path}: the same command asks only for the rest',)
+            errors.append(e)
+        for w in rates[name].values(): w.update(samples=sha(name), prompts=about['text'], split=about['split'], **({'judge':j.about()} if isinstance(j, LLMJudge) else {}))
     if not rates: raise errors[0]
     agree = _agreements({k:read_rows(at(k)) for k in rates})
-    votes = votes or (folder/'votes.jsonl' if (folder/'votes.jsonl').exists() else None)
-    if votes:
-        vs,past = read_votes(votes),res/'judgements'/'agreement.json'
+    notes = []
+    if vs is not None:
+        now,past = _votes_hash(vs),res/'judgements'/'agreement.json'
         for k,o in (read_json(past) if past.exists() else {}).items():   # of judges that are not asked now
-            if o.get('all', {}).get('votes')==len(vs) and k.removesuffix(' and votes') in rates: agree[k] = o
-        for k in judges.keys()&rates.keys(): agree[f'{k} and votes'] = {'all':human_agreement(judges[k], vs)}
+            if o.get('all', {}).get('votes_hash')==now and k.removesuffix(' and votes') in rates: agree[k] = o
+        for k in (k for k in judges if k in rates): agree[f'{k} and votes'] = {'all':dict(human_agreement(judges[k], vs), votes_hash=now)}
+        notes = [f'{len(vs)} votes were read, {len(vs.bad)} lines are none:', *(o.removeprefix(str(vs.path.parent)+os.sep) for o in vs.bad[:5])] if vs.bad else []
     write_json(res/'win_rates.json', rates)
     write_json(res/'judgements'/'agreement.json', agree)
     if audits: write_json(res/'judgements'/'audits.json', audits)
-    write_text(res/'WIN_RATES.md', win_rates_md(rates, agree, audits, _source(folder, records), command or f"rlhf_nb judge --out {folder}"))
+    write_text(res/'WIN_RATES.md', win_rates_md(rates, agree, audits, _source(folder, records), command or f"rlhf_nb judge --out {folder}", notes))
     if errors: raise errors[0]
     return rates
+
+def _votes(folder, path):
+    "The votes to compare with: of a file that was named, or of the folder; None where there are none"
+    found = Path(path or folder/'votes.jsonl')
+    if not path and not found.exists(): return None
+    vs = read_votes(found)
+    if path and not vs: raise ValueError(vs.bad[0] if vs.bad else f'{found}: no votes in it')
+    vs.path = found
+    return vs
 
 def _agreements(rows):
     "Agreement of every two judges on the same pairs, for each model and for all"
