@@ -1,16 +1,23 @@
 "A stage that is killed, at any moment and again and again, ends with the bits of one that was left alone"
+import contextlib
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tiny import batch, fork, lm, timeless
+import rlhf_nb.analysis  # noqa: F401 forks need not import it
+from rlhf_nb.cli import main
 from rlhf_nb.core import Run, load_config, replacing
 from rlhf_nb.dpo import train_dpo
 from rlhf_nb.grpo import train_grpo
@@ -179,3 +186,201 @@ def test_bad_checkpoint(begin, tmp_path):
         assert checkpoint.read_bytes() == bad and log.read_bytes() == rows
     checkpoint.write_bytes(good)
     assert [r["update"] for r in train("ppo", run)[1]] == list(range(updates))
+
+
+# The whole command, in a run folder of its own: killed at random moments, started twice, on a full disk
+
+tiny = """world.n_corpus=300 world.n_facts=50 world.n_pairs=60 world.n_dev=12 world.n_test=12 world.n_ood=8 model.n_layer=1 model.n_embd=16 model.n_head=2 data.max_prompt=100 device=cpu
+    sft.updates=8 sft.batch_size=8 sft.checkpoint_every=3 reward.updates=8 reward.batch_size=8 reward.checkpoint_every=3 reward.n_normalise=16
+    dpo.updates=8 dpo.batch_size=8 dpo.checkpoint_every=3 ppo.updates=6 ppo.batch_size=6 ppo.max_new_tokens=8 ppo.checkpoint_every=2
+    grpo.updates=6 grpo.batch_size=4 grpo.group_size=3 grpo.max_new_tokens=8 grpo.checkpoint_every=2 eval.n_prompts=8 eval.max_new_tokens=12 eval.batch_size=8""".split()
+everything = ["--stages", "sft", "reward", "dpo", "ppo", "grpo", "last_token", "frontier", "evaluate", "judge", "failures", "analyze"]
+kills_in_all = 200 if os.environ.get("RLHF_NB_FULL") else 20
+two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: stages never run side by side")
+
+
+def command(folder, *args, sets=(), before=lambda: None):
+    "`rlhf_nb run --out run` in the folder, in a process and a group of its own; what it says is in said.txt there"
+    def f():
+        os.setsid()
+        os.chdir(folder)
+        before()
+        said = os.open("said.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(said, 2)
+        sys.stdout = sys.stderr = open(said, "w", buffering=1, encoding="utf-8")
+        sys.argv = ["rlhf_nb", "run"]
+        flags = [o for s in (*tiny, *sets) for o in ("--set", s)]
+        main(["run", "--config", "demo", *flags, "--out", "run", *args])
+
+    def coded():  # what sys.exit says becomes the code; anything else is printed, and 1
+        try:
+            f()
+        except SystemExit as e:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(e.code or 0)
+    return fork(coded)
+
+
+def ended(pid, seconds=0.):
+    "The exit code of a process that ends within so many seconds (a negative one: the signal); None: it is still at work"
+    late = time.monotonic()+seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > late:
+            return None
+        time.sleep(.005)
+
+
+def working(pid):
+    "Does the process run? One that has ended and that nobody has waited for does not"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def children(pid):
+    try:
+        return [int(o) for o in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def until(f, seconds=20.):
+    late = time.monotonic()+seconds
+    while not f() and time.monotonic() < late:
+        time.sleep(.01)
+    return f()
+
+
+def kept(folder):
+    "What a run leaves, without times: bytes of weights and tables, rows of logs, what JSON says"
+    def clean(o):
+        if isinstance(o, dict):
+            return {k: clean(v) for k, v in o.items() if not any(w in k for w in ("second", "peak_memory", "jobs", "command"))}
+        return [clean(v) for v in o] if isinstance(o, list) else o
+    out = {}
+    for f in sorted(folder.rglob("*")):
+        name = f.relative_to(folder).as_posix()
+        if not f.is_file() or name.startswith("checkpoints/") or f.suffix in (".png", ".md") or name in ("results/seconds.json", "config.yaml") or "training_analysis" in name:
+            continue
+        if f.suffix == ".jsonl":
+            out[name] = clean([json.loads(l) for l in f.read_text("utf-8").splitlines()])
+        elif f.suffix == ".json":
+            out[name] = clean(json.loads(f.read_text("utf-8")))
+        else:
+            out[name] = f.read_bytes()
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    "What a run leaves that nobody disturbed, and how long it took"
+    folder = tmp_path_factory.mktemp("alone")
+    t = time.monotonic()
+    assert ended(command(folder, *everything, sets=["jobs=1"]), 300) == 0, (folder/"said.txt").read_text()
+    return kept(folder/"run"), time.monotonic()-t
+
+
+def same(folder, want):
+    got = kept(folder/"run")
+    assert sorted(got) == sorted(want)
+    assert not [k for k in want if got[k] != want[k]]
+    assert not [o for o in (folder/"run").rglob(".*")], "left behind"
+
+
+def survive(folder, rng, jobs, victim, n, seconds, want):
+    "Kill the run n times, parent or child, each time while it goes on where it was; then let it end"
+    for i in range(n):
+        pid = command(folder, *everything, "--resume", sets=[f"jobs={jobs}"])
+        if victim == "child":
+            until(lambda: children(pid) or not working(pid), 60)
+        time.sleep(rng.random()*min(seconds, 2.5))
+        kids = children(pid)
+        hit = rng.choice(kids) if victim == "child" and kids else pid
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(hit, signal.SIGKILL)
+        code = ended(pid, 60)
+        assert code in ((-9, 0) if hit == pid else (2, 0)), (folder/"said.txt").read_text()[-2000:]
+        if hit == pid and rng.random() < .5:  # half of the time the next start is at once
+            assert until(lambda: not any(map(working, kids)), 5), "orphans"
+    code = ended(command(folder, *everything, "--resume", sets=[f"jobs={jobs}"]), 300)
+    assert code == 0, (folder/"said.txt").read_text()[-2000:]
+    assert "Traceback" not in (folder/"said.txt").read_text()
+    same(folder, want)
+
+
+@pytest.mark.parametrize("jobs, victim", [(1, "parent"), pytest.param(2, "parent", marks=two_cores), pytest.param(2, "child", marks=two_cores)])
+def test_command_killed(jobs, victim, alone, tmp_path):
+    "kill -9 at random moments of all stages, of the run or of one of its two stages: it resumes to the bits of a run that was left alone"
+    rng = random.Random(f"5 {jobs} {victim}")
+    n = -(-kills_in_all//3)
+    for i in range(-(-n//7)):
+        (folder := tmp_path/str(i)).mkdir()
+        survive(folder, rng, jobs, victim, min(7, n-7*i), alone[1]/4, alone[0])
+        shutil.rmtree(folder)
+
+
+@two_cores
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_children_end(sign, tmp_path):
+    "Whatever ends the run, its two stages end with it"
+    pid = command(tmp_path, "--stages", "sft", "reward", "dpo", sets=["jobs=2", "dpo.updates=20000", "reward.updates=20000"])
+    assert until(lambda: all(n_rows(tmp_path/"run"/"logs"/f"{s}.jsonl") > 3 for s in ("reward", "dpo")), 60)
+    kids = children(pid)
+    assert len(kids) == 2
+    os.kill(pid, sign)
+    assert ended(pid, 10) == (130 if sign == signal.SIGINT else -sign)
+    assert until(lambda: not any(map(working, kids)), 3), "orphans"
+
+
+def test_second_writer(tmp_path):
+    "Ten starts beside a run at work are refused in one line that says who is there, since when; it is not disturbed"
+    first = command(tmp_path, "--stages", "sft", sets=["sft.updates=20000", "jobs=1"])
+    log = tmp_path/"run"/"logs"/"sft.jsonl"
+    assert until(lambda: n_rows(log) > 3, 60)
+    (tmp_path/"said.txt").write_text("")
+    others = [command(tmp_path, "--stages", "sft", "--resume", sets=["sft.updates=20000", "jobs=1"]) for _ in range(10)]
+    assert [ended(p, 60) for p in others] == [2]*10
+    said = (tmp_path/"said.txt").read_text().splitlines()
+    assert len(said) == 10 and all(f"run is being written by process {first} of " in l and "s ago" in l for l in said), said
+    n = n_rows(log)
+    assert until(lambda: n_rows(log) > n) and working(first)
+    os.kill(first, signal.SIGKILL)
+    ended(first, 10)
+    rows = [json.loads(l)["update"] for l in log.read_text().split("\n")[:-1]]
+    assert rows == list(range(len(rows)))
+
+
+def test_two_starts_at_once(tmp_path):
+    "Of two starts in the same moment one works and the other is refused, ten times of ten"
+    for i in range(10):
+        (folder := tmp_path/str(i)).mkdir()
+        both = [command(folder, "--stages", "sft", sets=["sft.updates=20000", "jobs=1"]) for _ in range(2)]
+        assert until(lambda: n_rows(folder/"run"/"logs"/"sft.jsonl") > 1, 60)
+        codes = {}
+        assert until(lambda: any(codes.setdefault(p, c) is not None for p in both if p not in codes and (c := ended(p)) is not None) or codes, 20), "two at work"
+        assert list(codes.values()) == [2], (folder/"said.txt").read_text()
+        winner = next(p for p in both if p not in codes)
+        assert f"is being written by process {winner} of " in (folder/"said.txt").read_text() and working(winner)
+        os.kill(winner, signal.SIGKILL)
+        ended(winner, 10)
+
+
+@pytest.mark.parametrize("size", [100, 1000, 12000, 40000])
+def test_full_disk(size, alone, tmp_path):
+    "No file can be larger than so many bytes, as on a disk that is full: one line that names the file; what was there is there, and with space again the run ends as it should"
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    (tmp_path/"said.txt").write_text("")
+    code = ended(command(tmp_path, *everything, sets=["jobs=1"], before=limit), 120)
+    said = (tmp_path/"said.txt").read_text()
+    if code is not None and size > 100:  # the line itself has to fit into said.txt
+        assert code == 2 and "Traceback" not in said and ": not written: " in said.splitlines()[-1], said
+    assert code not in (0, None)
+    assert not [o for o in (tmp_path/"run").rglob("*.part")] if (tmp_path/"run").exists() else True
+    assert ended(command(tmp_path, *everything, "--resume", sets=["jobs=1"]), 300) == 0, (tmp_path/"said.txt").read_text()[-2000:]
+    same(tmp_path, alone[0])

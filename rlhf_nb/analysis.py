@@ -523,7 +523,7 @@ def plot_frontier(
 ):                # Figure, data
     "Methods, their way through training, best-of-n and Gibbs on the reward-KL plane, for the reward and, where it is known, for gold"
     dfs = [frontier_data(models, frontiers, logs, m).assign(metric=m) for m in ('reward','gold')]
-    dfs = [d for d in dfs if len(d) and (d.kind!='training').any()]
+    dfs = [d.astype({k:float for k in ('kl','kl_low','kl_high','value','low','high')}) for d in dfs if len(d) and (d.kind!='training').any()]  # no interval (one prompt): no bar
     if not dfs: raise ValueError('plot_frontier: no model has both a reward and a KL')
     fig,axs = _axes(len(dfs), 2, 2.6)
     for ax,d in zip(axs, dfs):
@@ -1039,9 +1039,9 @@ def analyze(
     "Write `results/ANALYSIS.md`, `results/training_analysis/`, the pictures of `results/failure_analysis/`, and complete `results/summary.json`"
     data,res = read_runs(folder),Path(folder)/'results'
     md,more = mk_report(data, command, res)
-    write_text(res/'ANALYSIS.md', md)
     path = res/'summary.json'
     old = _get([], path) if path.exists() else {}
     if isinstance(old, dict) and (not old or 'models' in old or _ours(path)): write_json(path, {**old, **more})     # a file that is not ours is left alone, and named in the report
+    write_text(res/'ANALYSIS.md', md)                                            # last: with it the stage is done
     for p in data['problems']: print(f'not used: {visible(p)}')
     return md

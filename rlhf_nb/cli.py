@@ -152,7 +152,8 @@ class Line:
         rm = mk_reward_model(ref, head, c.seed)
         train_reward(rm, self.pairs(s.train), c.reward, c.seed, run, self.acc, self.dev(c.reward))
         ids = self.prompts(s.train)[:c.reward.n_normalise]
-        parts = [sample(ref, ids[i:i+c.eval.batch_size], 1, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
+        n = max(1, c.reward.n_normalise//len(ids))              # of a handful of prompts several answers each
+        parts = [sample(ref, ids[i:i+c.eval.batch_size], n, c.eval.max_new_tokens, seed=child_seed(c.seed, 'normalise')) for i in range(0, len(ids), c.eval.batch_size)]
         normalise(rm, Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()]).to(self.acc.device))
         held = self.held()[:c.eval.n_pairs]; data = self.pairs(held).to(self.acc.device)
         sc,longer = pair_scores(rm, data),data.lengths.float()
@@ -463,7 +464,7 @@ def _run_locked(run, todo, command):
     line.check(todo)
     line.begin()
     say = lambda s: print(f'[{run.path}] {s}', flush=True)
-    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {line.splits.report.reasons()}')
+    if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {" ".join([line.splits.report.reasons()+"."*bool(line.splits.report.remarks), *line.splits.report.remarks])}')
     if not line.world and any(s in line.plan and not line.done(s) for s in todo): say('\n'.join(['training:', *(line.plan[s] for s in line.plan if s in todo and not line.done(s)),
         *(["  the demo's learning rates are those of a small, new model; `--config prototype` has GPT-2's"] if line.config.preset=='demo' and line.config.model.name!='scratch' else [])]))
     secs = run_stages(line, todo, say)
@@ -511,9 +512,10 @@ def cmd_generate(a):
     dest = Path(a.to) if a.to else run/'generated'
     _free(dest, (), a.replace, '--to')
     prompts = read_prompts(a.prompts) if a.prompts else None       # before anything is loaded
-    with only_writer(dest): _generate(prompts, Line(run), o, dest)
+    source = file_source(a.prompts) if a.prompts else split_source(o.split, run.config.data.name)
+    with only_writer(dest): _generate(prompts, Line(run), o, dest, source, _command(a))
 
-def _generate(prompts, line, o, dest):
+def _generate(prompts, line, o, dest, source, command):
     ref = line.model('sft')
     if line.config.data.max_prompt+o.max_new_tokens>max_tokens(ref):
         raise ValueError(f'--max-new-tokens: prompts of up to {line.config.data.max_prompt} tokens (data.max_prompt) and {o.max_new_tokens} new ones, the model takes {max_tokens(ref)}')
@@ -522,8 +524,7 @@ def _generate(prompts, line, o, dest):
     if cut: print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={line.config.data.max_prompt} tokens and lost their oldest turns; the first: {cut[0][:80]!r}')
     recs = line.records(prompts, o)
     for f in dest.glob('*_samples.json'): f.unlink()
-    source = file_source(a.prompts) if a.prompts else split_source(o.split, line.config.data.name)
-    write_samples(dest, recs, source, _command(a), seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
+    write_samples(dest, recs, source, command, seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
     print(samples_md(recs, 3)); print(f'{sum(map(len, recs.values()))} answers in {dest}')
 
 @contextmanager

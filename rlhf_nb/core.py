@@ -117,6 +117,10 @@ class Batch:
         "Response lengths in tokens, (B,G)"
         return self.mask.sum(-1)
     @property
+    def learn(self):
+        "Response tokens that training counts, (B,G,R): all, or those of the field `learn`"
+        return self.mask & self.fields['learn'] if 'learn' in self.fields else self.mask
+    @property
     def sizes(self):
         "Tokens that each prompt and its group occupy in the flat row, a list of B"
         return [len(p)+n for p,n in zip(self.prompts, self.mask.sum((1,2)).tolist())]
@@ -208,7 +212,7 @@ class Optim:
     weight_decay:NonNeg=0.0          # AdamW's
     beta2:Annotated[float, Field(ge=0, lt=1)]=0.99                  # AdamW's second-moment decay
     eps:Above0=1e-8                  # AdamW's epsilon
-    max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm
+    max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm (0: never)
     micro_tokens:Pos=16384           # Tokens of a forward pass; an update is cut to fit and its gradient does not change
     checkpoint_every:Pos=100         # Updates between checkpoints
     eval_every:Pos|Annotated[float, Field(gt=0, lt=1)]|None=None # Updates between looks at the dev split; below 1: a share of the stage (None: no look, the last state is kept)
@@ -429,7 +433,7 @@ def _value(v, kinds:set, key:str):
         v = int(v) if re.fullmatch(r'[-+]?[0-9_]+', v) and len(v)<40 else float(v)
     if type(v) not in (int,float) or not kinds & {int,float}: no()
     if isinstance(v, float) and (not math.isfinite(v) or float not in kinds and not v.is_integer()): no()
-    if float not in kinds: return int(v)
+    if int in kinds and v==int(v) and (isinstance(v, int) or float not in kinds): return int(v)
     return float(v) if abs(v)<1e300 else no()
 
 def _checked(d, cls, where=''):

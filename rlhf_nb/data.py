@@ -37,7 +37,7 @@ def parse_turns(
     "The turns of a dialogue"
     if not isinstance(x, str): return [Turn(m['role'], m['content']) for m in x]
     head,*rest = _marker.split(x)
-    if first!='system': head = head.removeprefix(' ')
+    if first=='assistant': head = head.removeprefix(' ')   # what follows "Assistant:"
     return [Turn(first, head)]*bool(head) + [Turn(_roles[r], t.removeprefix(' ')) for r,t in zip(rest[::2], rest[1::2])]
 
 def to_hh(turns)->str:
@@ -336,12 +336,10 @@ def parse_json(
 
 def _json_rows(path):
     "Place and value of each row: a list, or an object in each line, or one object"
-    i,first = next(_lines(path), (1,''))
+    (i,first),second = [*islice(_lines(path), 2),(0,''),(0,'')][:2]
     if not first: return
-    whole = first.lstrip()[0]=='['
-    if not whole:
-        try: parse_json(first, path, i)
-        except ValueError: whole = True                      # an object over several lines, or a broken line, which is named then
+    try: whole = isinstance(parse_json(first, path, i), list) and not second[1]
+    except ValueError: whole = True                          # something over several lines, or a broken line, which is named then
     if whole:
         rows = parse_json(_text(path), path)
         yield from ((f'{path}, row {j}', o) for j,o in enumerate(rows if isinstance(rows, list) else [rows], 1))

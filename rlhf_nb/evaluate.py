@@ -677,9 +677,9 @@ def write_results(
     c = run.config
     write_samples(run/'output_samples', records, split_source(more['split'], c.data.name) if more.get('split') else None, command,
                   seed=c.seed, temperature=c.eval.temperature, max_new_tokens=c.eval.max_new_tokens)
-    write_json(run/'results'/'summary.json', dict(models=summary, comparisons=compare(records), **more))
     rates = {k:v['win_rate'] for k,v in summary.items() if 'win_rate' in v}
     if rates: write_json(run/'results'/'win_rates.json', {next(iter(rates.values()))['by'].removesuffix('_reward'):rates})   # {judge: {model: win rate}}
+    write_json(run/'results'/'summary.json', dict(models=summary, comparisons=compare(records), **more))                     # last: with it the stage is done
 
 def read_results(
     path # A JSON file with intervals

@@ -125,7 +125,7 @@ def runs_on(
     response:str
 )->bool:
     "Does it go on with the human's part?"
-    return bool(re.search(r'(^|\n)\s*(Human|User|Assistant)\s*:', response))
+    return bool(re.search(r'^[^\S\n]*(Human|User|Assistant)\s*:', response, re.M))
 
 # %% ../nbs/13_failures.ipynb #718c7524
 _claims = r'''
@@ -854,8 +854,8 @@ def failures_run(
     if prompts is None: prompts = {k:[p['prompt'] for p in v] for k,v in failure_prompts().items()}
     new = {k:sample_texts(models, ps, tok, o, max_prompt, seed) for k,ps in prompts.items() if ps}
     rows = [dict(prompt=r['prompt'], response=r.get('response', r.get('chosen'))) for r in held or ()]
-    ppl = perplexity(models, tokenize_sft(rows, tok, max_prompt, max_response)) if rows else ()
+    ppl = perplexity(models, tokenize_sft(rows, tok, max_prompt, max_response)) if len(rows)>1 else ()   # one prompt has no interval
     d = failure_analysis({**(samples or {}), **new}, ppl, dict(seed=seed, **about))
-    to = write_failures(out, d)
-    write_text(to/'samples.jsonl', ''.join(json.dumps(dict(set=s, **r), ensure_ascii=False)+'\n' for s,by in new.items() for rs in by.values() for r in rs))
+    write_text(Path(getattr(out, 'path', out))/'results'/'failure_analysis'/'samples.jsonl', ''.join(json.dumps(dict(set=s, **r), ensure_ascii=False)+'\n' for s,by in new.items() for rs in by.values() for r in rs))
+    write_failures(out, d)                                                       # last: with it the stage is done
     return d

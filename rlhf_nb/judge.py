@@ -1044,10 +1044,10 @@ def judge_run(
     vs,about = _votes(folder, votes),samples_source(folder, records)
     rates,audits,errors = {},{},[]
     sha = lambda name: _samples_hash(records, _score_keys.get(name) if all(_score_keys.get(name) in r for rs in records.values() for r in rs) else None)
-    old = read_json(res/'win_rates.json') if (res/'win_rates.json').exists() else {}
+    old = _past(res/'win_rates.json')
     fresh = lambda k,d: isinstance(d, dict) and d and all(isinstance(w, dict) and w.get('samples')==sha(k) and w.get('against')==against for w in d.values())
     rates.update({k:d for k,d in old.items() if fresh(k, d) and at(k).exists()})
-    if (res/'judgements'/'audits.json').exists(): audits = {k:v for k,v in read_json(res/'judgements'/'audits.json').items() if k in rates}
+    audits = {k:v for k,v in _past(res/'judgements'/'audits.json').items() if k in rates}
     for name,j in judges.items():
         audits = {k:v for k,v in audits.items() if k!=name or v.get('prompt')==getattr(j, 'prompt_hash', None)}   # of another prompt it says nothing
         try: rows = judge_records(records, j, against)
@@ -1064,8 +1064,8 @@ def judge_run(
     agree = _agreements({k:read_rows(at(k)) for k in rates})
     notes = []
     if vs is not None:
-        now,past = _votes_hash(vs),res/'judgements'/'agreement.json'
-        for k,o in (read_json(past) if past.exists() else {}).items():   # of judges that are not asked now
+        now,past = _votes_hash(vs),_past(res/'judgements'/'agreement.json')
+        for k,o in past.items():   # of judges that are not asked now
             if o.get('all', {}).get('votes_hash')==now and k.removesuffix(' and votes') in rates: agree[k] = o
         for k in (k for k in judges if k in rates): agree[f'{k} and votes'] = {'all':dict(human_agreement(judges[k], vs), votes_hash=now)}
         notes = [f'{len(vs)} votes were read, {len(vs.bad)} lines are none:', *(o.removeprefix(str(vs.path.parent)+os.sep) for o in vs.bad[:5])] if vs.bad else []
@@ -1084,6 +1084,12 @@ def _votes(folder, path):
     if path and not vs: raise ValueError(vs.bad[0] if vs.bad else f'{found}: no votes in it')
     vs.path = found
     return vs
+
+def _past(path):
+    "What an earlier judgement left in a file, an object of objects; nothing where it is not there"
+    d = read_json(path) if path.exists() else {}
+    if not isinstance(d, dict) or not all(isinstance(v, dict) for v in d.values()): raise ValueError(f'{path}: not what a judgement writes: expected an object of objects; remove it, it is made again')
+    return d
 
 def _agreements(rows):
     "Agreement of every two judges on the same pairs, for each model and for all"
