@@ -715,7 +715,7 @@ def _read_run(folder, problems):
         if not logs[f.stem]: problems.append(f'{f}: empty, the stage stopped before its first update'); del logs[f.stem]
     run['logs'] = {s:logs[s] for s in [*(s for s in stage_order if s in logs),*(s for s in logs if s not in stage_order)]}
     if run['summary'] and run['summary'].get('from_samples'): run['summary'] = None          # what we wrote ourselves; the samples may have changed
-    if run['summary'] is None and any((folder/'output_samples').glob('*_samples.json')):
+    if run['summary'] is None and any(f for at in (folder,folder/'output_samples') for f in at.glob('*_samples.json')):
         try: recs = read_samples(folder); run['summary'] = _from_samples(recs, samples_source(folder, recs)); problems += partly(recs)
         except (ValueError,OSError) as e: problems.append(str(e))
     return {k:v for k,v in run.items() if v}
