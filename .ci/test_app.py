@@ -3,13 +3,16 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-import tiny  # noqa: F401  (one thread, no GPU)
 import pytest
+import tiny  # one thread, no GPU
+from tiny import require
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "0", "NO_PROXY": "127.0.0.1"}
 
@@ -17,10 +20,11 @@ import http.client
 
 from load_app import load
 from playwright.sync_api import expect, sync_playwright
-from rlhf_nb.app import Desk, launch
+from rlhf_nb.app import Desk, _limit, card, dialogue, host_name, launch, mk_prompt
 from rlhf_nb.core import Run, load_config, write_json
 from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records
+from rlhf_nb.failures import detect
 from rlhf_nb.judge import read_votes
 from rlhf_nb.models import mk_policy, mk_reward_model, save_model
 from rlhf_nb.rollout import mk_scorer
@@ -64,11 +68,8 @@ def app(folder):
 
 @pytest.fixture(scope="session")
 def browser():
-    exe = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not exe:
-        pytest.skip("no chromium")
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        b = p.chromium.launch(executable_path=require("browser"), args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield b
         b.close()
 
@@ -181,13 +182,32 @@ def app_title(k):
     return {"reference": "Reference"}.get(k, k.upper())
 
 
-def test_pictures_of_the_page(browser, app):
-    "Nothing is wider than a phone, a blind comparison tells no names, in light and dark"
-    p = visit(browser, app, 390, 844, color_scheme="dark")
+contrast = """sel => Math.min(...[...document.querySelectorAll(sel)].filter(e => e.offsetParent && e.innerText.trim()).map(e => {
+  const c = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgb = s => { c.clearRect(0, 0, 1, 1); c.fillStyle = s; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; };
+  const light = a => { const f = v => (v /= 255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4; return .2126*f(a[0])+.7152*f(a[1])+.0722*f(a[2]); };
+  let ground = e; while (ground.parentElement && rgb(getComputedStyle(ground).backgroundColor)[3] < 255) ground = ground.parentElement;
+  const [a, b] = [light(rgb(getComputedStyle(e).color)), light(rgb(getComputedStyle(ground).backgroundColor))].sort();
+  return (b+.05)/(a+.05); }))"""  # of the text in the elements to the first ground below it that is not transparent: WCAG's 4.5 is the least
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_widths(browser, app, scheme):
+    "On a phone, a tablet and a desk, in light and dark: nothing is wider than the window on any tab, and the answers can be read"
+    p = visit(browser, app, 1280, 900, color_scheme=scheme)
     compare(p, "Größe 🙂 שלום "+"nice"*12)
     done(p)
-    assert p.evaluate("document.documentElement.scrollWidth") <= 390
-    shot(p, "phone_dark")
+    dark = p.evaluate("getComputedStyle(document.querySelector('#board article')).backgroundColor") == "rgb(24, 24, 27)"
+    assert dark == (scheme == "dark")
+    for width, height in ((320, 640), (390, 844), (820, 1180), (1280, 900)):
+        p.set_viewport_size({"width": width, "height": height})
+        for tab in ("Explore", "Votes", "API", "Compare"):
+            p.get_by_role("tab", name=tab).click() if p.get_by_role("tab", name=tab).is_visible() else None
+            p.wait_for_timeout(150)
+            assert p.evaluate("document.documentElement.scrollWidth") <= width, (tab, width, scheme)
+        assert p.evaluate(contrast, "#board .answer, #board dd, #board .turns p, #top p") >= 4.5, (width, scheme)
+        assert len(p.screenshot(full_page=True)) > 10_000
+        shot(p, f"page_{width}_{scheme}")
     p.context.close()
 
 
@@ -246,6 +266,40 @@ def test_refused_and_shown_as_text(page, app):
     compare(page, odd)
     done(page)
     expect(page.locator("#board .turns")).to_contain_text(odd)
+
+
+def test_answers_are_text(browser, folder, tmp_path):
+    "Stored prompts, answers and names that would run as HTML are shown as they are, in Compare, Explore and Votes"
+    bad = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>\"><svg onload='window.hacked=1'> ${window.hacked=1} {{x}} `y` &lt;i&gt; [a](javascript:window.hacked=1)"
+    shutil.copytree(folder/"output_samples", tmp_path/"s")
+    for k in ("reference", "ppo"):
+        f = tmp_path/"s"/f"{k}_samples.json"
+        rows = json.loads(f.read_text("utf-8"))
+        for r in rows:
+            r.update(prompt=f"\n\nHuman: {bad} {r['prompt'].split('Human:')[-1]}", response=f" {bad}")
+        write_json(f, rows)
+    for k in ("grpo", "dpo"):
+        (tmp_path/"s"/f"{k}_samples.json").unlink()
+    rows = [dict(r, model="<b onclick=window.hacked=1>x") for r in rows]
+    write_json(tmp_path/"s"/"<b onclick=window.hacked=1>x_samples.json", rows)
+    a = launch(tmp_path/"s", inline=False)
+    p = visit(browser, a)
+    assert a.desk.names()[-1] == "<b onclick=window.hacked=1>x", a.desk.problems
+    p.evaluate(watch)
+    p.locator("#go").click()
+    done(p)
+    assert [t.strip() for t in p.locator("#board .answer").all_inner_texts()] == [bad]*3
+    expect(p.locator("#board .turns")).to_contain_text(bad)
+    expect(p.locator("#board h3").nth(2)).to_have_text("<b onclick=window.hacked=1>x")
+    p.get_by_role("tab", name="Explore").click()
+    expect(p.locator("#x-board .answer").first).to_have_text(bad)
+    c = list(a.desk.comparisons.values())[-1]
+    a.desk.vote(c["id"], a.desk.names()[-1])
+    p.get_by_role("tab", name="Votes").click()
+    expect(p.locator("#v-board")).to_contain_text("1 votes")
+    assert p.evaluate("window.hacked") is None and not p.errors and not p.locator("#board img, #board svg, #board script, #x-board img, #v-board [onclick]").count()
+    p.context.close()
+    a.close()
 
 
 def test_dialogue(page):
@@ -380,6 +434,10 @@ def test_makes_the_demo(browser, tmp_path):
     expect(p.locator("#top .mode")).to_have_text("live")
     expect(p.locator("#prompt")).to_be_visible()
     p.context.close()
+    made, make = a.desk.maker, next(i for i, f in a.fns.items() if f.api_name == "on_make")
+    join = lambda i: raw(a, "POST", "/gradio_api/queue/join", json.dumps(dict(data=[], fn_index=i, session_hash="late")).encode(), **{"Content-Type": "application/json"})
+    assert join(make)[0] == 200  # a visitor whose page is old: told that it is done, nothing is made again
+    assert b"Done: " in raw(a, "GET", "/gradio_api/queue/data?session_hash=late")[1] and a.desk.maker is made
     a.close()
 
 
@@ -418,7 +476,7 @@ def test_problems_stand_on_the_page(browser, tmp_path):
 def raw(app, method, path, body=b"", **headers):
     "A request as it stands, without a client that tidies the path"
     c = http.client.HTTPConnection("127.0.0.1", app.server_port, timeout=60)
-    c.putrequest(method, path, skip_host=False)
+    c.putrequest(method, path, skip_host="Host" in headers)
     for k, v in {"Content-Length": str(len(body)), **headers}.items():
         c.putheader(k, v)
     c.endheaders(body)
@@ -455,11 +513,144 @@ def test_api(app):
     assert {e["path"] if isinstance(e, dict) else e for e in c.view_api(return_format="dict")["named_endpoints"]} == {"/compare", "/vote"}
 
 
-def test_password(folder):
+@pytest.fixture
+def locked(folder):
     a = launch(folder/"output_samples", password="Größe", inline=False)
-    post = lambda word: raw(a, "POST", "/login", f"username=me&password={word}".encode(), **{"Content-Type": "application/x-www-form-urlencoded"})[0]
+    yield a
+    a.close()
+
+
+def log_in(a, word, name="me", **headers):
+    return raw(a, "POST", "/login", f"username={name}&password={word}".encode(), **{"Content-Type": "application/x-www-form-urlencoded", **headers})[0]
+
+
+def test_password(locked):
+    a = locked
     assert raw(a, "GET", "/config")[0] == 401 and raw(a, "POST", "/gradio_api/run/vote", b'{"data": ["a", "tie"]}', **{"Content-Type": "application/json"})[0] == 401
-    assert post("wrong") == 400 and post("Gr%C3%B6%C3%9Fe") == 200
+    assert log_in(a, "wrong") == 400 and log_in(a, "") == 400 and log_in(a, "Gr%C3%B6%C3%9Fe") == 200 and log_in(a, "Gr%C3%B6%C3%9Fe", name="") == 200
+
+
+def test_password_in_the_browser(browser, locked):
+    "A wrong password empties the field of the name; the right one then opens the page all the same"
+    p = browser.new_page()
+    p.goto(locked.local_url)
+    name, word = p.locator("input").nth(0), p.locator("input").nth(1)
+    name.fill("me")
+    word.fill("wrong")
+    p.get_by_role("button", name="Login").click()
+    expect(p.get_by_text("Incorrect Credentials")).to_be_visible()
+    word.fill("Größe")
+    p.get_by_role("button", name="Login").click()
+    expect(p.locator("#top .mode")).to_have_text("samples only")
+    p.close()
+
+
+def test_a_password_cannot_be_guessed(locked):
+    "In three seconds a few tries are looked at, from however many addresses a proxy may name; the right password still opens the page"
+    codes, t0 = [], time.perf_counter()
+    def guess(i):
+        while time.perf_counter()-t0 < 3:
+            codes.append(log_in(locked, f"guess{i}", **({"X-Forwarded-For": f"10.{i}.{len(codes) % 250}.1"} if i % 2 else {})))
+    threads = [threading.Thread(target=guess, args=(i,)) for i in range(60)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    looked_at, took = codes.count(400), time.perf_counter()-t0
+    assert set(codes) == {400, 429} and looked_at <= 20+1+5*took, (looked_at, took, len(codes))
+    end = time.perf_counter()+30
+    while (code := log_in(locked, "Gr%C3%B6%C3%9Fe")) == 429 and time.perf_counter() < end:
+        time.sleep(.5)
+    assert code == 200
+
+
+def status(a, host, path="/config", data=None, **headers):
+    return raw(a, "POST" if data else "GET", path, json.dumps(data).encode() if data else b"", Host=host, **{"Content-Type": "application/json"} if data else {}, **headers)[0]
+
+
+def test_only_names_of_this_machine(app, folder):
+    "DNS rebinding and requests from other sites: the names in Host and Origin are read, for pages, calls and streams"
+    port, six = app.server_port, dict(data=["hi", None, 1.0, 4, 0, 1])
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST", "localhost.:80", f"[::1]:{port}", "127.1.2.3"):
+        assert status(app, host) == 200, host
+    assert status(app, f"localhost:{port}", "/gradio_api/call/compare", six, Origin=f"http://localhost:{port}") == 200
+    for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", "10.1.2.3", "[fd00::1]", f"localhost:{port}:80", "localhost@evil.example", ""):
+        for path, data in (("/", None), ("/config", None), ("/assets/index.js", None), ("/gradio_api/call/compare", six), ("/gradio_api/run/vote", dict(data=["a", "tie"])), ("/gradio_api/queue/data?session_hash=a", None), ("/login", dict(a=1))):
+            assert status(app, host, path, data) in (403, 400), (host, path)
+    for origin in ("http://evil.example", "null", f"http://localhost.evil.example:{port}", "https://10.1.2.3"):
+        assert status(app, f"localhost:{port}", "/gradio_api/call/compare", six, Origin=origin) == 403, origin
+    a = launch(folder/"output_samples", host="0.0.0.0", password="x", allow_host=["proxy.example", ".lab.example"], inline=False)
+    mine = socket.gethostname()
+    assert {status(a, h) for h in ("localhost", "proxy.example", "PROXY.example.:443", "a.lab.example", mine, mine.upper(), f"0.0.0.0:{a.server_port}")} == {401}
+    assert {status(a, h) for h in ("evil.example", "lab.example", "xlab.example", "proxy.example.evil.example", "10.1.2.3")} == {403}
+    a.close()
+
+
+def test_only_functions_of_the_page(app):
+    "The page calls by number, a program calls two functions by name; nothing else is there"
+    post = lambda path, **o: raw(app, "POST", f"/gradio_api/{path}", json.dumps(o).encode(), **{"Content-Type": "application/json"})[0]
+    fns = json.loads(raw(app, "GET", "/config")[1])["dependencies"]
+    assert not any("make" in str(f["api_name"]) for f in fns)
+    private = [f["api_name"] for f in fns if f["api_visibility"] == "private"]
+    for way in ("call", "call/v2", "run", "api"):
+        assert {post(f"{way}/{name}", data=[]) for name in private} == {404}, way
+    count = next(f["id"] for f in fns if f["api_name"] == "on_count")
+    assert post("run/predict", data=[], fn_index=count, session_hash="a") == 200
+    assert post("run/on_count", data=[], fn_index=count, session_hash="a") == 404
+    assert {post("queue/join", data=[], fn_index=i, session_hash="a") for i in (-1, 10**6, True, str(count), 1.5, [], {})} == {404}
+    assert {post("call/compare", data=d) for d in ([], ["hi"], ["hi", None, 1., 4, 0, 1, 2])} == {422}
+
+
+def test_wrong_types_are_named(app, capfd):
+    "A value of another type, by the API: an error that says which; no traceback in the terminal"
+    from gradio_client import Client
+    c = Client(app.local_url, verbose=False)
+    capfd.readouterr()
+    for args, said in ((["hi", ["ppo", "ppo"]], "named twice"), (["hi", "ppo"], "list of names"), (["hi", None, "hot"], "temperature: expected a number"), (["hi", None, 1., 2.5], "length: expected a whole number"),
+                       (["hi", None, 1., 4, 0, "2"], "samples: expected a whole number"), (["hi", None, 1., 4, 1.5], "seed: expected a whole number"), ([5], "prompt: expected text"), (["hi", []], "one to four models")):
+        with pytest.raises(Exception, match=said):
+            c.predict(*args, api_name="/compare")
+    for args in ((None, "ppo"), ([], "tie"), ("x", {})):
+        with pytest.raises(Exception, match="gone"):
+            c.predict(*args, api_name="/vote")
+    assert "Traceback" not in capfd.readouterr().err
+    assert c.predict("hi", None, None, 4, None, None, api_name="/compare")["seed"] == 0
+
+
+def test_no_text_takes_long():
+    "Whatever stands in a prompt, an answer or a filter, reading and showing it takes no more than its length: 100,000 characters, a CPU-second or two"
+    units = ["\n", " \n", "\n\n", " ", "\t", "\r\n", "a", "a ", ". ", ".", "`", "<", "&", "{", "Human:", "\nHuman", "\n\nHuman:", "\nAssistant:\n", "n't ", "abcabd", "is it true that ", "i am just really ", "1,", "\u2028", "🙂", "-"]
+    desk, slow = Desk(live=False).load(), {}
+    for u in units:
+        for text in (u*(100_000//len(u))+"x", "Human: x"+u*(100_000//len(u))+"Assistant"):
+            r = dict(desk.records["ppo"][0], prompt=f"\n\nHuman: {text}\n\nAssistant:", response=text)
+            for name, f in dict(mk_prompt=lambda: mk_prompt(text), detect=lambda: detect(r), dialogue=lambda: dialogue(r["prompt"]), card=lambda: card(r, text), limit=lambda: _limit(text), host=lambda: host_name(text)).items():
+                t = time.process_time()
+                try:
+                    f()
+                except ValueError:
+                    pass
+                if (t := time.process_time()-t) > 2:
+                    slow[name, text[:20]] = t
+    assert not slow, slow
+
+
+def test_deleted_run(browser, folder, tmp_path):
+    "A run that is deleted while its page is open: it is not made again by a vote, and who comes later can still ask"
+    shutil.copytree(folder, tmp_path/"run", ignore=shutil.ignore_patterns("votes*", "preferences*"))
+    a = launch(tmp_path/"run", inline=False)
+    while a.desk.state == "loading":
+        time.sleep(.05)
+    shutil.rmtree(tmp_path/"run")
+    p = visit(browser, a)
+    p.get_by_label("Blind vote").check()
+    settings(p, length=4)
+    compare(p, "Still there?")
+    done(p)
+    p.locator("#vote-1").click()
+    expect(p.locator("#status [role=alert]")).to_contain_text("this folder is gone")
+    assert not (tmp_path/"run").exists()
+    p.context.close()
     a.close()
 
 

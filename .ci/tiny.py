@@ -1,10 +1,13 @@
 "Models, batches and forks for the slower tests: everything small, on one thread, and a function of its seed"
 import os
+import shutil
 import sys
 import traceback
+from pathlib import Path
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # these tests are about the CPU
 
+import pytest
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
@@ -21,6 +24,24 @@ configs = {
     "llama": LlamaConfig(**small, **tokens),
     "qwen3": Qwen3Config(**small, head_dim=8, **tokens),
 }
+
+
+def _browser():
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def _data():
+    folder = Path(os.environ.get("RLHF_NB_DATA") or Path(__file__).resolve().parents[2]/"shared"/"data")
+    return folder if (folder/"hh-rlhf").is_dir() else None
+
+
+def require(what):
+    "The path of the `browser` or of the real `data`. Without it a test is skipped; it fails where RLHF_NB_REQUIRE (names with commas between) says that this machine has it"
+    found = dict(browser=_browser, data=_data)[what]()
+    if not found:
+        must = what in os.environ.get("RLHF_NB_REQUIRE", "").split(",")
+        (pytest.fail if must else pytest.skip)(f"no {what} on this machine"+(", and RLHF_NB_REQUIRE says that there is" if must else ""))
+    return found
 
 
 def lm(seed=0, kind="gpt2", scale=.1):

@@ -46,6 +46,10 @@ def _shown(v):
     except ValueError: s = 'a number of thousands of digits'
     return s if len(s)<=80 else s[:77]+'...'
 
+def _whole(s):
+    "Text that UTF-8 can hold: half an emoji becomes a sign that something is missing"
+    return s.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 def mk_prompt(
     text:str,   # What was typed: a question, or a dialogue with `Human:` and `Assistant:` before its turns
     history=()  # (role, text) of the turns before it
@@ -53,7 +57,7 @@ def mk_prompt(
     "The prompt that the models see"
     from rlhf_nb.data import parse_turns,to_hh
     if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_shown(text)}')
-    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').replace('\r\n', '\n').replace('\0', '')
+    text = _whole(text).replace('\r\n', '\n').replace('\0', '')
     if text.startswith('\n\nHuman:') and text.endswith('\n\nAssistant:') and not history: return text
     if _role.match(typed := text.strip()):
         turns = [(r,t.strip()) for r,t in parse_turns(_role.sub(r'\n\n\1:', typed))]
@@ -158,7 +162,8 @@ def _read_samples(self:Desk):
             check_prompts({**dict([*self.records.items()][:1]), **got})
             self.records.update(got)
         except (ValueError,OSError) as e: self.trouble(str(e))      # the others can still be read
-    for r in (r for rs in self.records.values() for r in rs): r.setdefault('kl_per_token', r['kl']/max(1, r['n_tokens']))
+    for r in (r for rs in self.records.values() for r in rs):
+        r.update(prompt=_whole(r['prompt']), response=_whole(r['response']), kl_per_token=r.get('kl_per_token', r['kl']/max(1, r['n_tokens'])))
     rs = self.records.get('reference') or next(iter(self.records.values()), [])
     self.prompts = list(dict.fromkeys(r['prompt'] for r in rs))
     self.spread = sorted(r['reward'] for r in self.records.get('reference', []))
@@ -486,10 +491,7 @@ def append_vote(
         f.seek(0)
         return sum(b.count(b'\n') for b in iter(lambda: f.read(1<<20), b''))
 
-def _line(o)->bytes:
-    "A line of JSON; ASCII where the text holds half an emoji, which UTF-8 cannot say"
-    try: return (json.dumps(o, ensure_ascii=False, allow_nan=False)+'\n').encode()
-    except UnicodeEncodeError: return (json.dumps(o, allow_nan=False)+'\n').encode()
+def _line(o)->bytes: return _whole(json.dumps(o, ensure_ascii=False, allow_nan=False)+'\n').encode()
 
 def _tail(f, end, block=1<<16):
     "What stands behind the last line's end"
@@ -818,15 +820,18 @@ def votes_html(
         [cells(title(k), ci(w, 'rate'), f"{w['wins']}, {w['ties']}, {w['losses']}", w['n'], w.verdict) for k,w in s['win_rates'].items()])
     same = table('How often a judge says what people say', ('share [95% interval]','kappa [95% interval]','comparisons'),
         [cells(k, ci(o['agree']), ci(o, 'kappa'), o['n']) for k,o in s['agreement'].items()])
-    return shield(f"<div class=\"board votes\"><p><b>{s['votes']}</b> votes, {s['ties']} ties, {s['bad']} all bad</p>{won}{same}</div>")
+    bad = s.get('unread') or []
+    unread = f"; {len(bad)} {'line is no vote' if len(bad)==1 else 'lines are no votes'} and left out: {esc(bad[0])}" if bad else ''
+    return shield(f"<div class=\"board votes\"><p><b>{s['votes']}</b> votes, {s['ties']} ties, {s['bad']} all bad{unread}</p>{won}{same}</div>")
 
 @patch
 def summary(self:Desk)->dict:
     "`vote_summary` of this desk's votes, with the judges that `rlhf_nb judge` has held against them"
     from rlhf_nb.judge import read_votes
-    s,f = vote_summary(read_votes(self.votes) if self.votes.exists() else []),self.path/'results'/'judgements'/'agreement.json'
+    votes = read_votes(self.votes) if self.votes.exists() else []
+    s,f = vote_summary(votes),self.path/'results'/'judgements'/'agreement.json'
     more = {k.removesuffix(' and votes'):o['all'] for k,o in (read_json(f) if f.exists() else {}).items() if k.endswith(' and votes')}
-    return dict(s, agreement={**s['agreement'], **{k:o for k,o in more.items() if k not in ('reward','gold')}})
+    return dict(s, unread=getattr(votes, 'bad', []), agreement={**s['agreement'], **{k:o for k,o in more.items() if k not in ('reward','gold')}})
 
 def _votes_tab(desk):
     "Win rates and export"
@@ -990,11 +995,14 @@ def page_hosts(
     out = {host_name(host) or host} | _allowed(more)
     if env.get('SPACE_ID'): out |= {'.hf.space', *filter(None, map(host_name, env.get('SPACE_HOST', '').split(',')))}
     if env.get('COLAB_RELEASE_TAG') or 'google.colab' in sys.modules: out |= {'.googleusercontent.com','.colab.dev','colab.research.google.com'}
-    if _loopback(host): return out
+    if _loopback(host.strip('[]')): return out
     me = socket.gethostname().lower().split('.')
     out |= {me[0],me[0]+'.local','.'.join(me)}
     try: out |= {a for *_,o in socket.getaddrinfo(socket.gethostname(), None) if (a := _address(o[0]))}
     except OSError: pass                                          # a machine whose own name is not known
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as o:
+        try: o.connect(('192.0.2.1', 9)); out.add(o.getsockname()[0])  # sends nothing: asks which address the machine would send from
+        except OSError: pass                                      # no network
     return out
 
 # %% ../nbs/15_app.ipynb #1c357de6

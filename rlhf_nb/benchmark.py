@@ -203,8 +203,8 @@ def trl_steps(job, turn):
         def on_step_end(self, *args, **kw): turn()
     what,n,folder = job['what'],job['steps'],Path(job['folder'])
     datasets.disable_progress_bars()
-    tok,rows = AutoTokenizer.from_pretrained(folder/'lm'),read_json(folder/job['rows'])
-    lm,rm = (lambda c=c,d=d: c.from_pretrained(folder/d, dtype=torch.float32) for c,d in ((GPT2LMHeadModel,'lm'),(GPT2ForSequenceClassification,'rm')))
+    tok,rows = AutoTokenizer.from_pretrained(folder/'lm', trust_remote_code=False),read_json(folder/job['rows'])
+    lm,rm = (lambda c=c,d=d: c.from_pretrained(folder/d, dtype=torch.float32, trust_remote_code=False) for c,d in ((GPT2LMHeadModel,'lm'),(GPT2ForSequenceClassification,'rm')))
     pairs = datasets.Dataset.from_list([{k:tok.decode(v) for k,v in r.items()} for r in rows])
     size = dict(grpo=job['prompts']*G, ppo=job['prompts']).get(what, PAIRS)
     kw = dict(output_dir=str(folder/'trl'), learning_rate=1e-6, bf16=False, gradient_checkpointing=False, report_to='none', save_strategy='no', logging_steps=1,
@@ -235,11 +235,11 @@ def trl_steps(job, turn):
 def hf_steps(job, turn):
     "One turn per call of `generate`; `answers`: one per prompt and model, and what each answer is worth"
     from transformers import AutoTokenizer
-    tok,rows,k = AutoTokenizer.from_pretrained(Path(job['folder'])/'lm'),read_json(f"{job['folder']}/{job['rows']}"),job['prompts']
-    lm = lambda: GPT2LMHeadModel.from_pretrained(f"{job['folder']}/lm").eval()
+    tok,rows,k = AutoTokenizer.from_pretrained(Path(job['folder'])/'lm', trust_remote_code=False),read_json(f"{job['folder']}/{job['rows']}"),job['prompts']
+    lm = lambda: GPT2LMHeadModel.from_pretrained(f"{job['folder']}/lm", trust_remote_code=False).eval()
     m = lm()
     if o := evals.get(job['what']):
-        rm,models = GPT2ForSequenceClassification.from_pretrained(f"{job['folder']}/rm").eval(),[m,*(lm() for _ in MODELS[1:])]
+        rm,models = GPT2ForSequenceClassification.from_pretrained(f"{job['folder']}/rm", trust_remote_code=False).eval(),[m,*(lm() for _ in MODELS[1:])]
         turn()
         for i in range(job['steps']):
             for p in sorted([r['prompt'] for r in rows[i*k:(i+1)*k]], key=len)[EVERY//2::EVERY]:

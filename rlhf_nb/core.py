@@ -117,6 +117,10 @@ class Batch:
         "Response lengths in tokens, (B,G)"
         return self.mask.sum(-1)
     @property
+    def learn(self):
+        "Response tokens that training counts, (B,G,R): all, or those of the field `learn`"
+        return self.mask & self.fields['learn'] if 'learn' in self.fields else self.mask
+    @property
     def sizes(self):
         "Tokens that each prompt and its group occupy in the flat row, a list of B"
         return [len(p)+n for p,n in zip(self.prompts, self.mask.sum((1,2)).tolist())]
@@ -208,7 +212,7 @@ class Optim:
     weight_decay:NonNeg=0.0          # AdamW's
     beta2:Annotated[float, Field(ge=0, lt=1)]=0.99                  # AdamW's second-moment decay
     eps:Above0=1e-8                  # AdamW's epsilon
-    max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm
+    max_grad_norm:NonNeg=1.0         # Gradients are scaled down to this norm (0: never)
     micro_tokens:Pos=16384           # Tokens of a forward pass; an update is cut to fit and its gradient does not change
     checkpoint_every:Pos=100         # Updates between checkpoints
     eval_every:Pos|Annotated[float, Field(gt=0, lt=1)]|None=None # Updates between looks at the dev split; below 1: a share of the stage (None: no look, the last state is kept)
@@ -358,7 +362,7 @@ _demo_elsewhere = _merge(_looks, {
     'sft': dict(updates=None, epochs=10),
     'reward': dict(updates=None, epochs=5, head='last_token'),
     'ppo': dict(updates=None, passes=3, max_kl=5),
-    'grpo': dict(updates=None, passes=1, max_kl=5),
+    'grpo': dict(updates=None, passes=.5, max_kl=5),
     'dpo': dict(updates=None, epochs=5, n_pairs=None, max_kl=5)})
 
 # %% ../nbs/00_core.ipynb #5290739d

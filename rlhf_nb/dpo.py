@@ -7,6 +7,7 @@ __all__ = ['dpo_loss', 'reference_log_probs', 'dpo_step', 'train_dpo', 'dev_look
 
 # %% ../nbs/10_dpo.ipynb #9e3adb57
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ def dpo_loss(
     weights=1.         # (B,) what each pair counts
 ): # Sum over pairs
     "DPO (Rafailov et al. 2023, eq. 7) and its family"
+    if loss_type=='ipo' and not beta>0: raise ValueError('beta: 0 has no meaning for ipo, whose target margin is 1/(2 beta); give a number above 0')
     h,e = (chosen-ref_chosen)-(rejected-ref_rejected),label_smoothing
     if loss_type=='sigmoid': l = -F.logsigmoid(beta*h)
     elif loss_type=='cdpo': l = -(1-e)*F.logsigmoid(beta*h)-e*F.logsigmoid(-beta*h)
@@ -47,11 +49,13 @@ def reference_log_probs(
     "Summed log-probabilities of chosen and rejected under the reference"
     return in_pieces(lambda b: log_probs(reference, b).sum(-1), data, micro_tokens)
 
-def dpo_step(net, b, n, o:DPOConfig, reference=None):
+def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
     "The loss of a batch of pairs; the reference's log-probabilities are `b.ref_sums`, or computed from `reference`"
     tok = net(log_probs, b)
     now,ref = tok.sum(-1),0.
-    if o.loss_type!='simpo': ref = b.ref_sums if reference is None else reference_log_probs(reference, b, o.micro_tokens)
+    if o.loss_type!='simpo' and reference is None: ref = b.ref_sums
+    elif o.loss_type!='simpo':
+        with autocast(): ref = reference_log_probs(reference, b, o.micro_tokens)   # read as the policy is: equal models differ by nothing
     start = ref if torch.is_tensor(ref) else torch.zeros_like(now)
     per = b.lengths.clamp(min=1) if o.loss_type in ('ipo','simpo') else 1
     (w,l),(rw,rl) = (now/per).unbind(1),(start/per).unbind(1)
@@ -74,10 +78,13 @@ def train_dpo(
 )->list:           # Metrics rows
     "Direct preference optimisation"
     if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
-    live = reference if not o.cache_reference else None
-    cached = lambda b: b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens)) if live is None and o.loss_type!='simpo' else b
+    if o.loss_type=='ipo' and not o.beta>0: dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')   # refuses
+    live,acc = reference if not o.cache_reference else None,acc or mk_accelerator()
+    def cached(b):
+        if live is not None or o.loss_type=='simpo': return b
+        with acc.autocast(): return b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens))
     mk_updates,total = from_data(cached(data), o, child_seed(seed, 'dpo'), acc)
-    step = lambda net,b,n: dpo_step(net, b, n, o, live)
+    step = lambda net,b,n: dpo_step(net, b, n, o, live, acc.autocast)
     look = None if dev is None or o.eval_every is None else dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'))
     return fit(policy, mk_updates, step, o, total, run, 'dpo', acc=acc, dev=look)
 

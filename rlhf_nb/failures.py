@@ -125,7 +125,7 @@ def runs_on(
     response:str
 )->bool:
     "Does it go on with the human's part?"
-    return bool(re.search(r'(^|\n)\s*(Human|User|Assistant)\s*:', response))
+    return bool(re.search(r'^[^\S\n]*(Human|User|Assistant)\s*:', response, re.M))
 
 # %% ../nbs/13_failures.ipynb #718c7524
 _claims = r'''

@@ -25,7 +25,7 @@ def kl_rewards(
     "Reward of each token: the KL penalty, and the score at the last (Ziegler et al. 2019, eq. 2)"
     r = -kl_coef*(log_probs-ref_log_probs)*mask
     last = mask.sum(-1, keepdim=True)-1
-    return r.scatter_add(-1, last.clamp(min=0), (scores[...,None]*(last>=0)).to(r))
+    return r.scatter_add(-1, last.clamp(min=0), torch.where(last>=0, scores[...,None], 0).to(r))
 
 def gae(
     rewards,   # (B,G,R)
@@ -48,8 +48,9 @@ def whiten(
     mask, # (B,G,R)
     eps=1e-8
 ):
-    "Mean 0 and variance 1 over the response tokens of the whole rollout; 0 elsewhere"
+    "Mean 0 and variance 1 over the response tokens of the whole rollout; 0 elsewhere, and everywhere if all are equal"
     m = mask.to(x); n = m.sum()
+    if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)   # else the rounding of their mean would be all that is left
     c = (x-(x*m).sum()/n)*m
     return c*((c**2).sum()/n+eps).rsqrt()
 
@@ -85,7 +86,7 @@ def _both(m, b, temperature): return log_probs(m['policy'], b, temperature),valu
 def ppo_step(net, b, n, o:PPOConfig):
     "Policy and value loss of a mini-batch"
     lp,v = net(_both, b, o.temperature)
-    w = b.mask/n['tokens']
+    w = b.learn/n['tokens']
     pl,clipped = clipped_policy_loss(lp, b.log_probs, b.advantages, w, o.clip)
     vl = clipped_value_loss(v, b.values, b.returns, w, o.value_clip)
     d = (lp-b.log_probs).detach()
@@ -95,9 +96,9 @@ def ppo_step(net, b, n, o:PPOConfig):
 def ppo_advantages(b, value, o:PPOConfig):
     "Values, rewards, advantages (whitened) and returns of a rollout"
     v = in_pieces(lambda x: values(value, x), b, o.micro_tokens)
-    r = kl_rewards(b.scores, b.log_probs, b.ref_log_probs, b.mask, o.kl_coef)
+    r = kl_rewards(b.scores.masked_fill(b.scores.isnan(), 0), b.log_probs, b.ref_log_probs, b.mask, o.kl_coef)
     adv,ret = gae(r, v, b.mask, o.gamma, o.lam)
-    return b.plus(values=v, rewards=r, advantages=whiten(adv, b.mask), returns=ret)
+    return b.plus(values=v, rewards=r, advantages=whiten(adv, b.learn), returns=ret)
 
 def train_ppo(
     policy,        # Causal LM; changed in place
@@ -113,6 +114,7 @@ def train_ppo(
     dev:list=None  # Token lists of other prompts, for `o.eval_every`
 )->list:           # Metrics rows
     "Proximal policy optimisation"
+    check_rollouts(policy, prompts, o, 1, o.mini_batches)
     model = nn.ModuleDict(dict(policy=policy, value=value))
     opt = mk_optimizer(dict(policy=(policy,o.lr), value=(value,o.value_lr)), o)
     def mk_updates(start):

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'noise', 'Decode', 'states', 'decode', 'sample', 'check_sampling', 'from_steps', 'kl_estimates', 'mk_scorer',
-           'texts', 'n_rollouts', 'unseen', 'rollouts', 'bandit', 'bandit_probs']
+           'texts', 'n_rollouts', 'check_rollouts', 'unseen', 'rollouts', 'bandit', 'bandit_probs']
 
 # %% ../nbs/07_rollout.ipynb #26d0f210
-import hashlib,math,time
+import functools,hashlib,math,time
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import nn
 
 from .core import *
+from .data import encode
 from .models import *
 from .models import _as,_logits
 from .train import *
@@ -65,9 +67,8 @@ class Decode:
         B,G,K = self.B,self.n,k.shape[1]
         q,k,v = (self._grid(o, B*G).view(B, G, K, -1, o.shape[3]) for o in (q,k,v))     # values may be narrower than keys (DeepSeek)
         if len(self.at)==1: o = self._piece(0, layer, q*scaling, k[...,0,:], v[...,0,:])
-        else:
-            o = q.new_empty(*q.shape[:-1], v.shape[-1])
-            for j,at in enumerate(self.at): o[at] = self._piece(j, layer, q[at]*scaling, k[at,:,:,0], v[at,:,:,0])
+        else:                                                             # back in the order of the prompts, in the precision that attention has
+            o = torch.cat([self._piece(j, layer, q[at]*scaling, k[at,:,:,0], v[at,:,:,0]) for j,at in enumerate(self.at)])[torch.cat(self.at).argsort()]
         return o.reshape(1, B*G, -1, o.shape[-1])[:,self.live]
 
     def _piece(self, j, layer, q, k, v):
@@ -252,36 +253,95 @@ def mk_scorer(
     source,              # Function of (prompts, responses, finished), or (reward model, tokenizer), or a list of (weight, source)
     tok,                 # The policy's tokenizer
     micro_tokens:int=16384
-):                       # `score(batch) -> (B,G)`, batch with `finished`
+):                       # `score(batch) -> (B,G)`, batch with `finished`; NaN for a response about which no source says anything
     "Turn a reward source into a function of batches"
     if isinstance(source, list):
+        if not source or not all(isinstance(o, (list,tuple)) and len(o)==2 and isinstance(o[0], (int,float)) for o in source):
+            raise ValueError(f'several reward sources are a list of (weight, source), got {str(source)[:80]}')
         parts = [(w, mk_scorer(s, tok, micro_tokens)) for w,s in source]
-        return lambda b: sum(w*f(b) for w,f in parts)
-    if not isinstance(source, tuple): return lambda b: _score_texts(source, tok, b)
+        return lambda b: _weighted([(w, f(b)) for w,f in parts])
+    if callable(source) and not isinstance(source, nn.Module): return lambda b: _score_texts(source, tok, b)
+    if not isinstance(source, tuple) or len(source)!=2:
+        raise ValueError(f'a reward source is a function, (reward model, tokenizer) or a list of (weight, source), got {type(source).__name__}')
     rm,rm_tok = source
-    if rm_tok is None or rm_tok.get_vocab()==tok.get_vocab(): return lambda b: in_pieces(lambda o: scores(rm, o), b, micro_tokens)
+    read = lambda b: _finite(in_pieces(lambda o: scores(rm, o), b, micro_tokens))
+    if rm_tok is None or rm_tok.get_vocab()==tok.get_vocab(): return read
     def score(b):
         ps,rs = texts(b, tok)
-        enc = lambda s: rm_tok(s, add_special_tokens=False)['input_ids']
-        end = lambda f: [rm_tok.eos_token_id] if f else []
-        return in_pieces(lambda o: scores(rm, o), Batch.from_tokens([enc(p) for p in ps],
-            [[enc(r)+end(f) for r,f in zip(*o)] for o in zip(rs, b.finished.tolist())]).to(b.device), micro_tokens)
+        (front,back),empty = _around(rm_tok),[rm_tok.eos_token_id if rm_tok.bos_token_id is None else rm_tok.bos_token_id]
+        closed = back if not hasattr(rm, 'score') else []      # for an encoder's classifier a text is closed, also where an answer was cut
+        end = lambda f: closed or [rm_tok.eos_token_id]*(f and rm_tok.eos_token_id is not None)
+        return read(Batch.from_tokens([front+p or empty for p in encode(ps, rm_tok)],
+            [[r+end(f) for r,f in zip(encode(o, rm_tok), fs)] for o,fs in zip(rs, b.finished.tolist())]).to(b.device))
     return score
+
+def _weighted(parts):
+    "The weighted sum of what the sources say; NaN, not applicable, is left out"
+    out = sum(w*torch.where(s.isnan(), 0, s) for w,s in parts)
+    return torch.where(torch.stack([s.isnan() for _,s in parts]).all(0), torch.nan, out)
+
+def _finite(s):
+    if not s.isfinite().all(): raise FloatingPointError(f'{(~s.isfinite()).sum()} of {s.numel()} scores of the reward model are not finite')
+    return s
+
+def _around(tok):
+    "Ids that a tokenizer puts in front of a text by itself (BOS, [CLS]), and behind it ([SEP])"
+    plain,full = (tok('a', add_special_tokens=o)['input_ids'] for o in (False,True))
+    at = [i for i in range(len(full)) if full[i:i+len(plain)]==plain]
+    return (full[:at[0]],full[at[0]+len(plain):]) if at else ([],[])
+
+def _front(tok): return _around(tok)[0]
 
 def texts(
     batch:Batch,
     tok           # Tokenizer
 ):                # Prompts, a list of B; responses, B lists of G
-    "The texts of a batch, without special tokens at the end of responses"
-    B,G,_ = batch.shape
-    rs = tok.batch_decode([r for o in batch.tokens() for r in o], skip_special_tokens=True)
-    return tok.batch_decode(batch.prompts),[rs[i*G:(i+1)*G] for i in range(B)]
+    "The texts of a batch as they were written: without the BOS in front of a prompt, without the EOS (or other stop) and PAD of a response"
+    ends = batch.finished.tolist() if 'finished' in batch.fields else [[False]*batch.shape[1]]*len(batch)
+    stop,pad = tok.eos_token_id,tok.pad_token_id if tok.pad_token_id!=tok.unk_token_id else None
+    own = lambda r,f: [i for i in (r[:-1] if f or r[-1:]==[stop] else r) if i!=pad]
+    read = lambda ids: tok.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    front = _front(tok) or [tok.bos_token_id]
+    ps = [[] if p==[stop] else p[len(front):] if p[:len(front)]==front else p for p in batch.prompts]   # EOS alone stands for nothing
+    rs = [[own(r, f) for r,f in zip(*o)] for o in zip(batch.tokens(), ends)]
+    before,G = read(ps),batch.shape[1]
+    after = read([p+r for p,o in zip(ps, rs) for r in o])   # together: some decoders drop a space at the beginning
+    alone = read([r for o in rs for r in o])
+    out = [w[len(p):] if w.startswith(p) else a for w,a,p in zip(after, alone, (p for p in before for _ in range(G)))]
+    return before,[out[i:i+G] for i in range(0, len(out), G)]
+
+def _name(f): return _name(f.func) if isinstance(f, functools.partial) else getattr(f, '__name__', type(f).__name__)
 
 def _score_texts(f, tok, b):
     (ps,rs),(B,G,_) = texts(b, tok),b.shape
-    out = f([p for p in ps for _ in range(G)], [r for o in rs for r in o], b.finished.flatten().tolist())
-    if len(out)!=B*G: raise ValueError(f'the reward function returned {len(out)} scores for {B*G} responses')
-    return torch.as_tensor(out, dtype=torch.float32, device=b.device).view(B,G)
+    each = [p for p in ps for _ in range(G)],[r for o in rs for r in o],b.finished.flatten().tolist()
+    try: out = f(*map(list, each))
+    except Exception as e: raise _failed(f, each, G, e) from e
+    return torch.tensor(_numbers(out, B*G, _name(f)), dtype=torch.float32, device=b.device).view(B,G)
+
+def _failed(f, each, G, e):
+    "The error for a reward function that raised `e`: which prompt it is that it cannot take, if it is one of them alone"
+    for i in range(0, len(each[0]), G):
+        try: f(*(o[i:i+G] for o in each))
+        except Exception as one: e = one; break
+    else: i = 0
+    return ValueError(f"the reward function {_name(f)} failed with {type(e).__name__}: {' '.join(str(e).split())[:200]}; the prompt: {each[0][i][-200:]!r}")
+
+def _numbers(out, n, name):
+    "What a reward function returned as `n` floats; None and NaN, not applicable, are NaN"
+    def bad(got): return ValueError(f'the reward function {name} must return a list of {n} finite numbers, one for each response (None: not applicable); got {got}')
+    if hasattr(out, 'tolist') and hasattr(out, 'shape'):         # torch, numpy, pandas
+        if len(out.shape)!=1: raise bad(f'{type(out).__name__} of shape {tuple(out.shape)}')
+        out = out.tolist()
+    if not isinstance(out, (list,tuple)): raise bad(f'{type(out).__name__} {str(out)[:60]!r}')
+    if len(out)!=n: raise bad(f'{len(out)}')
+    vals = []
+    for i,x in enumerate(out):
+        v = x.item() if hasattr(x, 'item') and not getattr(x, 'shape', ()) else x   # a number of numpy or torch
+        if v is None: v = math.nan
+        if not isinstance(v, (int,float)) or abs(v)>torch.finfo(torch.float32).max: raise bad(f'{str(x)[:60]!r} ({type(x).__name__}) at place {i}')
+        vals.append(float(v))
+    return vals
 
 # %% ../nbs/07_rollout.ipynb #7492683f
 def n_rollouts(
@@ -290,6 +350,23 @@ def n_rollouts(
 )->int:
     "How many updates PPO and GRPO make"
     return o.updates if o.updates is not None else max(1, math.ceil(o.passes*n/min(o.batch_size, n)))
+
+def check_rollouts(
+    policy,
+    prompts:list,        # Token lists
+    o:RolloutConfig,
+    n:int=1,             # Responses to each prompt
+    mini_batches:int=1
+)->int:                  # Prompts in an update
+    "A ValueError, before the first rollout, where it is known that a later one must fail"
+    if not prompts: raise ValueError('no prompts to learn from')
+    if not o.temperature>0: raise ValueError('temperature: 0 leaves nothing to learn from, since every sample is the same and certain; give a temperature above 0')
+    size,longest = min(o.batch_size, len(prompts)),max(map(len, prompts))
+    if mini_batches>size: raise ValueError(f'mini_batches: {mini_batches} of them cannot be made of the {size} prompts of an update; lower it, or raise batch_size')
+    if longest+o.max_new_tokens>max_tokens(policy):
+        raise ValueError(f'a prompt of {longest} tokens and {o.max_new_tokens} new ones exceed the {max_tokens(policy)} positions of the model: '
+                         'lower data.max_prompt or max_new_tokens')
+    return size
 
 @torch.no_grad()
 def unseen(
@@ -303,11 +380,13 @@ def unseen(
 )->tuple: # Metrics; mean reward minus the price of the KL, -inf where the KL is above `o.max_kl`
     "One answer to each of the first `o.eval_n` prompts, always with the same noise"
     b = sample(policy, prompts[:o.eval_n], 1, o.max_new_tokens, o.temperature, child_seed(seed, 'dev'))
-    kl = in_pieces(lambda x: exact_kl(policy, reference, x, o.temperature), b, o.micro_tokens).sum(-1).mean().item()
+    ref = in_pieces(lambda x: log_probs(reference, x, o.temperature), b, o.micro_tokens)
+    kl = ((b.log_probs-ref)*b.mask).sum(-1).mean().item()      # k1, as in the rows of training
     out,good = dict(kl=kl, length=b.lengths.float().mean().item(), finished=b.finished.float().mean().item(), n=len(b)),0.
     if score is not None:
-        raw = score(b)
-        out,good = dict(reward=raw.mean().item(), **out),(raw-o.no_eos_penalty*(~b.finished).float()).mean().item()
+        raw = score(b); has = ~raw.isnan()                             # NaN: about this answer no source says anything
+        if not has.all(): out['unrewarded'] = 1-has.float().mean().item()
+        if has.any(): out,good = dict(reward=raw[has].mean().item(), **out),(raw-o.no_eos_penalty*(~b.finished).float())[has].mean().item()
     out.update({k:f(b).mean().item() for k,f in (watch or {}).items()})
     return out,-math.inf if o.max_kl is not None and kl>o.max_kl else good-coef*kl
 
@@ -327,34 +406,42 @@ def rollouts(
     acc=None               # Accelerator
 ): # (mini-batches, metrics row)
     "Rollouts of `policy` as it is at each update"
-    low,size = acc is not None and acc.mixed_precision!='no',min(o.batch_size, len(prompts))
+    size = check_rollouts(policy, prompts, o, n, mini_batches)
+    low = policy.dtype!=torch.float32 or acc is not None and acc.mixed_precision!='no'
     for i in range(start, n_rollouts(o, len(prompts))):
         t0 = time.perf_counter()
         b = sample(policy, [prompts[j] for j in pass_order(len(prompts), size, seed, i)], n, o.max_new_tokens, o.temperature,
                    child_seed(seed, 'rollout', i))
         t1 = time.perf_counter()
-        row = {}
-        if low: # ratios must start at one: old log-probabilities come from the forward that trains
-            with acc.autocast(): lp = in_pieces(lambda x: log_probs(policy, x, o.temperature), b, o.micro_tokens)
+        row,cuts = {},[torch.randperm(len(b), generator=generator(seed, 'mini', i, e)).tensor_split(mini_batches) for e in range(epochs)]
+        def read(m, parts):
+            "Log-probabilities under the precision of the training forward, part by part"
+            with acc.autocast() if acc is not None else nullcontext():
+                return torch.cat([in_pieces(lambda x: log_probs(m, x, o.temperature), b[j], o.micro_tokens) for j in parts])[torch.cat(parts).argsort()]
+        parts = [torch.arange(len(b))]
+        if low: # ratios must start at one: old log-probabilities come from the forward that trains, in the cut that it will have
+            parts = cuts[0]
+            lp = read(policy, parts)
             row['sampler_gap'] = (lp-b.log_probs)[b.mask].abs().max().item()
             b = b.plus(log_probs=lp)
-        b = b.plus(ref_log_probs=in_pieces(lambda x: log_probs(reference, x, o.temperature), b, o.micro_tokens))
+        b = b.plus(ref_log_probs=read(reference, parts))
         raw = score(b)
-        if not raw.isfinite().all(): raise FloatingPointError(f'update {i}: {(~raw.isfinite()).sum()} of {raw.numel()} rewards are not finite')
-        b = b.plus(scores=raw-o.no_eos_penalty*(~b.finished).float())
+        if raw.shape!=b.shape[:2]: raise ValueError(f'score(batch) must return one number for each response, {tuple(b.shape[:2])}, got {tuple(raw.shape)}')
+        if raw.isinf().any(): raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
+        b,has = b.plus(scores=raw-o.no_eos_penalty*(~b.finished).float()),~raw.isnan()
+        if not has.all(): # what no source has an opinion about teaches nothing
+            row['unrewarded'] = 1-has.float().mean().item()
+            b,raw = b.plus(learn=b.mask & has[...,None]),raw[has]
         k1,_,k3 = (k*b.mask for k in kl_estimates(b.log_probs, b.ref_log_probs))
         row.update(reward=raw.mean().item(), reward_std=raw.std().item(), kl=k1.sum(-1).mean().item(), kl_k3=k3.sum(-1).mean().item(),
                    entropy=-(b.log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
                    finished=b.finished.float().mean().item(), new_tokens=int(b.mask.sum()), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
         b = prepare(b)
         if 'returns' in b.fields: # what share of the returns' variance the value model foresaw
-            r,e = b.returns[b.mask],(b.returns-b.values)[b.mask]
+            r,e = b.returns[b.learn],(b.returns-b.values)[b.learn]
             row['value_explained'] = 1-(e.var()/r.var().clamp(min=1e-12)).item()
         row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4))
-        minis = []
-        for e in range(epochs):
-            for j in torch.randperm(len(b), generator=generator(seed, 'mini', i, e)).tensor_split(mini_batches): minis.append(b[j])
-        yield minis,row
+        yield [b[j] for parts in cuts for j in parts if b.learn[j].any()],row
         if o.max_kl is not None and row['kl']>o.max_kl: return
 
 # %% ../nbs/07_rollout.ipynb #36be371f
