@@ -1060,6 +1060,7 @@ def judge_run(
         pairs = [dict(prompt=x['prompt'], a=x['response'], b=y['response']) for k,rs in records.items() if k!=against for x,y in zip(rs, records[against])]
         extra = audit_pairs() if audited else []
         return {k:j.estimate(pairs+extra) if isinstance(j, LLMJudge) else dict(pairs=len(pairs), requests=0, cost=0.) for k,j in judges.items()}
+    if not set(records)-{against}: raise ValueError(f"{folder}: there are samples of '{against}' alone, and nothing to compare it with")
     vs,about = _votes(folder, votes),samples_source(folder, records)
     rates,audits,errors = {},{},[]
     sha = lambda name: _samples_hash(records, _score_keys.get(name) if all(_score_keys.get(name) in r for rs in records.values() for r in rs) else None)
