@@ -72,7 +72,8 @@ def _message(m):
     bad = lambda s: BadPair('malformed', s)
     if not isinstance(m, dict): raise bad(f'a message is {"text" if isinstance(m, str) else _what(m)}; expected role, content')
     if 'role' not in m or 'content' not in m: raise bad(f'messages have the keys {_names_of(m)}; expected role, content')
-    if getattr(m, 'twice', None): raise bad(f'a message has the key {_names_of(m.twice)} twice')
+    twice = [k for k in getattr(m, 'twice', ()) if k in ('role','content',*_unread)]
+    if twice: raise bad(f'a message has the key {twice[0]} twice')
     role,text = m['role'],m['content']
     if role not in (*_names,'system'):
         new = _synonyms.get(role.lower()) if isinstance(role, str) else None
@@ -176,11 +177,14 @@ def wilson(
 
 # %% ../nbs/02_data.ipynb #5a7d51c7
 def special_ids(tokenizer)->dict: # {id: its text}
-    "The special tokens of a tokenizer; not the one for what it can't write, which is nobody's spelling (GPT-2's is its EOS)"
+    "The special tokens of a tokenizer"
     out = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
     out |= {i:t.content for i,t in getattr(tokenizer, 'added_tokens_decoder', {}).items() if t.special}
-    if tokenizer.unk_token_id not in (tokenizer.eos_token_id,tokenizer.bos_token_id,tokenizer.pad_token_id): out.pop(tokenizer.unk_token_id, None)
     return {i:t for i,t in out.items() if t}
+
+def _spelled(ids, text, special, unk):
+    "Does one of `ids` stand for the name of a special token? The one for what can't be written stands for other things too"
+    return any(i in special and (i!=unk or special[i] in text) for i in ids)
 
 def _spell(text, tokenizer, special, plain):
     "Token ids of a text that spells special tokens, without these tokens"
@@ -188,8 +192,8 @@ def _spell(text, tokenizer, special, plain):
     parts = re.split('('+'|'.join(map(re.escape, more))+')', text) if more else [text]  # Python's tokenizers would split these too
     ids = [i for o in parts if o for i in plain(o, split_special_tokens=o not in more)]
     def letters(i):                                            # a vocabulary that knows the word even so: letter by letter
-        one = tokenizer.convert_tokens_to_ids(list(special[i]))
-        return [i] if any(o is None or o==tokenizer.unk_token_id or o in special for o in one) else one
+        one = [] if i==tokenizer.unk_token_id else tokenizer.convert_tokens_to_ids(list(special[i]))
+        return one if one and all(o is not None and o not in special for o in one) else [i]
     return [j for i in ids for j in (letters(i) if i in special else [i])]
 
 def encode(
@@ -201,11 +205,12 @@ def encode(
     if not u: return []
     plain = lambda ts,**kw: tokenizer(ts, add_special_tokens=False, verbose=False, **kw).input_ids
     probe = plain(['a'])[0]                                    # some add BOS or EOS even so
-    a,z = probe[:1] and probe[0] in special,probe[:1] and probe[-1] in special
-    bare = lambda o: o[bool(a):len(o)-bool(z)]
+    a,z = (bool(probe) and probe[k]!=tokenizer.unk_token_id and probe[k] in special for k in (0,-1))
+    bare = lambda o: o[a:len(o)-z]
     ids = dict(zip(u, map(bare, plain(u))))
     for t,o in ids.items():
-        if not special.keys().isdisjoint(o): ids[t] = _spell(t, tokenizer, special, lambda t,**kw: bare(plain([t], **kw)[0]))
+        if not special.keys().isdisjoint(o) and _spelled(o, t, special, tokenizer.unk_token_id):
+            ids[t] = _spell(t, tokenizer, special, lambda t,**kw: bare(plain([t], **kw)[0]))
     return [ids[o] for o in texts]
 
 def _sizes(pairs, tokenizer=None):
@@ -254,10 +259,11 @@ class DataReport:
     def _one(self, what, most=3):
         n,first,why = *self.counts[what].values(),self.why(what)
         said = [f'{d:.160}' if len(why)==1 else f"{v['n']} {d:.120}" for d,v in why[:most]] + [f'{len(why)-most} more']*(len(why)>most)
-        return f'{n} {what}' + (': ' if said else '') + '; '.join(said) + f' (first: {str(first)[-200:]})'
+        return f'{n} {what}' + (': ' if said else '') + '; '.join(said) + f' (first: {str(first)[-120:]})'
     def reasons(self):
         "What was counted, in one line"
-        return ', '.join(map(self._one, self.counts)) or 'nothing dropped'
+        said = ', '.join(map(self._one, self.counts)) or 'nothing dropped'
+        return said if len(said)<1000 else said[:1000]+' …'
     def __str__(self):
         row = lambda *o: '| '+' | '.join(map(str, o))+' |'
         cell = lambda d: ' '.join(d.replace('|', '\\|').split())
@@ -265,7 +271,8 @@ class DataReport:
         for ks,s in ((self.dropped,'dropped'),(self.noted,'kept')):
             for k in ks:
                 out.append(row(f'{s}: {k}', *self.counts.get(k, dict(n=0, first='')).values()))
-                out += [row(f'- {cell(d)}', *v.values()) for d,v in self.why(k)]
+                why = self.why(k)
+                out += [row(f'- {cell(d)}', *v.values()) for d,v in why[:5]] + [row(f'- {len(why)-5} more', '', '')]*(len(why)>5)
         out += [row(f'in {k}', v, '') for k,v in self.splits.items()]
         if (l := self.lengths):
             out += ['', row(f"length in {l['unit']}",'mean','median','90% under','99% under'), row('---',*['---:']*4)]
@@ -667,6 +674,7 @@ def _encode_responses(texts, tokenizer, max_response):
     "Of each response: token ids, with EOS unless cut, and length before cutting, without EOS"
     eos,out = _eos(tokenizer),[]
     for t,o in zip(texts, encode(texts, tokenizer)):
+        while o and o[-1]==eos: o = o[:-1]   # an EOS that is an ordinary character
         if eos in o: raise ValueError(f'the tokenizer ends a text with {tokenizer.eos_token!r}, which {t[:60]!r} needs as a word; choose another eos_token')
         out.append((o+[eos] if len(o)<max_response else o[:max_response], len(o)))
     return out
