@@ -362,7 +362,7 @@ _demo_elsewhere = _merge(_looks, {
     'sft': dict(updates=None, epochs=10),
     'reward': dict(updates=None, epochs=5, head='last_token'),
     'ppo': dict(updates=None, passes=3, max_kl=5),
-    'grpo': dict(updates=None, passes=1, max_kl=5),
+    'grpo': dict(updates=None, passes=.5, max_kl=5),
     'dpo': dict(updates=None, epochs=5, n_pairs=None, max_kl=5)})
 
 # %% ../nbs/00_core.ipynb #5290739d

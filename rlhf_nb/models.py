@@ -462,7 +462,7 @@ def scores(
     if isinstance(reward_model, LogProbReward): return reward_model.read(l)
     c,last = reward_model.config,l.last
     ours,pad = hasattr(c, 'reward_mean'),c.get_text_config().pad_token_id
-    if not ours and is_padded(reward_model): return _own_scores(reward_model, batch)
+    if not ours and (is_padded(reward_model) or not hasattr(reward_model, 'score')): return _own_scores(reward_model, batch)
     if not ours and pad is not None:                                  # where plain transformers reads
         real = batch.mask & (batch.responses!=pad)
         n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)
