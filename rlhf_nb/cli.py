@@ -87,6 +87,19 @@ class Line:
         return load(str(self.run/folders[stage]), forward=self.config.model.forward, device=self.acc.device)[0]
     def pairs(self, rows): return tokenize_pairs(rows, self.tok, self.config.data.max_prompt, self.config.data.max_response)
     def prompts(self, rows): return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
+    @property
+    def plan(self):
+        "How long each stage trains on these data, in words: what was tuned for the world shows here"
+        c,s,out = self.config,self.splits,{}
+        n = dict(sft=len(s.sft)+len(s.documents), reward=len(s.train), dpo=len(s.train[:c.dpo.n_pairs]), ppo=len(unique_prompts(s.train)), grpo=len(unique_prompts(s.train)))
+        for k,N in n.items():
+            o = getattr(c, k); size = min(o.batch_size, N)
+            total = n_rollouts(o, N) if isinstance(o, RolloutConfig) else n_updates(N, size, o.updates, o.epochs)
+            given = f", the demo's own number, for the embedded world: --set {k}.updates=null counts passes" if c.preset=='demo' and o.updates==getattr(Config(), k).updates else ''
+            look = 'no look at dev data, the last state is kept' if o.eval_every is None else 'the best state on dev data is kept'
+            if k=='sft' and o.skip: continue
+            out[k] = f'  {k}: at most {total} updates, {total*size/N:.3g} passes over {N} {"prompts" if isinstance(o, RolloutConfig) else "rows"}{given}; {look}'
+        return out
     def dev(self, o):
         "What a stage with these settings looks at as it goes: prompts for PPO and GRPO, answers to imitate for SFT, else pairs"
         if o.eval_every is None: return None
@@ -408,9 +421,12 @@ def _run_all(a, c, todo, t0, command):
         rm = [s['reward_model'] for s in sums]
         write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command=command, models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
         write_text(Path(a.out)/'results'/'seeds.md', f'Mean over {len(a.seeds)} seeds [lowest, highest], {c.eval.split} split, {sums[0]["models"]["reference"]["reward"]["n"]} prompts each.\n\n{seeds_table(d)}\n')
-        print('\n'+(Path(a.out)/'results'/'seeds.md').read_text())
+        print('\n'+(Path(a.out)/'results'/'seeds.md').read_text(encoding='utf-8'))
         if all(l.done('analyze') for l in done): seeds_report(a.out, done, command)
     else: print('\n'+show_summary(sums[0]))
+    for s in sums:
+        seed = f" (seed {s['seeds'][0]})" if a.seeds else ''
+        if s.get('read_first'): print(f"Read this first{seed}: {' '.join(s['read_first'])}\n")
     u = os.times()
     print(f'{time.perf_counter()-t0:.0f} s in all, {u.user+u.system+u.children_user+u.children_system:.0f} CPU-seconds. Everything is in {a.out}')
     if a.publish: publish(a.out, done, a.publish, command)
@@ -449,6 +465,8 @@ def _run_locked(run, todo, command):
     line.begin()
     say = lambda s: print(f'[{run.path}] {s}', flush=True)
     if not line.world and any(not line.done(s) for s in todo): say(f'data: {line.splits.report.kept} pairs kept of {line.splits.report.read}; {" ".join([line.splits.report.reasons()+"."*bool(line.splits.report.remarks), *line.splits.report.remarks])}')
+    if not line.world and any(s in line.plan and not line.done(s) for s in todo): say('\n'.join(['training:', *(line.plan[s] for s in line.plan if s in todo and not line.done(s)),
+        *(["  the demo's learning rates are those of a small, new model; `--config prototype` has GPT-2's"] if line.config.preset=='demo' and line.config.model.name!='scratch' else [])]))
     secs = run_stages(line, todo, say)
     if secs: write_json(f, {**(read_json(f, dict) if f.exists() else {}), **{k:round(v, 1) for k,v in secs.items()}})
     return line
