@@ -380,7 +380,8 @@ def unseen(
 )->tuple: # Metrics; mean reward minus the price of the KL, -inf where the KL is above `o.max_kl`
     "One answer to each of the first `o.eval_n` prompts, always with the same noise"
     b = sample(policy, prompts[:o.eval_n], 1, o.max_new_tokens, o.temperature, child_seed(seed, 'dev'))
-    kl = in_pieces(lambda x: exact_kl(policy, reference, x, o.temperature), b, o.micro_tokens).sum(-1).mean().item()
+    ref = in_pieces(lambda x: log_probs(reference, x, o.temperature), b, o.micro_tokens)
+    kl = ((b.log_probs-ref)*b.mask).sum(-1).mean().item()      # k1, as in the rows of training
     out,good = dict(kl=kl, length=b.lengths.float().mean().item(), finished=b.finished.float().mean().item(), n=len(b)),0.
     if score is not None:
         raw = score(b); has = ~raw.isnan()                             # NaN: about this answer no source says anything
