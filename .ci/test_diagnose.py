@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from rlhf_nb.analysis import diagnose
-from rlhf_nb.core import Batch, DPOConfig, GRPOConfig, ModelConfig, PPOConfig, SFTConfig
+from rlhf_nb.core import Batch, DPOConfig, GRPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_nb.data import tokenize_pairs, tokenize_prompts, tokenize_sft, unique_prompts
 from rlhf_nb.dpo import dpo_loss, reference_log_probs, train_dpo
 from rlhf_nb.grpo import train_grpo
-from rlhf_nb.models import log_probs, mk_policy, mk_value_model
+from rlhf_nb.models import log_probs, mk_policy, mk_reward_model, mk_value_model
 from rlhf_nb.ppo import train_ppo
+from rlhf_nb.reward import train_reward
 from rlhf_nb.rollout import mk_scorer
 from rlhf_nb.sft import small_reference, train_sft
 from rlhf_nb.train import fit, from_data
@@ -33,13 +34,13 @@ def ppo(seed, score=None, policy=None, **kw):
     _, _, ref, prompts, gold = small()
     start, o = policy or ref, PPOConfig(**{**dict(updates=12, batch_size=16), **kw})
     value = mk_value_model(start)
-    return train_ppo(deepcopy(start), value, start, score or gold, prompts, o, seed)
+    return train_ppo(deepcopy(start), value, start, score or gold, prompts, o, seed, dev=dev()[1])
 
 
 def grpo(seed, score=None, policy=None, **kw):
     _, _, ref, prompts, gold = small()
     start, o = policy or ref, GRPOConfig(**{**dict(updates=12, group_size=4), **kw})
-    return train_grpo(deepcopy(start), start, score or gold, prompts, o, seed)
+    return train_grpo(deepcopy(start), start, score or gold, prompts, o, seed, dev=dev()[1])
 
 
 def pairs(seed):
@@ -49,7 +50,7 @@ def pairs(seed):
 
 def dpo(seed, **kw):
     ref = small()[2]
-    return train_dpo(deepcopy(ref), ref, pairs(seed), DPOConfig(updates=20, **kw), seed)
+    return train_dpo(deepcopy(ref), ref, pairs(seed), DPOConfig(updates=20, **kw), seed, dev=dev()[0])
 
 
 def averaged_dpo(seed, logged):
@@ -84,6 +85,25 @@ def equal(b):
     return s.mean(1, keepdim=True).expand(s.shape)
 
 
+def dev():
+    "World's dev pairs, and their prompts"
+    world, tok, *_ = small()
+    return tokenize_pairs(world.dev[:64], tok, 64, 64), tokenize_prompts(unique_prompts(world.dev), tok, 64)
+
+
+def few(stage, seed, passes=40, n=30, **kw):
+    "`n` rows of the world, again and again, beside a look at others; the state where those were best is kept"
+    world, tok, ref = small()[:3]
+    o = {**dict(updates=None, epochs=passes, batch_size=10, eval_every=.1, patience=None, schedule="constant"), **kw}
+    if stage == "sft":
+        docs = tokenize_sft(world.corpus[seed*n:(seed+1)*n], tok, 64, 64)
+        return train_sft(mk_policy(ModelConfig(), tok, seed), docs, SFTConfig(**o), seed, dev=tokenize_sft(world.corpus[-64:], tok, 64, 64))
+    data = pairs(seed)[:n]
+    if stage == "reward":
+        return train_reward(mk_reward_model(ref, "last_token", seed), data, RewardConfig(**o), seed, dev=dev()[0])
+    return train_dpo(deepcopy(ref), ref, data, DPOConfig(**o, lr=1e-3), seed, dev=dev()[0])
+
+
 broken = {
     "KL runs away, ppo": lambda s: ppo(s, kl_coef=0., lr=3e-3),
     "KL runs away, grpo": lambda s: grpo(s, beta=0., lr=3e-3, inner=2),
@@ -98,6 +118,10 @@ broken = {
     "nothing moves, grpo": lambda s: grpo(s, lr=0., updates=8),
     "nothing moves, dpo": lambda s: dpo(s, lr=0.),
     "value model, frozen": lambda s: ppo(s, value_lr=0.),
+    "memorising, sft": lambda s: few("sft", s),
+    "memorising, sft, nobody looks": lambda s: few("sft", s, 150, eval_every=None),
+    "memorising, reward": lambda s: few("reward", s),
+    "memorising, dpo": lambda s: few("dpo", s),
 }
 
 
@@ -114,3 +138,27 @@ def test_broken(name, seed):
 @pytest.mark.parametrize("run", (ppo, grpo, dpo), ids=lambda f: f.__name__)
 def test_healthy(run, seed):
     assert diagnose(run(seed)) == []
+
+
+@seeds
+@pytest.mark.parametrize("stage", ("sft", "reward", "dpo"))
+def test_best_state(stage, seed):
+    "The dev loss of thirty rows turns; the state of the turn is what is kept, and with patience the rest is not trained"
+    rows = few(stage, seed)
+    looks = [r for r in rows if "dev_update" in r]
+    low = min(looks[stage == "reward":], key=lambda r: r["dev_loss"])
+    assert len(looks) == 11 and rows[-1]["kept"] == low["dev_update"] < len(rows)
+    assert looks[-1]["dev_loss"] > low["dev_loss"]+.05 and rows[-1]["loss"] < low["loss"]
+    short = few(stage, seed, patience=2)
+    assert short[-1]["kept"] == low["dev_update"] or len(short) < len(rows)
+    assert [r["loss"] for r in short] == [r["loss"] for r in rows[:len(short)]]
+
+
+@seeds
+@pytest.mark.parametrize("run", (ppo, grpo, dpo), ids=lambda f: f.__name__)
+def test_healthy_with_looks(run, seed):
+    "The world, looked at: the same updates as without looks, nothing is named, and the best state is a trained one"
+    rows = run(seed, eval_every=4, patience=None)
+    assert rows[-1]["kept"] > 0 and [r["dev_update"] for r in rows if "dev_update" in r] == [0, *range(4, len(rows)+1, 4)]
+    assert [r["loss"] for r in rows] == [r["loss"] for r in run(seed)]
+    assert diagnose(rows) == []

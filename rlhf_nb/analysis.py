@@ -7,7 +7,7 @@ __all__ = ['stage_order', 'guide', 'panels', 'palette', 'markers', 'faults', 'fo
            'stage_of', 'curves', 'Plot', 'plot_training', 'save_plot', 'live', 'live_training', 'diagnose',
            'show_diagnosis', 'token_html', 'token_views', 'costs', 'costs_table', 'plot_costs', 'frontier_data',
            'plot_frontier', 'fit_gold', 'plot_overoptimisation', 'by_judge', 'plot_win_rates', 'flatten_rates',
-           'failure_data', 'plot_failures', 'read_runs', 'claim', 'training_summary', 'mk_report', 'analyze']
+           'failure_data', 'plot_failures', 'read_runs', 'claim', 'training_summary', 'caveats', 'mk_report', 'analyze']
 
 # %% ../nbs/14_analysis.ipynb #f82cbd7a
 import html,io,json,math,re,time
@@ -65,7 +65,12 @@ guide = dict(
     margin='chosen minus rejected, in units of the (implicit) reward; should grow and level off',
     chosen_shift='log-probability of the chosen answers against the start, nats; a slight fall is usual, a deep one is displacement',
     rejected_shift='the same for the rejected answers; should fall further than `chosen_shift`',
-    grad_norm='before clipping; a jump points to the update where something broke')
+    grad_norm='before clipping; a jump points to the update where something broke',
+    dev_nll='`nll` on dev answers, which training does not see; the state where it is lowest is kept',
+    dev_loss='`loss` on dev data; where it turns while `loss` falls, training data are learned by heart',
+    dev_accuracy='`accuracy` on dev pairs; the one to believe',
+    dev_reward='`reward` on dev prompts', dev_kl='`kl` on dev prompts; should be close to that of training prompts',
+    dev_finished='`finished` on dev prompts')
 
 def reading_guide(
     rows:list # Metrics rows
@@ -76,10 +81,10 @@ def reading_guide(
 def _num(x, digits=3): return '' if x is None or x!=x else f'{x:.{digits}g}' if abs(x)<1000 else f'{x:,.0f}'
 
 # %% ../nbs/14_analysis.ipynb #45c4357f
-panels = dict(ppo=(('reward','gold'),('kl',),('entropy',),('length',),('clip_frac',),('value_loss','policy_loss')),
-              grpo=(('reward','gold'),('kl',),('entropy',),('length',),('clip_frac','silent_groups'),('policy_loss','kl_loss')),
-              dpo=(('loss',),('accuracy',),('margin',),('chosen_shift','rejected_shift'),('grad_norm',)),
-              reward=(('loss',),('accuracy',),('margin',)), sft=(('nll',),('grad_norm',)))
+panels = dict(ppo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac',),('value_loss','policy_loss')),
+              grpo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac','silent_groups'),('policy_loss','kl_loss')),
+              dpo=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',),('chosen_shift','rejected_shift'),('grad_norm',),('dev_kl',)),
+              reward=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',)), sft=(('nll','dev_nll'),('grad_norm',)))
 
 def stage_of(
     row:dict # A metrics row
@@ -97,9 +102,10 @@ def curves(
 )->pd.DataFrame: # key, update, mean, low, high, runs
     "Moving averages with their bands"
     runs = _by_seed(rows); out = []
-    w = window or max(5, max(map(len, runs.values()))//10)
+    size = window or max(5, max(map(len, runs.values()))//10)
     for k in keys or [k for k in guide if any(k in r[-1] for r in runs.values())]:
         x = pd.DataFrame({s:pd.Series({r['update']:r[k] for r in rs if r.get(k) is not None}, dtype=float) for s,rs in runs.items()})
+        w = 1 if k.startswith('dev_') else size                      # a look is already a mean
         m = x.rolling(w, center=True, min_periods=1).mean()
         if x.shape[1]>1: lo,hi = m.min(axis=1),m.max(axis=1)
         else:
@@ -252,7 +258,7 @@ def _no_signal(h):
 
 def _nothing_moves(h):
     kl,m,l = (_col(h, k) for k in ('kl','margin','nll' if 'nll' in h[-1] else 'loss'))
-    if kl is not None: return (0,_end(abs(kl)),f'after {len(h)} updates the policy is {_end(abs(kl)):.1g} nats per response from its reference') if np.nanmedian(abs(kl[1:]))<1e-3 else None
+    if kl is not None and 'chosen_shift' not in h[-1]: return (0,_end(abs(kl)),f'after {len(h)} updates the policy is {_end(abs(kl)):.1g} nats per response from its reference') if np.nanmedian(abs(kl[1:]))<1e-3 else None
     if 'chosen_shift' in h[-1]: return (0,float(abs(m).max()),f'no margin is larger than {abs(m).max():.1g} after {len(h)} updates') if abs(m).max()<1e-3 else None
     if l is None or len(l)<24: return
     a,b = np.split(l, [len(l)//4])[0],l[-(len(l)//4):]
@@ -302,6 +308,61 @@ def _overoptimised(h):
     i,sd = int(g.argmax()),np.std(np.diff(_col(h, 'gold')))/2**.5    # noise of one update
     if r[-1]>r[i] and g[i]-g[-1]>4*sd*(2/w)**.5: return i+w-1,float(g[i]-g[-1]),f'gold fell by {g[i]-g[-1]:.2f} from its best at about update {i+w//2}, while the reward rose by {r[-1]-r[i]:.2f}'
 
+def _looks(h, k):
+    "Rows with a look at dev data: their indices, the metric there, and its mean over the training rows since the look before"
+    at = [i for i,r in enumerate(h) if r.get(f'dev_{k}') is not None]
+    x = _col(h, k)
+    if x is None or len(at)<2: return at,None,None
+    seen = [x[0],*(np.nanmean(x[i+1:j+1]) for i,j in zip(at, at[1:]))]
+    return at,np.array([h[i][f'dev_{k}'] for i in at], float),np.array(seen)
+
+def _from_then_on(bad, at):
+    "The row of the look from which on `bad` holds to the end"
+    if not bad[-1]: return None
+    return at[len(bad)-next((i for i,b in enumerate(bad[::-1]) if not b), len(bad))]
+
+def _memorised(h):
+    k = 'nll' if 'nll' in h[-1] else 'loss'
+    l = _col(h, k)
+    if l is None or 'policy_loss' in h[-1]: return
+    at,dev,seen = _looks(h, k)
+    if dev is None:
+        if len(h)>=5 and (i := _since(_smooth(l)<.03)) is not None: return i,_end(l),f'the loss on the training data is {_end(l):.1g}: they are known by heart, and nobody looked at others (`eval_every`)'
+        return
+    n,best = h[at[-1]].get('dev_n') or len(h),int(dev.argmin())
+    apart = dev>seen+np.maximum(.1, .25*seen)+.5/n**.5
+    i = _from_then_on(apart[1:], at[1:])
+    if i is None or dev[-1]<.99*dev[:-1].min(): return                # still getting better where it counts
+    kept = '; that state was kept' if h[-1].get('kept')==h[at[best]].get('dev_update') else ''
+    return i,float(dev[-1]-seen[-1]),f'the loss is {seen[-1]:.2f} on training data and {dev[-1]:.2f} on {n} dev rows, where it was lowest ({dev[best]:.2f}) after {h[at[best]].get("dev_update", at[best])} updates{kept}'
+
+def _unseen(h):
+    if 'chosen_shift' in h[-1]: return                                # its own answers are sampled for dev prompts alone
+    at,dev,seen = _looks(h, 'kl')
+    if dev is not None and (i := _from_then_on((dev>2*seen+2)[1:], at[1:])) is not None:
+        return i,float(dev[-1]-seen[-1]),f'KL is {seen[-1]:.1f} nats per response on training prompts and {dev[-1]:.1f} on dev prompts'
+    at,dev,seen = _looks(h, 'reward')
+    s = _col(h, 'reward_std')
+    if dev is None or s is None or len(at)<4: return
+    rose,there = _end(seen)-seen[0],_end(dev)-dev[0]
+    if rose>s[0] and there<.25*rose: return at[1],float(rose-there),f'the reward rose by {rose:.2f} on training prompts and by {there:.2f} on dev prompts'
+
+def _entropy_gone(h):
+    e = _col(h, 'entropy')
+    if e is not None and (i := _since(_smooth(e)<.1)) is not None: return i,_end(e),f'{_end(e):.2g} nats per token: all answers to a prompt are the same'
+
+def _no_gain(h):
+    if h[-1].get('kept')==0: return 0,0.,f"none of {sum('dev_update' in r for r in h)-1} looks at the dev split was better than the start: the model is the one that training began with"
+
+def _carried(h):
+    "DPO's rows with what its looks say of the policy's own answers, from each look to the next"
+    if 'kl' in h[0] or not any('dev_kl' in r for r in h): return h
+    last,out = {},[]
+    for r in h:
+        last = {k:r[f'dev_{k}'] for k in ('kl','length','finished') if r.get(f'dev_{k}') is not None} or last
+        out.append({**last, **r})
+    return out
+
 faults = {  # in the order in which one causes the other, for those that appear together
     'never stops':(_never_stops, 'Is EOS part of the response mask in training, and does the tokenizer stop at the id that the model was taught? Train the reference on answers that end; keep `no_eos_penalty`; is `max_new_tokens` long enough for any answer?'),
     'no signal':(_no_signal, 'Look at the scores of one group: a reward that takes few values, prompts too easy or too hard, or a temperature too low. Larger groups, harder prompts or a finer reward help.'),
@@ -311,16 +372,21 @@ faults = {  # in the order in which one causes the other, for those that appear 
     'displacement':(_displaced, 'A larger `beta` or fewer updates; an SFT term (`sft_weight`) holds the chosen answers up; look for pairs that hardly differ.'),
     'value model':(_value_stuck, 'Is `value_lr` above 0 and are the value model\'s parameters in the optimizer? Then raise `value_lr` or `value_coef`.'),
     'truncation':(_truncated, 'Raise `max_new_tokens`, or teach shorter answers; a cut answer is scored without its end.'),
-    'over-optimisation':(_overoptimised, 'Stop at the turn (`max_kl`), raise the KL coefficient, or train the reward model on more pairs, best on answers of this policy.')}
+    'over-optimisation':(_overoptimised, 'Stop at the turn (`max_kl`), raise the KL coefficient, or train the reward model on more pairs, best on answers of this policy.'),
+    'memorising':(_memorised, 'More data is the only real cure; then fewer passes (`epochs`, `updates`), a lower learning rate, a smaller model or a pretrained one, `weight_decay`. `eval_every` keeps the state before the turn.'),
+    'unseen prompts':(_unseen, 'More prompts and fewer passes through them; `max_kl` with `eval_every` ends the stage at the dev prompts\' KL.'),
+    'entropy gone':(_entropy_gone, 'Was the reference already so (SFT too long)? Else a lower learning rate or a higher KL coefficient; nothing can be learned from answers that are all the same.'),
+    'no gain':(_no_gain, 'Either there is nothing to be learned from so few data, or each step does harm: a lower learning rate, a larger `beta`, more data.')}
 
-follows = 'value model','over-optimisation'   # what other faults lead to, whenever it shows
+follows = 'value model','over-optimisation','no gain'   # what other faults lead to, whenever it shows
 
 def diagnose(
     history:list # Metrics rows of one run, of any stage
 )->list:         # dict(cause, update, number, evidence, fix), the first cause first; empty: nothing found
     "What keeps a run from learning, from its rows alone"
-    if len(history)<5: return []
-    found = [(name in follows,o[0],i,name,o,fix) for i,(name,(f,fix)) in enumerate(faults.items()) if (o := f(history)) is not None]
+    h,looked = _carried(history) if history else [],('memorising','unseen prompts','no gain')
+    known = faults if len(h)>=5 else {k:faults[k] for k in looked} if h else {}     # few rows say little, looks say more
+    found = [(name in follows,o[0],i,name,o,fix) for i,(name,(f,fix)) in enumerate(known.items()) if (o := f(h)) is not None]
     return [dict(cause=n, update=int(history[u]['update']), number=o[1], evidence=o[2], fix=fix) for _,u,_,n,o,fix in sorted(found, key=lambda x: x[:3])]
 
 def show_diagnosis(
@@ -649,7 +715,7 @@ def _read_run(folder, problems):
         if not logs[f.stem]: problems.append(f'{f}: empty, the stage stopped before its first update'); del logs[f.stem]
     run['logs'] = {s:logs[s] for s in [*(s for s in stage_order if s in logs),*(s for s in logs if s not in stage_order)]}
     if run['summary'] and run['summary'].get('from_samples'): run['summary'] = None          # what we wrote ourselves; the samples may have changed
-    if run['summary'] is None and any((folder/'output_samples').glob('*_samples.json')):
+    if run['summary'] is None and any(f for at in (folder,folder/'output_samples') for f in at.glob('*_samples.json')):
         try: recs = read_samples(folder); run['summary'] = _from_samples(recs, samples_source(folder, recs)); problems += partly(recs)
         except (ValueError,OSError) as e: problems.append(str(e))
     return {k:v for k,v in run.items() if v}
@@ -832,6 +898,35 @@ def _training(runs, tr, pics):
             for s,d in by.items(): out += [f'Seed {s}:' if len(by)>1 else '','',show_diagnosis(d['diagnosis']),'']
     return out
 
+def caveats(
+    runs:dict # From `read_runs`
+)->list:      # Sentences, what the others follow from first; empty: nothing found
+    "What takes the meaning from the numbers of a run: nothing was learned, it holds for training data only, or answers are not answers"
+    several = len(runs)>1
+    return [f"{'Seed '+s+': ' if several else ''}{o}" for s,r in runs.items() for o in _caveats(r)]
+
+def _caveats(r):
+    logs,models,out = r.get('logs', {}),r.get('summary', {}).get('models', {}),[]
+    found = {k:{d['cause']:d for d in diagnose(rows)} for k,rows in logs.items()}
+    at,dev,_ = _looks(logs.get('sft', []), 'nll')
+    u = logs['sft'][at[-1]].get('dev_unigram') if at else None
+    if u and dev is not None and dev.min()>.75*u: out.append(f'The reference has learned little language: on dev answers it needs {dev.min():.2f} nats per token, counting how often each token occurs needs {u:.2f}; its answers are hardly more than frequent words, and all that starts from it builds on that.')
+    elif 'memorising' in found.get('sft', {}): out.append(f"The reference knows its training answers by heart: {found['sft']['memorising']['evidence']}.")
+    a = (r.get('reward_model') or r.get('summary', {}).get('reward_model') or {}).get('accuracy')
+    if a and a['low']<=.5: out.append(f"The reward model is not shown to do better than guessing on pairs that it has not seen ({a['accuracy']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {a['n']}): the rewards, the win rates by them, and what PPO and GRPO learn from them mean nothing.")
+    for k,(m,rows) in {k:(models.get(k, {}),logs.get(k, [])) for k in dict.fromkeys((*models,*logs)) if k not in ('reference','sft','reward')}.items():
+        name,causes = _name(k),found.get(k, {})
+        kl,seen = m.get('kl', {}).get('mean'),[x['kl'] for x in rows if 'kl' in x]
+        if m.get('win_rate') and m['win_rate']['high']<.5: out.append(f"{name} is worse than its reference (win rate {m['win_rate']['rate']:.2f} [{m['win_rate']['low']:.2f}, {m['win_rate']['high']:.2f}], n = {m['win_rate']['n']}).")
+        if 'no gain' in causes: out.append(f'{name} is its reference: no state of its training was better on dev data.')
+        elif 'memorising' in causes: out.append(f"{name} memorises: {causes['memorising']['evidence']}.")
+        if kl is not None and seen and kl>2*(far := _end(np.array(seen)))+2: out.append(f'{name} is {kl:.1f} nats from its reference on these prompts and {far:.1f} on those that it was trained on.')
+        elif 'unseen prompts' in causes: out.append(f"{name} does to prompts that it has not seen something else: {causes['unseen prompts']['evidence']}.")
+        if kl is not None and m.get('n_tokens') and kl>.4*m['n_tokens']['mean']: out.append(f"{name} has left its reference behind: KL {kl:.1f} nats in {m['n_tokens']['mean']:.0f} tokens.")
+    cut = {k:1-m['finished']['mean'] for k,m in models.items() if m.get('finished', {}).get('mean', 1.)<.85}
+    if cut: out.append('Many answers are cut: '+', '.join(f'{_name(k)} {v:.0%}' for k,v in cut.items())+'.')
+    return out
+
 def mk_report(
     data:dict,    # From `read_runs`
     command=None, # The command that made this (None: the one that the results name)
@@ -878,6 +973,8 @@ def mk_report(
     made += [f"The runs: {md_code(data['command'])}."] if data.get('command') else [] if command else ['The command that made it is not recorded.']
     md = ['# Analysis','',f"Of {'the seeds '+', '.join(runs) if several else 'one run'+(f' (seed {next(iter(runs))})' if next(iter(runs)) else '')}"+(f", {md_inline(data['split'])} split" if data['split'] else f"; {data['source']}" if data.get('source') else '')+
           ('. Intervals over seeds go from the lowest to the highest; intervals of one seed are 95%, clustered by prompt.' if several else '. Intervals are 95%, clustered by prompt.')+' '+' '.join(made),'']
+    first = caveats(runs)
+    if first: md[2:2] = ['**Read this first.** '+' '.join(first),'']
     few = [n for m in ms for n in [m.get('reference', {}).get('reward', {}).get('n')] if isinstance(n, int) and too_few(n)]
     if few: md += [f'**{too_few(min(few))}**','']
     for k,v in sections.items():
@@ -886,7 +983,7 @@ def mk_report(
     if data['problems']: md += ['## Not used','','Files that could not be read; everything else is above:','',*(f'- {md_code(p)}' for p in data['problems']),'']
     more = dict(training=tr, costs=json.loads(cost.to_json(orient='records')) if cost is not None else None,
                 judges={s:by_judge(r['win_rates']) for s,r in runs.items() if 'win_rates' in r} or None, failures={s:r['failures'] for s,r in runs.items() if 'failures' in r} or None,
-                missing=missing, problems=data['problems'], command=command or data.get('command'))
+                missing=missing, problems=data['problems'], read_first=first or None, command=command or data.get('command'))
     if several: more.update(seeds=list(runs), models=_pooled(ms), runs={s:r['summary']['models'] for s,r in runs.items() if 'summary' in r}, comparisons=_each(runs, 'summary', 'comparisons'))
     elif (one := next(iter(runs.values())).get('summary', {})).get('from_samples'): more.update(one)
     if not several: more = {k:(next(iter(v.values())) if k in ('judges','failures') and v else {n:next(iter(d.values())) for n,d in v.items()} if k=='training' else v) for k,v in more.items()}

@@ -72,7 +72,8 @@ def _message(m):
     bad = lambda s: BadPair('malformed', s)
     if not isinstance(m, dict): raise bad(f'a message is {"text" if isinstance(m, str) else _what(m)}; expected role, content')
     if 'role' not in m or 'content' not in m: raise bad(f'messages have the keys {_names_of(m)}; expected role, content')
-    if getattr(m, 'twice', None): raise bad(f'a message has the key {_names_of(m.twice)} twice')
+    twice = [k for k in getattr(m, 'twice', ()) if k in ('role','content',*_unread)]
+    if twice: raise bad(f'a message has the key {twice[0]} twice')
     role,text = m['role'],m['content']
     if role not in (*_names,'system'):
         new = _synonyms.get(role.lower()) if isinstance(role, str) else None
@@ -176,11 +177,14 @@ def wilson(
 
 # %% ../nbs/02_data.ipynb #5a7d51c7
 def special_ids(tokenizer)->dict: # {id: its text}
-    "The special tokens of a tokenizer; not the one for what it can't write, which is nobody's spelling (GPT-2's is its EOS)"
+    "The special tokens of a tokenizer"
     out = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
     out |= {i:t.content for i,t in getattr(tokenizer, 'added_tokens_decoder', {}).items() if t.special}
-    if tokenizer.unk_token_id not in (tokenizer.eos_token_id,tokenizer.bos_token_id,tokenizer.pad_token_id): out.pop(tokenizer.unk_token_id, None)
     return {i:t for i,t in out.items() if t}
+
+def _spelled(ids, text, special, unk):
+    "Does one of `ids` stand for the name of a special token? The one for what can't be written stands for other things too"
+    return any(i in special and (i!=unk or special[i] in text) for i in ids)
 
 def _spell(text, tokenizer, special, plain):
     "Token ids of a text that spells special tokens, without these tokens"
@@ -188,8 +192,8 @@ def _spell(text, tokenizer, special, plain):
     parts = re.split('('+'|'.join(map(re.escape, more))+')', text) if more else [text]  # Python's tokenizers would split these too
     ids = [i for o in parts if o for i in plain(o, split_special_tokens=o not in more)]
     def letters(i):                                            # a vocabulary that knows the word even so: letter by letter
-        one = tokenizer.convert_tokens_to_ids(list(special[i]))
-        return [i] if any(o is None or o==tokenizer.unk_token_id or o in special for o in one) else one
+        one = [] if i==tokenizer.unk_token_id else tokenizer.convert_tokens_to_ids(list(special[i]))
+        return one if one and all(o is not None and o not in special for o in one) else [i]
     return [j for i in ids for j in (letters(i) if i in special else [i])]
 
 def encode(
@@ -201,11 +205,12 @@ def encode(
     if not u: return []
     plain = lambda ts,**kw: tokenizer(ts, add_special_tokens=False, verbose=False, **kw).input_ids
     probe = plain(['a'])[0]                                    # some add BOS or EOS even so
-    a,z = probe[:1] and probe[0] in special,probe[:1] and probe[-1] in special
-    bare = lambda o: o[bool(a):len(o)-bool(z)]
+    a,z = (bool(probe) and probe[k]!=tokenizer.unk_token_id and probe[k] in special for k in (0,-1))
+    bare = lambda o: o[a:len(o)-z]
     ids = dict(zip(u, map(bare, plain(u))))
     for t,o in ids.items():
-        if not special.keys().isdisjoint(o): ids[t] = _spell(t, tokenizer, special, lambda t,**kw: bare(plain([t], **kw)[0]))
+        if not special.keys().isdisjoint(o) and _spelled(o, t, special, tokenizer.unk_token_id):
+            ids[t] = _spell(t, tokenizer, special, lambda t,**kw: bare(plain([t], **kw)[0]))
     return [ids[o] for o in texts]
 
 def _sizes(pairs, tokenizer=None):
@@ -233,8 +238,8 @@ class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
     dropped = 'malformed','mismatched prompt','empty response','identical pair','too long','train/test leak','not needed'
     noted = 'duplicate prompt','prompt cut','response cut','special token as text'
-    def __init__(self, name):
-        self.name,self.read,self.counts,self.details,self.lengths,self.splits,self.remarks = name,0,{},{},{},{},[]
+    def __init__(self, name, remarks=()):
+        self.name,self.read,self.counts,self.details,self.lengths,self.splits,self.remarks = name,0,{},{},{},{},list(remarks)
     def count(self, what, where, detail=''):
         "One more `what`, more exactly `detail`; `where` (file and line) is kept of the first of each"
         if what not in self.dropped+self.noted: raise KeyError(f'{what!r} is not something that is counted')
@@ -254,10 +259,11 @@ class DataReport:
     def _one(self, what, most=3):
         n,first,why = *self.counts[what].values(),self.why(what)
         said = [f'{d:.160}' if len(why)==1 else f"{v['n']} {d:.120}" for d,v in why[:most]] + [f'{len(why)-most} more']*(len(why)>most)
-        return f'{n} {what}' + (': ' if said else '') + '; '.join(said) + f' (first: {str(first)[-200:]})'
+        return f'{n} {what}' + (': ' if said else '') + '; '.join(said) + f' (first: {str(first)[-120:]})'
     def reasons(self):
         "What was counted, in one line"
-        return ', '.join(map(self._one, self.counts)) or 'nothing dropped'
+        said = ', '.join(map(self._one, self.counts)) or 'nothing dropped'
+        return said if len(said)<1000 else said[:1000]+' …'
     def __str__(self):
         row = lambda *o: '| '+' | '.join(map(str, o))+' |'
         cell = lambda d: ' '.join(d.replace('|', '\\|').split())
@@ -265,7 +271,8 @@ class DataReport:
         for ks,s in ((self.dropped,'dropped'),(self.noted,'kept')):
             for k in ks:
                 out.append(row(f'{s}: {k}', *self.counts.get(k, dict(n=0, first='')).values()))
-                out += [row(f'- {cell(d)}', *v.values()) for d,v in self.why(k)]
+                why = self.why(k)
+                out += [row(f'- {cell(d)}', *v.values()) for d,v in why[:5]] + [row(f'- {len(why)-5} more', '', '')]*(len(why)>5)
         out += [row(f'in {k}', v, '') for k,v in self.splits.items()]
         if (l := self.lengths):
             out += ['', row(f"length in {l['unit']}",'mean','median','90% under','99% under'), row('---',*['---:']*4)]
@@ -292,8 +299,8 @@ def _decode(b, path, line):
     try: return b.decode()
     except UnicodeDecodeError as e:
         at = line+b.count(b'\n', 0, e.start)
-        what = 'looks like UTF-16' if b[:2] in (codecs.BOM_UTF16_LE,codecs.BOM_UTF16_BE) else f'byte {b[e.start]:#04x}'
-        raise ValueError(f'{path}:{at}: not UTF-8 ({what}); save the file as UTF-8') from None
+        what = {codecs.BOM_UTF16_LE:'looks like UTF-16', codecs.BOM_UTF16_BE:'looks like UTF-16', b'\x1f\x8b':'looks gzipped, without .gz in its name'}.get(b[:2], f'byte {b[e.start]:#04x}')
+        raise ValueError(f'{path}:{at}: not UTF-8 ({what}); expected UTF-8') from None
 
 def _lines(path):
     "Number and text of each line that is not blank"
@@ -448,13 +455,15 @@ def _by_name(folder):
     return _word_splits(files, lambda f: f.parts[:-1], '|$') or _word_splits(files, lambda f: f.parts[-1:], '') or ({'train':files} if files else {})
 
 def _folder(folder, name):
-    "Files of each split of a folder"
-    out = _card(folder) or {k:[folder/f for f in v] for k,v in _by_name(folder).items()}
+    "Files of each split of a folder, and of none"
+    card = _card(folder)
+    out = card or {k:[folder/f for f in v] for k,v in _by_name(folder).items()}
     if not out: raise FileNotFoundError(f"{name}: no data files ({', '.join(_kinds)}) found there")
     for k,fs in out.items():
         kinds = sorted({_suffix(f) for f in fs})
         if len(kinds)>1: raise ValueError(f"{name}: the split {k} is in files of several kinds ({', '.join(f.name for f in fs[:4])}); keep one kind, or give one file")
-    return out
+    used = {f for fs in out.values() for f in fs}
+    return out,[] if card else [str(f) for f in _data_files(folder) if folder/f not in used]
 
 # %% ../nbs/02_data.ipynb #58fa9a5e
 def _hub(source, data_dir):
@@ -476,24 +485,27 @@ def _hub(source, data_dir):
     finally: log.setLevel(level)
 
 def _open(source, data_dir=None):
-    "Splits of anything, {name: function that gives (place, row) each}, and what to call it"
+    "Splits of anything, {name: function that gives (place, row) each}, what to call it, and what to remark"
     numbered = lambda name,rows: lambda: ((f'{name}, row {i}', o) for i,o in enumerate(rows, 1))
     if not isinstance(source, (str,Path)):
         if hasattr(source, 'itertuples'): raise ValueError("a DataFrame: give its rows, such as df.to_dict('records')")
         d = source if isinstance(source, dict) else {'train':source}
-        return {str(k):numbered(k, v) for k,v in d.items()},'memory'
+        return {str(k):numbered(k, v) for k,v in d.items()},'memory',[]
+    if not str(source).strip(): raise ValueError('data.name is empty; expected a Hub name, a file or a folder')
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
     chain = lambda files: lambda: (o for f in files for o in read_rows_of(f))
     if path.is_dir():
         if not (path/(data_dir or '')).is_dir(): raise FileNotFoundError(f'{name}: no data files found there; {source} has no folder {data_dir!r} (data.data_dir)')
-        return {k:chain(fs) for k,fs in _folder(path/(data_dir or ''), name).items()},name
+        splits,other = _folder(path/(data_dir or ''), name)
+        remarks = [f'{len(other)} file{"s"*(len(other)>1)} of no split not read ({_names_of(other)}).'] if other else []
+        return {k:chain(fs) for k,fs in splits.items()},name,remarks
     if path.exists():
         if data_dir: raise ValueError(f'{source} is a file; data_dir={data_dir!r} is for folders and Hub names')
         if _suffix(path) not in _kinds: raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_kinds)}, or in one of them and .gz")
-        return {'train':chain([path])},name
+        return {'train':chain([path])},name,[]
     if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)): raise FileNotFoundError(f'{source}: no such file or folder')
-    return {k:numbered(f'{name} {k}', v) for k,v in _hub(str(source), data_dir).items()},name
+    return {k:numbered(f'{name} {k}', v) for k,v in _hub(str(source), data_dir).items()},name,[]
 
 # %% ../nbs/02_data.ipynb #41da16cd
 @dataclass
@@ -540,8 +552,8 @@ def load_preferences(
     tokenizer=None       # Lengths in the report are in its tokens (None: in words)
 )->Preferences:
     "Pairs from anywhere, with a report"
-    d,name = _open(source, data_dir)
-    report = DataReport(f'{name} {split}')
+    d,name,remarks = _open(source, data_dir)
+    report = DataReport(f'{name} {split}', remarks)
     pairs = _need(_pairs(islice(_split(d, split, name)(), n), report), report)
     report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
@@ -667,6 +679,7 @@ def _encode_responses(texts, tokenizer, max_response):
     "Of each response: token ids, with EOS unless cut, and length before cutting, without EOS"
     eos,out = _eos(tokenizer),[]
     for t,o in zip(texts, encode(texts, tokenizer)):
+        while o and o[-1]==eos: o = o[:-1]   # an EOS that is an ordinary character
         if eos in o: raise ValueError(f'the tokenizer ends a text with {tokenizer.eos_token!r}, which {t[:60]!r} needs as a word; choose another eos_token')
         out.append((o+[eos] if len(o)<max_response else o[:max_response], len(o)))
     return out
@@ -749,13 +762,14 @@ def load_splits(
     "The splits of a run"
     c,w = config.data,None
     if source is None and c.name=='world':
+        if c.split!='train' or c.test_split: raise ValueError('data.split and data.test_split choose among the splits of a data set; the embedded world (data.name) has its own')
         w = make_world(config.world, config.seed)
-        d,name = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world'
+        d,name,remarks = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world',[]
         names = dict(train='train', dev='dev', test='test', ood='ood')
     else:
-        d,name = _open(c.name if source is None else source, c.data_dir)
+        d,name,remarks = _open(c.name if source is None else source, c.data_dir)
         names = _split_names(d, c, name)
-    report = DataReport(name)
+    report = DataReport(name, remarks)
     s = {k:_pairs(d[names[k]](), report, f"split '{names[k]}'") if k in names else [] for k in ('train','dev','test','ood')}
     held,train = {prompt_key(p['prompt']) for k in ('dev','test','ood') for p in s[k]},[]
     for p in s['train']:

@@ -46,11 +46,7 @@ def train_reward(
     if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
     mk_updates,total = from_data(data, o, child_seed(seed, 'reward'), acc)
     step = lambda net,b,n: reward_step(net, b, n, o.center)
-    look = on_dev(rm, step, dev, o)
-    def trained():
-        m,good = look()
-        return m,-math.inf if m['accuracy']==.5 and m['margin']==0 else good    # the same score for all: no reward model yet
-    return fit(rm, mk_updates, step, o, total, run, 'reward', acc=acc, dev=look and trained)
+    return fit(rm, mk_updates, step, o, total, run, 'reward', acc=acc, dev=on_dev(rm, step, dev, o), from_start=False)
 
 # %% ../nbs/06_reward.ipynb #165e853c
 def pair_scores(

@@ -268,9 +268,11 @@ def mk_scorer(
     if rm_tok is None or rm_tok.get_vocab()==tok.get_vocab(): return read
     def score(b):
         ps,rs = texts(b, tok)
-        front,empty,stop = _front(rm_tok),[rm_tok.eos_token_id if rm_tok.bos_token_id is None else rm_tok.bos_token_id],[rm_tok.eos_token_id]
+        (front,back),empty = _around(rm_tok),[rm_tok.eos_token_id if rm_tok.bos_token_id is None else rm_tok.bos_token_id]
+        closed = back if not hasattr(rm, 'score') else []      # for an encoder's classifier a text is closed, also where an answer was cut
+        end = lambda f: closed or [rm_tok.eos_token_id]*(f and rm_tok.eos_token_id is not None)
         return read(Batch.from_tokens([front+p or empty for p in encode(ps, rm_tok)],
-            [[r+stop*f for r,f in zip(encode(o, rm_tok), fs)] for o,fs in zip(rs, b.finished.tolist())]).to(b.device))
+            [[r+end(f) for r,f in zip(encode(o, rm_tok), fs)] for o,fs in zip(rs, b.finished.tolist())]).to(b.device))
     return score
 
 def _weighted(parts):
@@ -282,10 +284,13 @@ def _finite(s):
     if not s.isfinite().all(): raise FloatingPointError(f'{(~s.isfinite()).sum()} of {s.numel()} scores of the reward model are not finite')
     return s
 
-def _front(tok):
-    "Ids that a tokenizer puts in front of a text by itself: its BOS, or nothing"
+def _around(tok):
+    "Ids that a tokenizer puts in front of a text by itself (BOS, [CLS]), and behind it ([SEP])"
     plain,full = (tok('a', add_special_tokens=o)['input_ids'] for o in (False,True))
-    return full[:next((i for i in range(len(full)) if full[i:i+len(plain)]==plain), 0)]
+    at = [i for i in range(len(full)) if full[i:i+len(plain)]==plain]
+    return (full[:at[0]],full[at[0]+len(plain):]) if at else ([],[])
+
+def _front(tok): return _around(tok)[0]
 
 def texts(
     batch:Batch,
@@ -375,7 +380,8 @@ def unseen(
 )->tuple: # Metrics; mean reward minus the price of the KL, -inf where the KL is above `o.max_kl`
     "One answer to each of the first `o.eval_n` prompts, always with the same noise"
     b = sample(policy, prompts[:o.eval_n], 1, o.max_new_tokens, o.temperature, child_seed(seed, 'dev'))
-    kl = in_pieces(lambda x: exact_kl(policy, reference, x, o.temperature), b, o.micro_tokens).sum(-1).mean().item()
+    ref = in_pieces(lambda x: log_probs(reference, x, o.temperature), b, o.micro_tokens)
+    kl = ((b.log_probs-ref)*b.mask).sum(-1).mean().item()      # k1, as in the rows of training
     out,good = dict(kl=kl, length=b.lengths.float().mean().item(), finished=b.finished.float().mean().item(), n=len(b)),0.
     if score is not None:
         raw = score(b); has = ~raw.isnan()                             # NaN: about this answer no source says anything

@@ -250,8 +250,8 @@ def on_dev(model, step, data, o):
 
 class Best:
     "The best state of a stage, by its dev split"
-    def __init__(self, model, dev, o:Optim, total:int, acc):
-        self.model,self.dev,self.o,self.acc,self.total = model,dev,o,acc,total
+    def __init__(self, model, dev, o:Optim, total:int, acc, from_start=True):
+        self.model,self.dev,self.o,self.acc,self.total,self.from_start = model,dev,o,acc,total,from_start
         self.kept,self.at,self.bad = None,None,False
         e = o.eval_every if dev is not None else None
         self.every = None if e is None else max(1, round(e*total)) if e<1 else int(e)
@@ -263,6 +263,7 @@ class Best:
         with torch.random.fork_rng([self.acc.device] if self.acc.device.type=='cuda' else []), torch.no_grad(), self.acc.autocast():
             metrics,good = self.dev()
         if self.acc.num_processes>1: good = float(self.acc.reduce(torch.tensor(float(good), device=self.acc.device), 'mean')) # one decision for all
+        if not n and not self.from_start: good = -math.inf
         if self.kept is None or good>self.kept['good']:
             self.kept = dict(good=float(good), update=n, model={k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()})
         self.at,self.bad = n,not good>-math.inf
@@ -288,11 +289,12 @@ def fit(
     opt=None,
     acc=None,
     until=None,
-    dev=None         # `dev()` measures the model on data that it does not learn from: (metrics, a number that is higher for a better state)
+    dev=None,        # `dev()` measures the model on data that it does not learn from: (metrics, a number that is higher for a better state)
+    from_start=True  # May the best state be the one before training?
 )->list:             # All metrics rows
     "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
     acc,opt = acc or mk_accelerator(),opt or mk_optimizer(model, o)
-    start,rows,n,best = 0,[],0,Best(model, dev, o, total, acc)
+    start,rows,n,best = 0,[],0,Best(model, dev, o, total, acc, from_start)
     model.to(acc.device)
     write = lambda: write_text(run.log(stage), ''.join(json.dumps(r)+'\n' for r in rows)) if run and acc.is_main_process else None
     if run:
