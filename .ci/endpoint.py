@@ -32,7 +32,7 @@ def longer(prompt, first, second):
 class Endpoint:
     "`reply(i, body)` is (status, headers, text) for the i-th request; a float is seconds to stall, a list of (seconds, bytes) a reply that trickles"
     def __init__(self, reply):
-        self.seen, self.times, self.busy, self.most, self.lock = [], [], 0, 0, threading.Lock()
+        self.seen, self.paths, self.times, self.busy, self.most, self.lock = [], [], [], 0, 0, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -41,6 +41,7 @@ class Endpoint:
                 body = json.loads(h.rfile.read(int(h.headers["content-length"])))
                 with self.lock:
                     i = len(self.seen)
+                    self.paths.append(h.path)
                     self.seen.append((body, {k.lower(): v for k, v in h.headers.items()}))
                     self.times.append(time.monotonic())
                     self.busy += 1

@@ -173,12 +173,13 @@ def _load_players(self:Desk):
     with no_gc():
         from rlhf_nb.models import load_policy,load_reward_model
         from rlhf_nb.rollout import mk_scorer
+        from rlhf_nb.train import pick_device
     from rlhf_nb.world import gold_reward
     try: c = self.config = Run(self.path).config
     except (ValueError,OSError) as e:       # samples alone are no fault; models without a configuration are
         said = str(e) if 'config.yaml' in str(e) else f"{self.path/'config.yaml'}: {e}"
         return self.trouble(said) if not self.records or any((self.path/o).exists() for o in ('config.yaml','reference')) else None
-    kw = dict(forward=c.model.forward, device='cuda' if c.device!='cpu' and torch.cuda.is_available() else 'cpu')
+    kw = dict(forward=c.model.forward, device=pick_device(c.device))
     def attempt(name, f, path):
         try: return f(str(path), **kw)
         except Exception as e: self.trouble(f'{name}: {type(e).__name__}: {e}')  # whatever it is, the others can still be compared

@@ -103,13 +103,13 @@ def matmul_rate(n=1024, k=6)->float:
 def peak_memory()->float:
     "Most memory this process has held, GB"
     f = Path('/proc/self/status')
-    if f.exists(): return int(re.search(r'VmHWM:\s+(\d+)', f.read_text())[1])/2**20   # ru_maxrss would include the parent's
+    if f.exists(): return int(re.search(r'VmHWM:\s+(\d+)', f.read_text(encoding='utf-8'))[1])/2**20   # ru_maxrss would include the parent's
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**30
 
 class Turn:
     "A process's side of the alternation: report the step that ended, wait for the next turn"
-    def __init__(self): self.out,self.t = os.fdopen(os.dup(1), 'w'),None; os.dup2(2, 1)   # what libraries print goes to stderr
+    def __init__(self): self.out,self.t = os.fdopen(os.dup(1), 'w', encoding='utf-8'),None; os.dup2(2, 1)   # what libraries print goes to stderr
     def say(self, **kw): print(json.dumps(kw), file=self.out, flush=True)
     def __call__(self, **kw):
         cpu = None if self.t is None else time.process_time()-self.t
@@ -143,7 +143,7 @@ def race(
             for k,(python,job) in jobs.items():
                 if i==0:
                     procs[k] = subprocess.Popen([python, '-c', 'from rlhf_nb.benchmark import worker; worker()', json.dumps(dict(job, side=k))],
-                                                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder/f'{k}.log', 'w'), text=True)
+                                                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder/f'{k}.log', 'wb'), text=True, encoding='utf-8')
                     listen(k)
                 procs[k].stdin.write('\n'); procs[k].stdin.flush()
                 listen(k)
@@ -330,7 +330,7 @@ def bench_table(
 def processor()->str:
     "The processor's name"
     f = Path('/proc/cpuinfo')
-    m = re.search(r'model name\s*:\s*(.+)', f.read_text()) if f.exists() else None
+    m = re.search(r'model name\s*:\s*(.+)', f.read_text(encoding='utf-8', errors='replace')) if f.exists() else None
     return m[1] if m else platform.processor() or platform.machine()
 
 def main(a):

@@ -30,7 +30,7 @@ from .reward import *
 from .rollout import *
 from .sft import *
 from .train import *
-from .world import bayes_accuracy,gold_reward,make_world,outcome,world_tokenizer
+from .world import bayes_accuracy,family,gold_reward,make_world,outcome,world_tokenizer
 
 # %% ../nbs/16_cli.ipynb #31688c05
 needs = dict(sft=(), reward=('sft',), dpo=('sft',), ppo=('reward',), grpo=('reward',), last_token=('sft',), frontier=('reward',),
@@ -163,7 +163,7 @@ class Line:
                    by_length=by_length(sc, data), ece=calibration(sc)['ece'])
         if self.world:
             b,h = bayes_accuracy(held)
-            out.update(bayes=dict(accuracy=b, low=b-h, high=b+h, n=len(held)), share_of_possible=(out['accuracy']['accuracy']-.5)/(b-.5))
+            out.update(bayes=dict(accuracy=b, low=b-h, high=b+h, n=len(held)), share_of_possible=(out['accuracy']['accuracy']-.5)/(b-.5) if b>.5 else None)      # None: the annotator tosses coins, nothing is possible
         return rm,out
 
     def reward(self):
@@ -229,7 +229,7 @@ class Line:
     def records(self, prompts, o=None, train=()):
         "Samples of all models there are"
         score = mk_scorer((self.model('reward'),self.tok), self.tok)
-        return sample_records(self.models, prompts, self.tok, score, self.gold, o or self.config.eval, self.config.data.max_prompt, self.config.seed, train)
+        return sample_records(self.models, prompts, self.tok, score, self.gold, o or self.config.eval, self.config.data.max_prompt, self.config.seed, train, family)
 
     def evaluate(self):
         "The comparison"
@@ -421,7 +421,7 @@ def _run_all(a, c, todo, t0, command):
         rm = [s['reward_model'] for s in sums]
         write_json(Path(a.out)/'results'/'seeds.json', dict(seeds=a.seeds, split=c.eval.split, command=command, models=d, reward_model=rm, runs=[s['models'] for s in sums], **more))
         write_text(Path(a.out)/'results'/'seeds.md', f'Mean over {len(a.seeds)} seeds [lowest, highest], {c.eval.split} split, {sums[0]["models"]["reference"]["reward"]["n"]} prompts each.\n\n{seeds_table(d)}\n')
-        print('\n'+(Path(a.out)/'results'/'seeds.md').read_text())
+        print('\n'+(Path(a.out)/'results'/'seeds.md').read_text(encoding='utf-8'))
         if all(l.done('analyze') for l in done): seeds_report(a.out, done, command)
     else: print('\n'+show_summary(sums[0]))
     for s in sums:
@@ -431,7 +431,7 @@ def _run_all(a, c, todo, t0, command):
     print(f'{time.perf_counter()-t0:.0f} s in all, {u.user+u.system+u.children_user+u.children_system:.0f} CPU-seconds. Everything is in {a.out}')
     if a.publish: publish(a.out, done, a.publish, command)
 
-def _command(a): return 'rlhf_nb '+shlex.join(o for o in a.argv if o!='--resume')
+def _command(a): return 'rlhf_nb '+shlex.join(re.sub(r'(\w://)[^/\s@]+@', r'\1', o) for o in a.argv if o!='--resume')      # no user and password of an address
 
 def _free(folder, names, replace, flag):
     "A FileExistsError where something would be replaced that nobody asked to"
@@ -477,7 +477,7 @@ def show_summary(s:dict)->str:
     if rm:
         a,r = rm['accuracy'],rm['rule_accuracy']
         out.append(f"Reward model ({rm['head']}): accuracy {a['accuracy']:.3f} [{a['low']:.3f}, {a['high']:.3f}] on {a['n']} held-out pairs; '{rm['rule']}' {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-                   +(f"; best possible {rm['bayes']['accuracy']:.3f}, share of it {rm['share_of_possible']:.2f}" if 'bayes' in rm else ''))
+                   +(f"; best possible {rm['bayes']['accuracy']:.3f}, share of it {rm['share_of_possible']:.2f}" if rm.get('share_of_possible') is not None else ''))
     out += ['', f"{s['split']} prompts, 95% intervals, one seed ({s['seeds'][0]})", '', summary_table(s['models'])]
     few = too_few(s['models']['reference']['reward']['n'])
     if few: out += ['', few]

@@ -15,6 +15,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from urllib.request import getproxies,proxy_bypass
 from urllib.parse import parse_qsl,quote,quote_plus,unquote,urlsplit
 
 import torch
@@ -316,7 +317,8 @@ def judge_message(
     "What the judge is shown"
     while not check or check in (prompt+first+second).lower(): check = secrets.choice('abcdf')+secrets.token_hex(4)[1:]   # a letter first: no number
     part = lambda name,s: f'<{name} {check}>\n{s.strip()}\n</{name} {check}>'
-    return '\n\n'.join([part('dialogue', prompt), part('first', first), part('second', second), f'The check code is {check}.']),check
+    form = f'Reply with {{"check": "{check}", "reason": …, "verdict": …}}. The check code is {check}.'   # shown once more: small models copy what they have just read
+    return '\n\n'.join([part('dialogue', prompt), part('first', first), part('second', second), form]),check
 
 class NoVerdict(ValueError):
     "Why a reply is no verdict; `kind`: wrong code, broken or cut"
@@ -423,7 +425,12 @@ class Journal:
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, 'ab', buffering=0) as f:
-                    f.write((json.dumps(row)+'\n').encode())
+                    at,line = f.seek(0, 2),(json.dumps(row)+'\n').encode()
+                    try: n = f.write(line)
+                    except OSError as e: n = e.strerror
+                    if n!=len(line):   # a full disk: half a line would spoil the next one
+                        f.truncate(at)
+                        raise OSError(f"{self.path}: can't be written ({'the disk is full' if isinstance(n, int) else n}); what was judged before is kept")
                     if time.monotonic()-self.synced>1: os.fsync(f.fileno()); self.synced = time.monotonic()   # a kill loses nothing; a power cut, a second
             self._take(row)
 
@@ -494,6 +501,13 @@ class _Address:
             except OSError: return False
         ip = getattr(ip, 'ipv4_mapped', None) or ip
         return ip.is_loopback or ip.is_unspecified
+
+    @property
+    def proxy(self):
+        "The proxy that the environment names for this address; None: asked directly"
+        if self.loopback or proxy_bypass(self.origin.split('//')[1]): return None
+        p = getproxies().get(self.scheme) or getproxies().get('all')
+        return p if not p or '://' in p else f'http://{p}'
 
 def _masked(s):
     "The ways in which a secret may be spelled"
@@ -568,7 +582,10 @@ class LLMJudge:
         key,a = self._key,self.address
         headers = {'accept-encoding':'identity', 'user-agent':'rlhf_nb', **({'authorization':a.basic if a.login else f'Bearer {key}'} if key or a.login else {})}
         if self.openai: headers |= {k:os.environ[v] for k,v in (('openai-organization','OPENAI_ORG_ID'),('openai-project','OPENAI_PROJECT_ID')) if os.environ.get(v)}
-        try: return httpx.Client(headers=headers, timeout=self.timeout, trust_env=not a.loopback, limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency))
+        p = a.proxy
+        self._target = (a.origin if p and p.startswith('http') and a.scheme=='http' else '')+a.target   # such a proxy needs the whole address
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        try: return httpx.Client(headers=headers, timeout=self.timeout, proxy=p, trust_env=False, verify=httpx.create_ssl_context() if a.scheme=='https' else False, limits=limits)
         except (ValueError,ImportError,OSError,httpx.InvalidURL) as e: raise JudgeError(f'the proxy or the certificates that the environment names can\'t be used ({type(e).__name__})') from None
 
     def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
@@ -623,7 +640,7 @@ def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
 def _all(self:LLMJudge, todo):
     "Ask about everything in `todo`, the first alone; why there is no verdict, where there is none"
     self._client
-    self.halt.clear(); self._why,self._streak,self._since = None,0,0.
+    self.halt.clear(); self._why,self._streak,self._since,self._got = None,0,0.,False
     (k,q),*left = todo.items()
     failed = {k:self._one(k, q)}
     with ThreadPoolExecutor(self.concurrency) as pool:
@@ -647,7 +664,7 @@ def _one(self:LLMJudge, key, q):
         params,began = self.params,time.monotonic()
         try:
             self._send(key, q, params)
-            with self._lock: self._streak = 0 if began>self._since else self._streak   # one that was sent before the failures says nothing about now
+            with self._lock: self._got,self._streak = True,0 if began>self._since else self._streak   # one that was sent before the failures says nothing about now
             return
         except _Fault as e: fault = e
         if fault.what.startswith('params') and self._other(params, str(fault)): continue
@@ -661,6 +678,7 @@ def _one(self:LLMJudge, key, q):
         tried += 1
         wait = .25*2**tried*(.5+random.random()) if fault.wait is None else fault.wait
         if fault.what in ('again','params or again','cut','nobody') and tried<self.tries and wait<=self.patience: self.halt.wait(wait); continue
+        if self._got and fault.billed: return str(fault)   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
         with self._lock:
             if not self._streak: self._since = time.monotonic()
             self._streak += 1
@@ -776,7 +794,7 @@ def _post(self:LLMJudge, asked):
     late = _Fault('again', f'no whole reply within {self.timeout:g} s', None)
     r = body = None
     try:
-        with self._client.stream('POST', a.origin+'/chat/completions', json=asked, extensions={'target':a.target.encode()}) as r:
+        with self._client.stream('POST', a.origin+'/chat/completions', json=asked, extensions={'target':self._target.encode()}) as r:
             body = bytearray()
             for o in r.iter_bytes():
                 body += o
@@ -901,6 +919,7 @@ def _tells_nothing(name, v):
     if v['failed']==v['n']: return f"{md_inline(name)} gave no verdict on any of {v['n']} pairs: the audit can tell nothing about it."
     order = ', because the order turned every one' if v['flips'] and v['flips']['mean']==1 else ''
     return f"{md_inline(name)} decided none of {v['n']-v['failed']} pairs (only ties{order}): it prefers nothing that could be seen, and the audit can tell nothing else about it."
+
 
 
 # %% ../nbs/12_judge.ipynb #f7511be0

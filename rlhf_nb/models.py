@@ -548,9 +548,11 @@ class LogProbReward(nn.Module):
     def load(cls, path, d:dict):
         "From a folder whose config.json is `d`"
         d = dict(d); kind = d.pop('base_model_type'); d.pop('model_type'); mean = d.pop('reward_mean'); d.pop('head')
-        rm = cls(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
-        missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
-        if set(missing)-{rm._tied()} or extra: raise ValueError(f'{path}: weights missing ({missing}) or unknown ({extra})')
+        try:
+            rm = cls(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
+            missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
+        except Exception as e: raise _not_found(path, 'model', e) from e
+        if set(missing)-{rm._tied()} or extra: raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
         rm.config.reward_mean = mean
         return rm
 
@@ -689,6 +691,9 @@ def load_tokenizer(
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
     if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)   # transformers makes one without words from nothing
     for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
+    f = Path(name)/'tokenizer.json'
+    if f.exists() and not (Path(name)/'tokenizer_config.json').exists() and tok.eos_token and tok.eos_token not in read_text(f):   # transformers guesses one
+        raise ValueError(f'{name}: tokenizer_config.json is missing, and tokenizer.json has no {tok.eos_token}, which transformers takes for EOS; copy the file there')
     if eos and tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     g = Path(name)/'generation_config.json'
     stops = _ids(c.get('eos_token_id'))|_ids(_json_file(g).get('eos_token_id') if g.exists() else None)
