@@ -533,7 +533,7 @@ def _remove(o): shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unl
 def _not_written(path, e):
     "The error of a write that failed, with the name of the file: a full disk is told in several ways"
     mine = isinstance(e, OSError) and e.strerror and (not e.filename or str(e.filename).endswith('.part'))
-    if mine or re.search('No space left|file write failed|failed writing|os error (27|28|122)', str(e)):
+    if mine or re.search('No space left|file write failed|failed writing|iostream error|unexpected pos|os error (27|28|122)', str(e)):
         raise OSError(f"{path}: not written: {e.strerror if mine else 'no space left on the disk'}; what was there is still there") from e
     raise e
 
@@ -603,7 +603,7 @@ def read_rows(path)->list:
     lines = read_text(path).split('\n') if Path(path).exists() else []
     rows = []
     for i,l in enumerate(lines):
-        if not l: continue
+        if not l.strip(): continue
         try: row = json.loads(l)
         except (ValueError,RecursionError):
             if i==len(lines)-1 and l[0]=='{': break
@@ -677,6 +677,15 @@ def _diff(a, b, where=''):
             if (d := _diff(a[k], b.get(k, {}), f'{where}{k}.')): return d
         elif a[k]!=b.get(k): return f'{where}{k}: {b.get(k)!r} there, {a[k]!r} now'
 
+_first,_last = '# The configuration of a run, format 2: nothing is missing where the last line is the word end','# end'
+
+def _saved(path):
+    "The configuration in a run folder; one that was cut short would be filled up from the preset"
+    text = read_text(path)
+    if text.startswith(_first[:40]) and text.rstrip().split('\n')[-1]!=_last: raise ValueError(f"{path}: cut short; its last line should be '{_last}'")
+    if not text.strip(): raise ValueError(f'{path}: empty; expected the configuration of a run')
+    return load_config(str(path))
+
 class Run:
     "A run folder and its configuration"
     def __init__(self,
@@ -690,9 +699,9 @@ class Run:
         there = [o for o in self.path.iterdir() if o.name!='.lock'] if self.path.is_dir() else []
         if config is None:
             if not saved.exists(): raise FileNotFoundError(f'{saved}: no such file; {out} is not a run folder')
-            config = load_config(str(saved))
+            config = _saved(saved)
         elif saved.exists():
-            if (d := _diff(asdict(config), asdict(load_config(str(saved))))):
+            if (d := _diff(asdict(config), asdict(_saved(saved)))):
                 raise ValueError(f'{self.path} holds a run with another configuration ({d}). Choose another --out, or remove that folder')
             if not resume and there!=[saved]:                                      # the configuration alone: nothing has run
                 raise ValueError(f'{self.path} already holds this run. Add --resume to go on where it stopped, or choose another --out')
@@ -701,7 +710,7 @@ class Run:
         if save: self.save()
     def save(self):
         "Write the configuration, where it is not there yet"
-        if not (self.path/'config.yaml').exists(): write_text(self.path/'config.yaml', config_yaml(self.config))
+        if not (self.path/'config.yaml').exists(): write_text(self.path/'config.yaml', f'{_first}\n{config_yaml(self.config)}{_last}\n')
     def __truediv__(self, o): return self.path/o
     def log(self, stage:str):
         "Path of the metrics rows of `stage`"

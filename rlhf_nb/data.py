@@ -238,8 +238,8 @@ class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
     dropped = 'malformed','mismatched prompt','empty response','identical pair','too long','train/test leak','not needed'
     noted = 'duplicate prompt','prompt cut','response cut','special token as text'
-    def __init__(self, name):
-        self.name,self.read,self.counts,self.details,self.lengths,self.splits,self.remarks = name,0,{},{},{},{},[]
+    def __init__(self, name, remarks=()):
+        self.name,self.read,self.counts,self.details,self.lengths,self.splits,self.remarks = name,0,{},{},{},{},list(remarks)
     def count(self, what, where, detail=''):
         "One more `what`, more exactly `detail`; `where` (file and line) is kept of the first of each"
         if what not in self.dropped+self.noted: raise KeyError(f'{what!r} is not something that is counted')
@@ -299,8 +299,8 @@ def _decode(b, path, line):
     try: return b.decode()
     except UnicodeDecodeError as e:
         at = line+b.count(b'\n', 0, e.start)
-        what = 'looks like UTF-16' if b[:2] in (codecs.BOM_UTF16_LE,codecs.BOM_UTF16_BE) else f'byte {b[e.start]:#04x}'
-        raise ValueError(f'{path}:{at}: not UTF-8 ({what}); save the file as UTF-8') from None
+        what = {codecs.BOM_UTF16_LE:'looks like UTF-16', codecs.BOM_UTF16_BE:'looks like UTF-16', b'\x1f\x8b':'looks gzipped, without .gz in its name'}.get(b[:2], f'byte {b[e.start]:#04x}')
+        raise ValueError(f'{path}:{at}: not UTF-8 ({what}); expected UTF-8') from None
 
 def _lines(path):
     "Number and text of each line that is not blank"
@@ -455,13 +455,15 @@ def _by_name(folder):
     return _word_splits(files, lambda f: f.parts[:-1], '|$') or _word_splits(files, lambda f: f.parts[-1:], '') or ({'train':files} if files else {})
 
 def _folder(folder, name):
-    "Files of each split of a folder"
-    out = _card(folder) or {k:[folder/f for f in v] for k,v in _by_name(folder).items()}
+    "Files of each split of a folder, and of none"
+    card = _card(folder)
+    out = card or {k:[folder/f for f in v] for k,v in _by_name(folder).items()}
     if not out: raise FileNotFoundError(f"{name}: no data files ({', '.join(_kinds)}) found there")
     for k,fs in out.items():
         kinds = sorted({_suffix(f) for f in fs})
         if len(kinds)>1: raise ValueError(f"{name}: the split {k} is in files of several kinds ({', '.join(f.name for f in fs[:4])}); keep one kind, or give one file")
-    return out
+    used = {f for fs in out.values() for f in fs}
+    return out,[] if card else [str(f) for f in _data_files(folder) if folder/f not in used]
 
 # %% ../nbs/02_data.ipynb #58fa9a5e
 def _hub(source, data_dir):
@@ -483,24 +485,27 @@ def _hub(source, data_dir):
     finally: log.setLevel(level)
 
 def _open(source, data_dir=None):
-    "Splits of anything, {name: function that gives (place, row) each}, and what to call it"
+    "Splits of anything, {name: function that gives (place, row) each}, what to call it, and what to remark"
     numbered = lambda name,rows: lambda: ((f'{name}, row {i}', o) for i,o in enumerate(rows, 1))
     if not isinstance(source, (str,Path)):
         if hasattr(source, 'itertuples'): raise ValueError("a DataFrame: give its rows, such as df.to_dict('records')")
         d = source if isinstance(source, dict) else {'train':source}
-        return {str(k):numbered(k, v) for k,v in d.items()},'memory'
+        return {str(k):numbered(k, v) for k,v in d.items()},'memory',[]
+    if not str(source).strip(): raise ValueError('data.name is empty; expected a Hub name, a file or a folder')
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
     chain = lambda files: lambda: (o for f in files for o in read_rows_of(f))
     if path.is_dir():
         if not (path/(data_dir or '')).is_dir(): raise FileNotFoundError(f'{name}: no data files found there; {source} has no folder {data_dir!r} (data.data_dir)')
-        return {k:chain(fs) for k,fs in _folder(path/(data_dir or ''), name).items()},name
+        splits,other = _folder(path/(data_dir or ''), name)
+        remarks = [f'{len(other)} file{"s"*(len(other)>1)} of no split not read ({_names_of(other)}).'] if other else []
+        return {k:chain(fs) for k,fs in splits.items()},name,remarks
     if path.exists():
         if data_dir: raise ValueError(f'{source} is a file; data_dir={data_dir!r} is for folders and Hub names')
         if _suffix(path) not in _kinds: raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_kinds)}, or in one of them and .gz")
-        return {'train':chain([path])},name
+        return {'train':chain([path])},name,[]
     if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)): raise FileNotFoundError(f'{source}: no such file or folder')
-    return {k:numbered(f'{name} {k}', v) for k,v in _hub(str(source), data_dir).items()},name
+    return {k:numbered(f'{name} {k}', v) for k,v in _hub(str(source), data_dir).items()},name,[]
 
 # %% ../nbs/02_data.ipynb #41da16cd
 @dataclass
@@ -547,8 +552,8 @@ def load_preferences(
     tokenizer=None       # Lengths in the report are in its tokens (None: in words)
 )->Preferences:
     "Pairs from anywhere, with a report"
-    d,name = _open(source, data_dir)
-    report = DataReport(f'{name} {split}')
+    d,name,remarks = _open(source, data_dir)
+    report = DataReport(f'{name} {split}', remarks)
     pairs = _need(_pairs(islice(_split(d, split, name)(), n), report), report)
     report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
@@ -757,13 +762,14 @@ def load_splits(
     "The splits of a run"
     c,w = config.data,None
     if source is None and c.name=='world':
+        if c.split!='train' or c.test_split: raise ValueError('data.split and data.test_split choose among the splits of a data set; the embedded world (data.name) has its own')
         w = make_world(config.world, config.seed)
-        d,name = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world'
+        d,name,remarks = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world',[]
         names = dict(train='train', dev='dev', test='test', ood='ood')
     else:
-        d,name = _open(c.name if source is None else source, c.data_dir)
+        d,name,remarks = _open(c.name if source is None else source, c.data_dir)
         names = _split_names(d, c, name)
-    report = DataReport(name)
+    report = DataReport(name, remarks)
     s = {k:_pairs(d[names[k]](), report, f"split '{names[k]}'") if k in names else [] for k in ('train','dev','test','ood')}
     held,train = {prompt_key(p['prompt']) for k in ('dev','test','ood') for p in s[k]},[]
     for p in s['train']:

@@ -333,7 +333,8 @@ def sample_records(
     o:EvalConfig=None,
     max_prompt:int=256,
     seed:int=0,
-    train_prompts=() # Texts that the models learned from; none of them may be among the prompts
+    train_prompts=(), # Texts that the models learned from; none of them may be among the prompts
+    knows=None        # `f(prompt) -> bool`: has it a true reward? (None: every prompt); the records of others have no `gold_reward`
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
     from rlhf_nb.rollout import texts
@@ -351,6 +352,8 @@ def sample_records(
         for x,(j,rs) in enumerate(zip(at, texts(b, tok)[1])):
             recs = [dict(prompt=prompts[j], response=r, model=list(models)[g//n], **{k:v[x][g] for k,v in vals.items()}) for g,r in enumerate(rs)]
             for r in recs: r['kl_per_token'] = r['kl']/max(1, r['n_tokens'])
+            if knows and not knows(prompts[j]):
+                for r in recs: r.pop('gold_reward', None)
             for k in models: out[k][j] = [r for r in recs if r['model']==k]
     return {k:[r for rs in rows for r in rs] for k,rows in out.items()}
 

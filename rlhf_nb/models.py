@@ -413,6 +413,10 @@ def check_forward(
         return log_probs(model, b)[b.mask]
     check = lambda: _compare(model, lambda: _plain_log_probs(model, b), ours, tol)
     _say(model, check)
+    p,r = b.prompts[:1],b.tokens()[0][1]
+    short,full = (lambda k=k: _plain_log_probs(model, Batch.from_tokens(p, [[r[:k]]]).to(model.device))[:len(r)//2] for k in (len(r)//2,len(r)))
+    if _compare(model, short, full, tol):
+        raise ValueError(f'{type(model).__name__} cannot be used: it looks ahead (a token changes the probabilities of those before it), so it is no causal language model')
 
 # %% ../nbs/03_models.ipynb #de85e31e
 def _reader(model, l:Layout, temperature):
@@ -548,9 +552,11 @@ class LogProbReward(nn.Module):
     def load(cls, path, d:dict):
         "From a folder whose config.json is `d`"
         d = dict(d); kind = d.pop('base_model_type'); d.pop('model_type'); mean = d.pop('reward_mean'); d.pop('head')
-        rm = cls(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
-        missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
-        if set(missing)-{rm._tied()} or extra: raise ValueError(f'{path}: weights missing ({missing}) or unknown ({extra})')
+        try:
+            rm = cls(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
+            missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
+        except Exception as e: raise _not_found(path, 'model', e) from e
+        if set(missing)-{rm._tied()} or extra: raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
         rm.config.reward_mean = mean
         return rm
 
@@ -689,6 +695,9 @@ def load_tokenizer(
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
     if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)   # transformers makes one without words from nothing
     for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
+    f = Path(name)/'tokenizer.json'
+    if f.exists() and not (Path(name)/'tokenizer_config.json').exists() and tok.eos_token and tok.eos_token not in read_text(f):   # transformers guesses one
+        raise ValueError(f'{name}: tokenizer_config.json is missing, and tokenizer.json has no {tok.eos_token}, which transformers takes for EOS; copy the file there')
     if eos and tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     g = Path(name)/'generation_config.json'
     stops = _ids(c.get('eos_token_id'))|_ids(_json_file(g).get('eos_token_id') if g.exists() else None)
