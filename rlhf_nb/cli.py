@@ -406,7 +406,7 @@ def cmd_run(a):
     todo = list(stages) if not a.stages else [s for o in a.stages for s in o.split(',')]
     t0,command = time.perf_counter(),_command(a)
     if a.seeds and len(set(a.seeds))<len(a.seeds): raise ValueError(f'--seeds: {next(s for s in a.seeds if a.seeds.count(s)>1)} stands twice')
-    if a.publish: _free(a.publish, ('results','output_samples'), a.replace, '--publish')
+    if a.publish: _published(a.publish, a.replace)
     with only_writer(a.out): _run_all(a, c, todo, t0, command)
 
 def _run_all(a, c, todo, t0, command):
@@ -433,10 +433,17 @@ def _run_all(a, c, todo, t0, command):
 
 def _command(a): return 'rlhf_nb '+shlex.join(re.sub(r'(\w://)[^/\s@]+@', r'\1', o) for o in a.argv if o!='--resume')      # no user and password of an address
 
-def _free(folder, names, replace, flag):
-    "A FileExistsError where something would be replaced that nobody asked to"
-    there = next((o for o in names if (Path(folder)/o).exists()), None) if names else next((o.name for o in sorted(Path(folder).glob('*_samples.json'))), None)
-    if there and not replace: raise FileExistsError(f'{flag}: {Path(folder)/there} is there already; add --replace to write over it, or choose another folder')
+def _free(folder, replace):
+    "A FileExistsError where samples would be replaced that nobody asked to replace"
+    there = next((o for o in sorted(Path(folder).glob('*_samples.json'))), None)
+    if there and not replace: raise FileExistsError(f'--to: {there} is there already; add --replace to write over it, or choose another folder')
+
+def _published(folder, replace):
+    "A FileExistsError where `--publish` would write over files that no `--publish` has made"
+    for name,ours in (('results',('seeds.json','summary.json')),('output_samples',('samples.md',))):
+        o = Path(folder)/name
+        if o.exists() and any(o.iterdir() if o.is_dir() else [o]) and not replace and not any((o/f).is_file() for f in ours):
+            raise FileExistsError(f'--publish: {o} is there already and holds no results of a run; add --replace to write into it, or choose another folder')
 
 def seeds_report(out, lines, command):
     "The reports over several seeds: the analysis of all, and the win rates and failures of each, one below the other"
@@ -509,9 +516,9 @@ def cmd_generate(a):
     given = {k:v for k,v in (('n_samples',a.n),('temperature',a.temperature),('max_new_tokens',a.max_new_tokens)) if v is not None}
     try: o = mk_config(dict(eval={**asdict(run.config.eval), **given})).eval
     except ValueError as e: raise ValueError(re.sub(r'^eval\.(\w+)', lambda m: '--'+dict(n_samples='n').get(m[1], m[1].replace('_', '-')), str(e))) from None
-    dest = Path(a.to) if a.to else run/'generated'
-    _free(dest, (), a.replace, '--to')
     prompts = read_prompts(a.prompts) if a.prompts else None       # before anything is loaded
+    dest = Path(a.to) if a.to else run/'generated'
+    _free(dest, a.replace)
     source = file_source(a.prompts) if a.prompts else split_source(o.split, run.config.data.name)
     with only_writer(dest): _generate(prompts, Line(run), o, dest, source, _command(a))
 
@@ -523,8 +530,9 @@ def _generate(prompts, line, o, dest, source, command):
     cut = [p for p in prompts if encode_prompt(p, line.tok, line.config.data.max_prompt)[1]]
     if cut: print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={line.config.data.max_prompt} tokens and lost their oldest turns; the first: {cut[0][:80]!r}')
     recs = line.records(prompts, o)
-    for f in dest.glob('*_samples.json'): f.unlink()
     write_samples(dest, recs, source, command, seed=line.config.seed, temperature=o.temperature, max_new_tokens=o.max_new_tokens)
+    for f in dest.glob('*_samples.json'):
+        if f.name.removesuffix('_samples.json') not in recs: f.unlink()   # of a model that is no more: --replace was given
     print(samples_md(recs, 3)); print(f'{sum(map(len, recs.values()))} answers in {dest}')
 
 @contextmanager
