@@ -262,6 +262,13 @@ def test_refused_and_shown_as_text(page, app):
     done(page)
     expect(page.locator("#board .turns")).to_contain_text(bad)
     assert page.evaluate("window.hacked") is None
+    settings(page, seed="1.5")
+    compare(page, "Hi")
+    expect(page.locator("#status [role=alert]")).to_contain_text("seed: expected a whole number, got 1.5")
+    settings(page, seed="")
+    compare(page, "Hi")
+    done(page)
+    assert list(app.desk.comparisons.values())[-1]["seed"] == 0
     odd = "Größe 🙂👩‍👧 שלום "+"nice"*12
     compare(page, odd)
     done(page)

@@ -9,7 +9,7 @@ __all__ = ['gr', 'esc', 'views', 'style', 'sorts', 'snippet', 'script', 'mk_prom
            'Throttle', 'Guard', 'launch', 'app_main']
 
 # %% ../nbs/15_app.ipynb #5a944806
-import argparse,asyncio,atexit,base64,getpass,hashlib,hmac,html,inspect,io,ipaddress,json,os,random,re,socket,subprocess,sys,tempfile,threading,time,uuid
+import argparse,asyncio,atexit,base64,getpass,hashlib,hmac,html,inspect,io,ipaddress,json,os,random,re,shlex,socket,subprocess,sys,tempfile,threading,time,uuid
 from bisect import bisect_left,bisect_right
 from collections import OrderedDict
 from pathlib import Path
@@ -311,14 +311,18 @@ def compare(self:Desk,
     yield c
 
 @patch
-def stored(self:Desk, c:dict)->dict:
+def stored(self:Desk,
+    c:dict,         # From `ask`
+    keep:bool=True  # It can be voted on
+)->dict:
     "The same comparison from the stored samples"
     rows = {k:[r for r in self.records[k] if r['prompt']==c['prompt']][:c['n']] for k in c['models']}
     if not all(rows.values()): raise ValueError('There are no stored answers to this prompt: choose one of the list')
     best = {k:max(rs, key=lambda r: r['reward']) for k,rs in rows.items()}
-    c['answers'] = {k:dict(r, percentile=percentile(r['reward'], self.spread), samples=rows[k] if len(rows[k])>1 else []) for k,r in best.items()}
+    shown = (*sample_keys,'kl_per_token','gold_reward')
+    c['answers'] = {k:dict({x:r[x] for x in shown if x in r}, percentile=percentile(r['reward'], self.spread), samples=rows[k] if len(rows[k])>1 else []) for k,r in best.items()}
     c['state'] = 'done'
-    self.remember(c)
+    if keep: self.remember(c)
     return c
 
 @patch
@@ -625,7 +629,7 @@ def make_demo(self:Desk,
     with self.lock:
         if not self.maker or self.maker.poll() is not None:
             cmd = [sys.executable,'-c','from rlhf_nb.cli import main; main()','demo','--out',str(out),*flags,*(['--resume'] if (out/'config.yaml').exists() else [])]
-            self.maker_log = tempfile.TemporaryFile('w+')
+            self.maker_log = tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace')
             self.maker = subprocess.Popen(cmd, stdout=self.maker_log, stderr=subprocess.STDOUT, env={**os.environ, 'TQDM_DISABLE':'1'})
             atexit.register(self.maker.terminate)
     yield dict(share=0., text='Starting')
@@ -701,7 +705,7 @@ def _compare_tab(desk):
             temperature = gr.Slider(0, 2, 1., step=.05, label='Temperature (0: the most likely token)', elem_id='temperature')
             length = gr.Slider(1, 256, 48, step=1, label='Longest answer, tokens', elem_id='length')
             n = gr.Slider(1, 16, 1, step=1, label='Samples of each model (the best by reward is shown)', elem_id='n')
-            seed = gr.Number(0, label='Seed', precision=0, minimum=0, elem_id='seed')
+            seed = gr.Number(0, label='Seed', minimum=0, elem_id='seed')
     examples = gr.Dataset(components=[prompt], samples=[['']], label='Examples', visible=False, elem_id='examples')
     status,shown = gr.HTML(_status(), elem_id='status'),gr.HTML(elem_id='board')
     with gr.Row(visible=False, elem_id='votes') as voting:
@@ -781,8 +785,7 @@ def _explore_tab(desk):
     def show(hits, at, model):
         if not hits: return {where:_status('No stored answer is like that' if desk.records else 'There are no stored samples'), shown:''}
         at %= len(hits)
-        c = desk.stored(dict(id='explore', prompt=hits[at], models=[k for k in desk.records][:4], n=1, state='done', answers={}))
-        desk.comparisons.pop('explore', None)
+        c = desk.stored(dict(prompt=hits[at], models=[k for k in desk.records][:4], n=1, state='done', answers={}), keep=False)
         flags = _flags(c['answers'].get(model))
         return {where:_status(f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {"; ".join(flags) or "no failure found"}'), shown:board(c), place:at}
     def on_find(model, sort, failure, text, *ls):
@@ -831,7 +834,7 @@ def summary(self:Desk)->dict:
     from rlhf_nb.judge import read_votes
     votes = read_votes(self.votes) if self.votes.exists() else []
     s,f = vote_summary(votes),self.path/'results'/'judgements'/'agreement.json'
-    more = {k.removesuffix(' and votes'):o['all'] for k,o in (read_json(f) if f.exists() else {}).items() if k.endswith(' and votes')}
+    more = {k.removesuffix(' and votes'):o['all'] for k,o in (read_json(f, dict) if f.exists() else {}).items() if k.endswith(' and votes')}
     return dict(s, unread=getattr(votes, 'bad', []), agreement={**s['agreement'], **{k:o for k,o in more.items() if k not in ('reward','gold')}})
 
 def _votes_tab(desk):
@@ -845,8 +848,8 @@ def _votes_tab(desk):
     def on_export():
         try: path = desk.export_votes()
         except (ValueError,OSError) as e: return _status(str(e), 'bad'),''
-        base = desk.path if not desk.shipped else 'outputs/demo'
-        do = f'rlhf_nb run --stages sft dpo --set sft.skip=true --model {base}/reference --data {path} --out outputs/from_votes'
+        base = desk.path if not desk.shipped else Path('outputs/demo')
+        do = f"rlhf_nb run --stages sft dpo --set sft.skip=true --model {shlex.quote(str(base/'reference'))} --data {shlex.quote(str(path))} --out outputs/from_votes"
         return shield(_status(f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):')+f'<pre><code>{esc(do)}</code></pre>'),path.read_text(encoding='utf-8')
     quick = dict(queue=False, api_visibility='private', show_progress='hidden')
     again.click(on_count, None, shown, **quick)
@@ -999,7 +1002,8 @@ def page_hosts(
     if _loopback(host.strip('[]')): return out
     me = socket.gethostname().lower().split('.')
     out |= {me[0],me[0]+'.local','.'.join(me)}
-    try: out |= {a for *_,o in socket.getaddrinfo(socket.gethostname(), None) if (a := _address(o[0]))}
+    try:
+        for *_,name,o in socket.getaddrinfo(socket.gethostname(), None, flags=socket.AI_CANONNAME): out |= {_address(o[0]),host_name(name)}-{None}
     except OSError: pass                                          # a machine whose own name is not known
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as o:
         try: o.connect(('192.0.2.1', 9)); out.add(o.getsockname()[0])  # sends nothing: asks which address the machine would send from
@@ -1177,7 +1181,8 @@ def app_main(
     a = p.parse_args(args)
     policies = dict(o.split('=', 1) for o in a.policy if '=' in o)
     if len(policies)<len(a.policy): raise ValueError('--policy: expected NAME=PATH, with names that differ')
-    word = (os.environ.get('RLHF_NB_PASSWORD') or getpass.getpass('Password for visitors: ')) if a.password else None
+    try: word = (os.environ.get('RLHF_NB_PASSWORD') or getpass.getpass('Password for visitors: ')) if a.password else None
+    except EOFError: raise ValueError('--password: nobody is here to type one; set RLHF_NB_PASSWORD') from None
     run = a.run or ('outputs/demo' if Path('outputs/demo').is_dir() else None)
     if not torch.cuda.is_available(): torch.set_num_threads(1)     # small models: a second thread costs more than it gives
     sys.setswitchinterval(5e-4)                                     # importing what loads the models must not hold up the page

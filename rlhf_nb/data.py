@@ -299,8 +299,8 @@ def _decode(b, path, line):
     try: return b.decode()
     except UnicodeDecodeError as e:
         at = line+b.count(b'\n', 0, e.start)
-        what = 'looks like UTF-16' if b[:2] in (codecs.BOM_UTF16_LE,codecs.BOM_UTF16_BE) else f'byte {b[e.start]:#04x}'
-        raise ValueError(f'{path}:{at}: not UTF-8 ({what}); save the file as UTF-8') from None
+        what = {codecs.BOM_UTF16_LE:'looks like UTF-16', codecs.BOM_UTF16_BE:'looks like UTF-16', b'\x1f\x8b':'looks gzipped, without .gz in its name'}.get(b[:2], f'byte {b[e.start]:#04x}')
+        raise ValueError(f'{path}:{at}: not UTF-8 ({what}); expected UTF-8') from None
 
 def _lines(path):
     "Number and text of each line that is not blank"
@@ -762,6 +762,7 @@ def load_splits(
     "The splits of a run"
     c,w = config.data,None
     if source is None and c.name=='world':
+        if c.split!='train' or c.test_split: raise ValueError('data.split and data.test_split choose among the splits of a data set; the embedded world (data.name) has its own')
         w = make_world(config.world, config.seed)
         d,name,remarks = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world',[]
         names = dict(train='train', dev='dev', test='test', ood='ood')

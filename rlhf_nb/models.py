@@ -413,6 +413,10 @@ def check_forward(
         return log_probs(model, b)[b.mask]
     check = lambda: _compare(model, lambda: _plain_log_probs(model, b), ours, tol)
     _say(model, check)
+    p,r = b.prompts[:1],b.tokens()[0][1]
+    short,full = (lambda k=k: _plain_log_probs(model, Batch.from_tokens(p, [[r[:k]]]).to(model.device))[:len(r)//2] for k in (len(r)//2,len(r)))
+    if _compare(model, short, full, tol):
+        raise ValueError(f'{type(model).__name__} cannot be used: it looks ahead (a token changes the probabilities of those before it), so it is no causal language model')
 
 # %% ../nbs/03_models.ipynb #de85e31e
 def _reader(model, l:Layout, temperature):
