@@ -75,9 +75,10 @@ def pieces(
     **values       # Lists, one number per token (or None)
 )->list: # dict(text, one sum per name)
     "A response as pieces of text with their values"
+    from rlhf_nb.rollout import written
     out,start,done = [],0,''
     for i in range(1, len(ids)+1):
-        s = tok.decode(ids[:i], skip_special_tokens=True)
+        s = tok.decode(written(ids[:i], tok))
         if s.endswith('\ufffd') and i<len(ids): continue
         out.append(dict(text=s[len(done):], **{k:v and sum(v[start:i]) for k,v in values.items()}))
         start,done = i,s
@@ -284,14 +285,14 @@ def compare(self:Desk,
     every:float=.04        # Seconds between two yields
 ):                         # The comparison, while it grows
     "All models answer, a token each in turn"
-    from rlhf_nb.rollout import decode
+    from rlhf_nb.rollout import decode,written
     ids = self._encode(c)
     runs = {k:decode(self.players[k].policy, [ids[k]], c['n'], c['max_new_tokens'], c['temperature'], child_seed(c['seed'], 'eval')) for k in c['models']}
     steps,secs,last = {k:[] for k in runs},dict.fromkeys(runs, 0.),0.
     live = dict(runs)
     def text(k):
         row = [int(i[0,0]) for i,_,m in steps[k] if m[0,0]]
-        return dict(response=self.players[k].tok.decode(row, skip_special_tokens=True).rstrip('\ufffd'), n_tokens=len(row), writing=k in live)
+        return dict(response=(tok := self.players[k].tok).decode(written(row, tok)).rstrip('\ufffd'), n_tokens=len(row), writing=k in live)
     try:
         while live and not (stop and stop.is_set()):
             for k in list(live):

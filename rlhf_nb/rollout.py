@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'noise', 'Decode', 'states', 'decode', 'sample', 'check_sampling', 'from_steps', 'kl_estimates', 'mk_scorer',
-           'texts', 'n_rollouts', 'check_rollouts', 'unseen', 'rollouts', 'bandit', 'bandit_probs']
+           'written', 'texts', 'n_rollouts', 'check_rollouts', 'unseen', 'rollouts', 'bandit', 'bandit_probs']
 
 # %% ../nbs/07_rollout.ipynb #26d0f210
 import functools,hashlib,math,time
@@ -164,7 +164,8 @@ def decode(
     "Sample token by token from the full distribution, without top-k or top-p"
     dev,B,G = policy.device,len(prompts),n+beside
     stop = torch.tensor(sorted(stop_tokens(policy) if stop_ids is None else stop_ids), dtype=torch.long, device=dev)
-    u,reader = noise(seed, prompts, n, max_new_tokens).to(dev).view(B*n, -1),states(policy, prompts, G, max_new_tokens)
+    home = torch.device('cpu') if dev.type=='mps' else dev     # mps has no float64
+    u,reader = noise(seed, prompts, n, max_new_tokens).to(home).view(B*n, -1),states(policy, prompts, G, max_new_tokens)
     rows,z = next(reader)
     for t in range(max_new_tokens):
         if temperature not in (0,1): z = z/temperature
@@ -172,8 +173,8 @@ def decode(
         mine = (rows%G<n).nonzero()[:,0] if beside else slice(None)
         at = rows[mine]//G*n+rows[mine]%G                      # among the B*n drawn here
         if temperature: # the first token at which the cumulative distribution passes u
-            c = lp[mine].exp().cumsum(-1, dtype=torch.float64)
-            ids = torch.searchsorted(c, u[at,t,None]*c[:,-1:], right=True)[:,0].clamp_(max=z.shape[-1]-1)
+            c = lp[mine].to(home).exp().cumsum(-1, dtype=torch.float64)
+            ids = torch.searchsorted(c, u[at.to(home),t,None]*c[:,-1:], right=True)[:,0].clamp_(max=z.shape[-1]-1).to(dev)
         else: ids = z[mine].argmax(-1)
         out_ids,out_lp,alive = torch.zeros(B*n, dtype=torch.long, device=dev),torch.zeros(B*n, device=dev),torch.zeros(B*n, dtype=torch.bool, device=dev)
         out_ids[at],out_lp[at],alive[at] = ids,lp[mine].gather(-1, ids[:,None])[:,0],True
@@ -292,18 +293,25 @@ def _around(tok):
 
 def _front(tok): return _around(tok)[0]
 
+def written(
+    ids:list,    # Token ids of a response
+    tok,         # Tokenizer
+    ended=False  # Is the last one a stop, whichever?
+)->list:
+    "The ids that make its text: without the EOS (or other stop) at the end, and without PAD; special tokens within it stay"
+    pad = tok.pad_token_id if tok.pad_token_id!=tok.unk_token_id else None
+    return [i for i in (ids[:-1] if ended or ids[-1:]==[tok.eos_token_id] else ids) if i!=pad]
+
 def texts(
     batch:Batch,
     tok           # Tokenizer
 ):                # Prompts, a list of B; responses, B lists of G
     "The texts of a batch as they were written: without the BOS in front of a prompt, without the EOS (or other stop) and PAD of a response"
     ends = batch.finished.tolist() if 'finished' in batch.fields else [[False]*batch.shape[1]]*len(batch)
-    stop,pad = tok.eos_token_id,tok.pad_token_id if tok.pad_token_id!=tok.unk_token_id else None
-    own = lambda r,f: [i for i in (r[:-1] if f or r[-1:]==[stop] else r) if i!=pad]
     read = lambda ids: tok.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     front = _front(tok) or [tok.bos_token_id]
-    ps = [[] if p==[stop] else p[len(front):] if p[:len(front)]==front else p for p in batch.prompts]   # EOS alone stands for nothing
-    rs = [[own(r, f) for r,f in zip(*o)] for o in zip(batch.tokens(), ends)]
+    ps = [[] if p==[tok.eos_token_id] else p[len(front):] if p[:len(front)]==front else p for p in batch.prompts]   # EOS alone stands for nothing
+    rs = [[written(r, tok, f) for r,f in zip(*o)] for o in zip(batch.tokens(), ends)]
     before,G = read(ps),batch.shape[1]
     after = read([p+r for p,o in zip(ps, rs) for r in o])   # together: some decoders drop a space at the beginning
     alone = read([r for o in rs for r in o])
@@ -408,6 +416,7 @@ def rollouts(
     "Rollouts of `policy` as it is at each update"
     size = check_rollouts(policy, prompts, o, n, mini_batches)
     low = policy.dtype!=torch.float32 or acc is not None and acc.mixed_precision!='no'
+    precision = acc.autocast if acc is not None else nullcontext
     for i in range(start, n_rollouts(o, len(prompts))):
         t0 = time.perf_counter()
         b = sample(policy, [prompts[j] for j in pass_order(len(prompts), size, seed, i)], n, o.max_new_tokens, o.temperature,
@@ -416,7 +425,7 @@ def rollouts(
         row,cuts = {},[torch.randperm(len(b), generator=generator(seed, 'mini', i, e)).tensor_split(mini_batches) for e in range(epochs)]
         def read(m, parts):
             "Log-probabilities under the precision of the training forward, part by part"
-            with acc.autocast() if acc is not None else nullcontext():
+            with precision():
                 return torch.cat([in_pieces(lambda x: log_probs(m, x, o.temperature), b[j], o.micro_tokens) for j in parts])[torch.cat(parts).argsort()]
         parts = [torch.arange(len(b))]
         if low: # ratios must start at one: old log-probabilities come from the forward that trains, in the cut that it will have
@@ -426,7 +435,8 @@ def rollouts(
             b = b.plus(log_probs=lp)
         b = b.plus(ref_log_probs=read(reference, parts))
         raw = score(b)
-        if raw.shape!=b.shape[:2]: raise ValueError(f'score(batch) must return one number for each response, {tuple(b.shape[:2])}, got {tuple(raw.shape)}')
+        if not torch.is_tensor(raw) or raw.shape!=b.shape[:2]:
+            raise ValueError(f'score(batch) must return a tensor with one number for each response, {b.shape[:2]}, got {tuple(raw.shape) if torch.is_tensor(raw) else type(raw).__name__}')
         if raw.isinf().any(): raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
         b,has = b.plus(scores=raw-o.no_eos_penalty*(~b.finished).float()),~raw.isnan()
         if not has.all(): # what no source has an opinion about teaches nothing
@@ -436,13 +446,15 @@ def rollouts(
         row.update(reward=raw.mean().item(), reward_std=raw.std().item(), kl=k1.sum(-1).mean().item(), kl_k3=k3.sum(-1).mean().item(),
                    entropy=-(b.log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
                    finished=b.finished.float().mean().item(), new_tokens=int(b.mask.sum()), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
-        b = prepare(b)
+        with precision(): b = prepare(b)                      # a value model is read there
         if 'returns' in b.fields: # what share of the returns' variance the value model foresaw
             r,e = b.returns[b.learn],(b.returns-b.values)[b.learn]
             row['value_explained'] = 1-(e.var()/r.var().clamp(min=1e-12)).item()
         row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4))
+        far = o.max_kl is not None and row['kl']>o.max_kl
+        if far: row['stopped'] = True                                    # the row says so: who resumes must not go on
         yield [b[j] for parts in cuts for j in parts if b.learn[j].any()],row
-        if o.max_kl is not None and row['kl']>o.max_kl: return
+        if far: return
 
 # %% ../nbs/07_rollout.ipynb #36be371f
 def bandit(
