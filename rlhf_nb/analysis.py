@@ -703,6 +703,8 @@ def _ours(path):
 def _read_run(folder, problems):
     need = dict(summary=('training',) if _ours(folder/parts['summary']) else ('models',), frontier=('best_of_n',), reward_model=('accuracy',))
     run = {k:_get(problems, folder/f, need.get(k, ()), list if k=='overoptimise' else dict) for k,f in parts.items()}
+    if run['reward_model'] and not isinstance(run['reward_model']['accuracy'], dict):
+        problems.append(f"{folder/parts['reward_model']}: not a file of this kind of run: 'accuracy' is no object"); run['reward_model'] = None
     for k,at in (('summary',('models',)),('win_rates',()),('failures',('rates',))):     # entries that are objects themselves
         d = run[k]
         for o in at: d = d.get(o, {}) if isinstance(d, dict) else d
@@ -915,16 +917,16 @@ def _caveats(r):
     a = (r.get('reward_model') or r.get('summary', {}).get('reward_model') or {}).get('accuracy')
     if a and a['low']<=.5: out.append(f"The reward model is not shown to do better than guessing on pairs that it has not seen ({a['accuracy']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {a['n']}): the rewards, the win rates by them, and what PPO and GRPO learn from them mean nothing.")
     for k,(m,rows) in {k:(models.get(k, {}),logs.get(k, [])) for k in dict.fromkeys((*models,*logs)) if k not in ('reference','sft','reward')}.items():
-        name,causes = _name(k),found.get(k, {})
+        name,causes = _md(k),found.get(k, {})
         kl,seen = m.get('kl', {}).get('mean'),[x['kl'] for x in rows if 'kl' in x]
-        if m.get('win_rate') and m['win_rate']['high']<.5: out.append(f"{name} is worse than its reference (win rate {m['win_rate']['rate']:.2f} [{m['win_rate']['low']:.2f}, {m['win_rate']['high']:.2f}], n = {m['win_rate']['n']}).")
+        if m.get('win_rate') and claim([m['win_rate']])=='worse': out.append(f"{name} is worse than its reference (win rate {m['win_rate']['rate']:.2f} [{m['win_rate']['low']:.2f}, {m['win_rate']['high']:.2f}], n = {m['win_rate']['n']}).")
         if 'no gain' in causes: out.append(f'{name} is its reference: no state of its training was better on dev data.')
         elif 'memorising' in causes: out.append(f"{name} memorises: {causes['memorising']['evidence']}.")
         if kl is not None and seen and kl>2*(far := _end(np.array(seen)))+2: out.append(f'{name} is {kl:.1f} nats from its reference on these prompts and {far:.1f} on those that it was trained on.')
         elif 'unseen prompts' in causes: out.append(f"{name} does to prompts that it has not seen something else: {causes['unseen prompts']['evidence']}.")
         if kl is not None and m.get('n_tokens') and kl>.4*m['n_tokens']['mean']: out.append(f"{name} has left its reference behind: KL {kl:.1f} nats in {m['n_tokens']['mean']:.0f} tokens.")
     cut = {k:1-m['finished']['mean'] for k,m in models.items() if m.get('finished', {}).get('mean', 1.)<.85}
-    if cut: out.append('Many answers are cut: '+', '.join(f'{_name(k)} {v:.0%}' for k,v in cut.items())+'.')
+    if cut: out.append('Many answers are cut: '+', '.join(f'{_md(k)} {v:.0%}' for k,v in cut.items())+'.')
     return out
 
 def mk_report(
@@ -942,7 +944,7 @@ def mk_report(
     def part(name, f):
         "A section; where the file behind it is not what a run writes, the report names it and goes on"
         try: return f()
-        except (KeyError,TypeError,AttributeError,IndexError,ValueError) as e: data['problems'].append(f"{source[name]}: not what a run writes ({type(e).__name__}: {e}); '{name}' is left out")
+        except (KeyError,TypeError,AttributeError,IndexError,ValueError) as e: data['problems'].append(f"{source.get(name, 'logs/*.jsonl, results/*.json')}: not what a run writes ({type(e).__name__}: {e}); '{name}' is left out")
     tr = part('Training', lambda: training_summary(runs)) or {}
     def draw(name, f, *args):
         if out is None: return
@@ -973,7 +975,7 @@ def mk_report(
     made += [f"The runs: {md_code(data['command'])}."] if data.get('command') else [] if command else ['The command that made it is not recorded.']
     md = ['# Analysis','',f"Of {'the seeds '+', '.join(runs) if several else 'one run'+(f' (seed {next(iter(runs))})' if next(iter(runs)) else '')}"+(f", {md_inline(data['split'])} split" if data['split'] else f"; {data['source']}" if data.get('source') else '')+
           ('. Intervals over seeds go from the lowest to the highest; intervals of one seed are 95%, clustered by prompt.' if several else '. Intervals are 95%, clustered by prompt.')+' '+' '.join(made),'']
-    first = caveats(runs)
+    first = part('What comes first', lambda: caveats(runs))
     if first: md[2:2] = ['**Read this first.** '+' '.join(first),'']
     few = [n for m in ms for n in [m.get('reference', {}).get('reward', {}).get('n')] if isinstance(n, int) and too_few(n)]
     if few: md += [f'**{too_few(min(few))}**','']

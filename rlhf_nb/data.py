@@ -56,28 +56,31 @@ class BadPair(ValueError):
         self.reason,self.detail = reason,detail
 
 def _what(x):
-    "A value that is not text, in words"
+    "A value in words"
     if x is None: return 'null'
+    if isinstance(x, str): return 'text'
     if isinstance(x, dict): return f'an object with the keys {_names_of(x)}'
     if isinstance(x, (bool,int,float)): return f'a number ({x!s:.20})'
     return 'a list' if isinstance(x, (list,tuple)) else f'a {type(x).__name__}'
 
 def _names_of(ks): return ', '.join(str(k)[:30] for k in list(ks)[:8]) or 'none'
 
-_synonyms = dict(human='user', prompter='user', gpt='assistant', bot='assistant', chatbot='assistant', model='assistant', ai='assistant')
+_synonyms = dict(human='user', prompter='user', gpt='assistant', bot='assistant', chatbot='assistant',
+                 model='assistant', ai='assistant')
 _unread = 'tool_calls','function_call','reasoning_content'  # what a message says beside its text
 
 def _message(m):
     "The turn of a message, or why it is none"
     bad = lambda s: BadPair('malformed', s)
-    if not isinstance(m, dict): raise bad(f'a message is {"text" if isinstance(m, str) else _what(m)}; expected role, content')
-    if 'role' not in m or 'content' not in m: raise bad(f'messages have the keys {_names_of(m)}; expected role, content')
+    if not isinstance(m, dict): raise bad(f'a message is {_what(m)}; expected role, content')
+    if not {'role','content'} <= m.keys(): raise bad(f'messages have the keys {_names_of(m)}; expected role, content')
     twice = [k for k in getattr(m, 'twice', ()) if k in ('role','content',*_unread)]
     if twice: raise bad(f'a message has the key {twice[0]} twice')
     role,text = m['role'],m['content']
     if role not in (*_names,'system'):
         new = _synonyms.get(role.lower()) if isinstance(role, str) else None
-        raise bad(f'role {role!r:.40}; expected user, assistant, or system in front' + (f' (rename it to {new})' if new else ''))
+        hint = f' (rename it to {new})' if new else ''
+        raise bad(f'role {role!r:.40}; expected user, assistant, or system in front{hint}')
     if not isinstance(text, str): raise bad(f'the content of a message is not text but {_what(text)}')
     for k in _unread:
         if m.get(k): raise bad(f'a message with {k}, which would be lost')
@@ -87,7 +90,9 @@ def _turns(x, first='system', name='it'):
     "Turns of `x`, after a check that the HH form can hold them"
     if isinstance(x, str): turns = parse_turns(x, first)
     elif isinstance(x, (list,tuple,np.ndarray)): turns = [_message(m) for m in x]
-    else: raise BadPair('malformed', f'{name} is {_what(x)}; expected text (a string) or a list of messages with role, content')
+    else:
+        want = 'expected text (a string) or a list of messages with role, content'
+        raise BadPair('malformed', f'{name} is {_what(x)}; {want}')
     turns = [t for t in turns if t.role!='system' or t.text.strip()]
     for i,t in enumerate(turns):
         if i and t.role=='system': raise BadPair('malformed', 'a system message after the first turn')
@@ -127,7 +132,8 @@ def _whole(p, sides):
     talks = [o for o,f in zip(sides, full) if f]
     if not all(_among(p, o[:-1]) for o in talks):
         if p[-1].role=='user' or not all(full) or any(o[0].role!='user' for o in talks):
-            raise BadPair('mismatched prompt', 'the conversations in chosen and rejected do not hold the turns of prompt')
+            raise BadPair('mismatched prompt',
+                          'the conversations in chosen and rejected do not hold the turns of prompt')
         return [p+o for o in sides]                          # the prompt is what went before
     return [o if f else talks[0][:-1]+o for o,f in zip(sides, full)]
 
@@ -136,10 +142,12 @@ def split_pair(
 )->dict: # `prompt` (HH, ending in "\n\nAssistant:"), `chosen`, `rejected` (both starting with a space)
     "Split a row into the prompt that both sides share and the two responses"
     if isinstance(row, BadPair): raise row                   # found out while reading the file
-    if not isinstance(row, dict): raise BadPair('malformed', f'expected an object with chosen and rejected, got {"text" if isinstance(row, str) else _what(row)}')
+    if not isinstance(row, dict):
+        raise BadPair('malformed', f'expected an object with chosen and rejected, got {_what(row)}')
     for k in _cols:
         if k in getattr(row, 'twice', ()): raise BadPair('malformed', f"the key '{k}' stands twice")
-        if k!='prompt' and row.get(k) is None: raise BadPair('malformed', f'{k} is null' if k in row else f'no {k}; the keys are {_names_of(row)}')
+        if k!='prompt' and row.get(k) is None:
+            raise BadPair('malformed', f'{k} is null' if k in row else f'no {k}; the keys are {_names_of(row)}')
     p = [] if row.get('prompt') is None else _prompt_turns(row['prompt'])
     sides = []
     for k in ('chosen','rejected'):
@@ -151,8 +159,8 @@ def split_pair(
     k = next((i for i,(s,t) in enumerate(zip(a, b)) if s!=t), min(len(a), len(b)))
     if not k and not p and len(a)==len(b)==1:
         others = [o for o in row if o not in _cols]
-        raise BadPair('mismatched prompt', 'no prompt, and no turns (Human:, Assistant:) in chosen and rejected'
-            + (f'; the other keys are {_names_of(others)}: rename the one with the question to prompt' if others else ''))
+        hint = f'; the other keys are {_names_of(others)}: rename the one with the question to prompt' if others else ''
+        raise BadPair('mismatched prompt', f'no prompt, and no turns (Human:, Assistant:) in chosen and rejected{hint}')
     if not k or not len(a)==len(b)==k+1 or not a[k].role==b[k].role=='assistant':
         raise BadPair('mismatched prompt', f'{k} shared turns, then {len(a)-k} and {len(b)-k} turns; '
                                            f'expected a shared prompt and one answer each')
@@ -183,15 +191,16 @@ def special_ids(tokenizer)->dict: # {id: its text}
     return {i:t for i,t in out.items() if t}
 
 def _spelled(ids, text, special, unk):
-    "Does one of `ids` stand for the name of a special token? The one for what can't be written stands for other things too"
+    "Does one of `ids` stand for a special token's name? UNK stands for what can't be written too"
     return any(i in special and (i!=unk or special[i] in text) for i in ids)
 
 def _spell(text, tokenizer, special, plain):
     "Token ids of a text that spells special tokens, without these tokens"
-    more = [] if tokenizer.is_fast else [t.content for i,t in tokenizer.added_tokens_decoder.items() if i not in special and t.content]
-    parts = re.split('('+'|'.join(map(re.escape, more))+')', text) if more else [text]  # Python's tokenizers would split these too
+    added = {} if tokenizer.is_fast else tokenizer.added_tokens_decoder # Python's tokenizers would split these too
+    more = [t.content for i,t in added.items() if i not in special and t.content]
+    parts = re.split('('+'|'.join(map(re.escape, more))+')', text) if more else [text]
     ids = [i for o in parts if o for i in plain(o, split_special_tokens=o not in more)]
-    def letters(i):                                            # a vocabulary that knows the word even so: letter by letter
+    def letters(i):                                            # the vocabulary knows the word even so
         one = [] if i==tokenizer.unk_token_id else tokenizer.convert_tokens_to_ids(list(special[i]))
         return one if one and all(o is not None and o not in special for o in one) else [i]
     return [j for i in ids for j in (letters(i) if i in special else [i])]
@@ -239,7 +248,8 @@ class DataReport:
     dropped = 'malformed','mismatched prompt','empty response','identical pair','too long','train/test leak','not needed'
     noted = 'duplicate prompt','prompt cut','response cut','special token as text'
     def __init__(self, name, remarks=()):
-        self.name,self.read,self.counts,self.details,self.lengths,self.splits,self.remarks = name,0,{},{},{},{},list(remarks)
+        self.name,self.read,self.remarks = name,0,list(remarks)
+        self.counts,self.details,self.lengths,self.splits = {},{},{},{}
     def count(self, what, where, detail=''):
         "One more `what`, more exactly `detail`; `where` (file and line) is kept of the first of each"
         if what not in self.dropped+self.noted: raise KeyError(f'{what!r} is not something that is counted')
@@ -258,7 +268,8 @@ class DataReport:
                     splits=self.splits, remarks=self.remarks, lengths=self.lengths)
     def _one(self, what, most=3):
         n,first,why = *self.counts[what].values(),self.why(what)
-        said = [f'{d:.160}' if len(why)==1 else f"{v['n']} {d:.120}" for d,v in why[:most]] + [f'{len(why)-most} more']*(len(why)>most)
+        said = [f'{d:.160}' if len(why)==1 else f"{v['n']} {d:.120}" for d,v in why[:most]]
+        if len(why)>most: said.append(f'{len(why)-most} more')
         return f'{n} {what}' + (': ' if said else '') + '; '.join(said) + f' (first: {str(first)[-120:]})'
     def reasons(self):
         "What was counted, in one line"
@@ -272,7 +283,8 @@ class DataReport:
             for k in ks:
                 out.append(row(f'{s}: {k}', *self.counts.get(k, dict(n=0, first='')).values()))
                 why = self.why(k)
-                out += [row(f'- {cell(d)}', *v.values()) for d,v in why[:5]] + [row(f'- {len(why)-5} more', '', '')]*(len(why)>5)
+                out += [row(f'- {cell(d)}', *v.values()) for d,v in why[:5]]
+                if len(why)>5: out.append(row(f'- {len(why)-5} more', '', ''))
         out += [row(f'in {k}', v, '') for k,v in self.splits.items()]
         if (l := self.lengths):
             out += ['', row(f"length in {l['unit']}",'mean','median','90% under','99% under'), row('---',*['---:']*4)]
@@ -288,18 +300,24 @@ class DataReport:
     __repr__ = __str__
 
 # %% ../nbs/02_data.ipynb #de87ad27
-_kinds = {'.json':'json', '.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv', '.parquet':'table', '.arrow':'table'}
+_kinds = {'.json':'json', '.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv',
+          '.parquet':'table', '.arrow':'table'}
 
 def _suffix(path): return Path(Path(path).name.lower().removesuffix('.gz')).suffix
 
+_broken = OSError,EOFError,zlib.error # what opening a file, or a damaged .gz, raises
+
 def _raw(path): return gzip.open(path) if str(path).lower().endswith('.gz') else open(path, 'rb')
+
+_looks = {codecs.BOM_UTF16_LE:'looks like UTF-16', codecs.BOM_UTF16_BE:'looks like UTF-16',
+          b'\x1f\x8b':'looks gzipped, without .gz in its name'}
 
 def _decode(b, path, line):
     "UTF-8 as text; `line` is that of the first byte"
     try: return b.decode()
     except UnicodeDecodeError as e:
         at = line+b.count(b'\n', 0, e.start)
-        what = {codecs.BOM_UTF16_LE:'looks like UTF-16', codecs.BOM_UTF16_BE:'looks like UTF-16', b'\x1f\x8b':'looks gzipped, without .gz in its name'}.get(b[:2], f'byte {b[e.start]:#04x}')
+        what = _looks.get(b[:2], f'byte {b[e.start]:#04x}')
         raise ValueError(f'{path}:{at}: not UTF-8 ({what}); expected UTF-8') from None
 
 def _lines(path):
@@ -309,13 +327,13 @@ def _lines(path):
             for i,l in enumerate(f, 1):
                 l = _decode(l.removeprefix(codecs.BOM_UTF8) if i==1 else l, path, i)
                 if l.strip(' \t\r\n'): yield i,l.removesuffix('\n').removesuffix('\r')
-    except (OSError,EOFError,zlib.error) as e: raise ValueError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    except _broken as e: raise ValueError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
 
 def _text(path):
     "The whole text of a file"
     try:
         with _raw(path) as f: return _decode(f.read().removeprefix(codecs.BOM_UTF8), path, 1)
-    except (OSError,EOFError,zlib.error) as e: raise ValueError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+    except _broken as e: raise ValueError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
 
 # %% ../nbs/02_data.ipynb #d2306457
 class Twice(dict):
@@ -338,7 +356,8 @@ def parse_json(
 ):
     "JSON as Python values; an error names file and line"
     try: return _json.decode(s)
-    except json.JSONDecodeError as e: raise ValueError(f'{path}:{line+e.lineno-1}: not valid JSON ({e.msg}: column {e.colno})') from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{path}:{line+e.lineno-1}: not valid JSON ({e.msg}: column {e.colno})') from None
     except RecursionError: raise ValueError(f'{path}:{line}: JSON that is nested too deeply') from None
 
 def _json_rows(path):
@@ -346,7 +365,7 @@ def _json_rows(path):
     (i,first),second = [*islice(_lines(path), 2),(0,''),(0,'')][:2]
     if not first: return
     try: whole = isinstance(parse_json(first, path, i), list) and not second[1]
-    except ValueError: whole = True                          # something over several lines, or a broken line, which is named then
+    except ValueError: whole = True                          # over several lines, or broken, which is told then
     if whole:
         rows = parse_json(_text(path), path)
         yield from ((f'{path}, row {j}', o) for j,o in enumerate(rows if isinstance(rows, list) else [rows], 1))
@@ -356,7 +375,8 @@ def _json_rows(path):
 def _csv_rows(path):
     "Place and cells of each row; a row with too many or too few cells is a `BadPair`"
     sep = '\t' if _suffix(path)=='.tsv' else ','
-    reader,limit,head,at = csv.reader(io.StringIO(_text(path), newline=''), delimiter=sep, strict=True),csv.field_size_limit(2**31-1),None,0
+    reader = csv.reader(io.StringIO(_text(path), newline=''), delimiter=sep, strict=True)
+    head,at,limit = None,0,csv.field_size_limit(2**31-1)
     try:
         for row in reader:
             i,at = at+1,reader.line_num
@@ -365,20 +385,23 @@ def _csv_rows(path):
                 head = row
                 twice = [k for k in _cols if head.count(k)>1]
                 if twice: raise ValueError(f'{path}:{i}: the column {twice[0]} stands twice')
-            elif len(row)!=len(head): yield f'{path}:{i}',BadPair('malformed', f'a row of {len(row)} cells under {len(head)} columns')
+            elif len(row)!=len(head):
+                yield f'{path}:{i}',BadPair('malformed', f'a row of {len(row)} cells under {len(head)} columns')
             else: yield f'{path}:{i}',{k:None if k=='prompt' and not v.strip() else v for k,v in zip(head, row)}
     except csv.Error as e: raise ValueError(f'{path}:{at+1}: not valid CSV ({e})') from None
     finally: csv.field_size_limit(limit)
 
 def _no_columns(name, cols, lack):
-    return ValueError(f"{name}: no column {' and '.join(lack)}; expected chosen, rejected and perhaps prompt, found {_names_of(cols)}")
+    return ValueError(f"{name}: no column {' and '.join(lack)}; expected chosen, rejected and perhaps prompt, "
+                      f'found {_names_of(cols)}')
 
 def _table_rows(path):
     "Place and values of each row of a Parquet or Arrow file"
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with _raw(path) as f:
-            if _suffix(path)=='.parquet': t = pq.ParquetFile(io.BytesIO(f.read()) if str(path).lower().endswith('.gz') else f).read()
+            if _suffix(path)=='.parquet':
+                t = pq.ParquetFile(io.BytesIO(f.read()) if isinstance(f, gzip.GzipFile) else f).read()
             else:
                 b = pa.py_buffer(f.read())
                 try: t = pa.ipc.open_stream(b).read_all()
@@ -389,7 +412,8 @@ def _table_rows(path):
             try: cols[k] = col.to_pylist()
             except (ValueError,pa.ArrowException):
                 if k in _cols: raise                         # what nobody needs may be whatever it is
-    except (OSError,EOFError,zlib.error,ValueError,pa.ArrowException) as e: raise ValueError(f'{path}: not a readable table ({str(e).splitlines()[0]:.200})') from None
+    except (*_broken,ValueError,pa.ArrowException) as e:
+        raise ValueError(f"{path}: not a readable table ({(str(e) or 'empty').splitlines()[0]:.200})") from None
     yield from ((f'{path}, row {i}', dict(zip(cols, o))) for i,o in enumerate(zip(*cols.values()), 1))
 
 def read_rows_of(
@@ -399,7 +423,7 @@ def read_rows_of(
     return dict(json=_json_rows, csv=_csv_rows, table=_table_rows)[_kinds[_suffix(path)]](path)
 
 # %% ../nbs/02_data.ipynb #898c9da5
-_words = dict(train=('train','training'), validation=('validation','valid','dev','val'), test=('test','testing','eval','evaluation'))
+_words = dict(train='train|training', validation='validation|valid|dev|val', test='test|testing|eval|evaluation')
 _notes = 'config.json','dataset_info.json','dataset_infos.json','dataset_dict.json','state.json'  # about data, no data
 
 def _data_files(folder):
@@ -408,11 +432,15 @@ def _data_files(folder):
     return sorted(f for f in rel if f.name not in _notes and not re.fullmatch(r'cache-.*\.arrow', f.name)
                   and not any(o.startswith(('.','__')) for o in f.parts))
 
+def _grouped(split_of):
+    "{split: its files}, from {file: its split}"
+    return {k:[f for f in split_of if split_of[f]==k] for k in dict.fromkeys(split_of.values())}
+
 def _word_splits(files, part, end):
     "Files of each split by the words in `part(file)`, a list of names"
     out,sep = {},r'[-._ 0-9]'
     for f in files:
-        found = [k for k,ws in _words.items() if any(re.search(rf'(?:^|{sep})(?:{"|".join(ws)})(?:{sep}{end})', n) for n in part(f))]
+        found = [k for k,w in _words.items() if any(re.search(f'(?:^|{sep})(?:{w})(?:{sep}{end})', n) for n in part(f))]
         if len(found)>1: raise ValueError(f'{f}: its name speaks of {" and ".join(found)}; rename it')
         if found: out.setdefault(found[0], []).append(f)
     return {k:out[k] for k in _words if k in out}
@@ -423,18 +451,23 @@ def _card(folder):
     if not card.is_file(): return None
     m = re.match(r'\s*---\r?\n(.*?)\r?\n---', _text(card), re.S)
     try: configs = ((yaml.safe_load(m[1]) if m else None) or {}).get('configs')
-    except (yaml.YAMLError,AttributeError,RecursionError): raise ValueError(f'{card}: what stands between the lines --- is not valid YAML') from None
+    except (yaml.YAMLError,AttributeError,RecursionError):
+        raise ValueError(f'{card}: what stands between the lines --- is not valid YAML') from None
     if not configs: return None
     try:
-        c = configs[0] if len(configs)==1 else next((o for o in configs if o.get('default') or o['config_name']=='default'), None)
-        if c is None: raise ValueError(f"{card}: several configurations ({_names_of([o['config_name'] for o in configs])}) and none is the default; "
-                                       'give the folder or file of one of them')
+        default = [o for o in configs if len(configs)==1 or o.get('default') or o['config_name']=='default']
+        if not default:
+            names = _names_of([o['config_name'] for o in configs])
+            raise ValueError(f'{card}: several configurations ({names}) and none is the default; give the folder or file of one')
+        c = default[0]
         base,spec = folder/(c.get('data_dir') or '.'),c.get('data_files')
         if spec is None: return {k:[base/f for f in v] for k,v in _by_name(base).items()}
-        if isinstance(spec, str) or all(isinstance(o, str) for o in spec) and not isinstance(spec, dict): spec = {'train':spec}
+        if isinstance(spec, str): spec = [spec]
+        if isinstance(spec, list) and all(isinstance(o, str) for o in spec): spec = {'train':spec}
         items = spec.items() if isinstance(spec, dict) else [(o['split'],o['path']) for o in spec]
         items = [(str(k),[v] if isinstance(v, str) else list(v)) for k,v in items]
-    except (TypeError,KeyError,AttributeError): raise ValueError(f'{card}: configs is not understood; expected data_files with split and path each') from None
+    except (TypeError,KeyError,AttributeError):
+        raise ValueError(f'{card}: configs is not understood; expected data_files with split and path each') from None
     out = {}
     for k,names in items:
         for name in names:
@@ -448,11 +481,14 @@ def _by_name(folder):
     "Files of each split by the Hub's convention"
     files = _data_files(folder)
     if (folder/'dataset_dict.json').is_file():               # `datasets` saved several splits, a folder for each
-        return {k:v for k in dict.fromkeys(f.parts[0] for f in files if len(f.parts)>1) if (v := [f for f in files if f.parts[0]==k])}
-    shards = {f:m[1] for f in files if len(f.parts)==2 and f.parts[0]=='data' and (m := re.fullmatch(r'(.+)-\d{5}-of-\d{5}.*', f.name))}
-    if shards: return {k:[f for f in shards if shards[f]==k] for k in dict.fromkeys(shards.values())}
-    if (folder/'state.json').is_file(): return {'train':files}
-    return _word_splits(files, lambda f: f.parts[:-1], '|$') or _word_splits(files, lambda f: f.parts[-1:], '') or ({'train':files} if files else {})
+        return _grouped({f:f.parts[0] for f in files if len(f.parts)>1})
+    found = {f:re.fullmatch(r'data/(.+)-\d{5}-of-\d{5}[^/]*', f.as_posix()) for f in files}
+    shards = {f:m[1] for f,m in found.items() if m}
+    if shards: return _grouped(shards)
+    everything = {'train':files} if files else {}
+    if (folder/'state.json').is_file(): return everything
+    in_folders = _word_splits(files, lambda f: f.parts[:-1], '|$')
+    return in_folders or _word_splits(files, lambda f: f.parts[-1:], '') or everything
 
 def _folder(folder, name):
     "Files of each split of a folder, and of none"
@@ -461,7 +497,8 @@ def _folder(folder, name):
     if not out: raise FileNotFoundError(f"{name}: no data files ({', '.join(_kinds)}) found there")
     for k,fs in out.items():
         kinds = sorted({_suffix(f) for f in fs})
-        if len(kinds)>1: raise ValueError(f"{name}: the split {k} is in files of several kinds ({', '.join(f.name for f in fs[:4])}); keep one kind, or give one file")
+        if len(kinds)>1: raise ValueError(f'{name}: the split {k} is in files of several kinds '
+                                          f"({', '.join(f.name for f in fs[:4])}); keep one kind, or give one file")
     used = {f for fs in out.values() for f in fs}
     return out,[] if card else [str(f) for f in _data_files(folder) if folder/f not in used]
 
@@ -495,16 +532,19 @@ def _open(source, data_dir=None):
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
     chain = lambda files: lambda: (o for f in files for o in read_rows_of(f))
     if path.is_dir():
-        if not (path/(data_dir or '')).is_dir(): raise FileNotFoundError(f'{name}: no data files found there; {source} has no folder {data_dir!r} (data.data_dir)')
+        if not (path/(data_dir or '')).is_dir():
+            raise FileNotFoundError(f'{name}: no data files found there; {source} has no folder {data_dir!r} (data.data_dir)')
         splits,other = _folder(path/(data_dir or ''), name)
         remarks = [f'{len(other)} file{"s"*(len(other)>1)} of no split not read ({_names_of(other)}).'] if other else []
         return {k:chain(fs) for k,fs in splits.items()},name,remarks
     if path.exists():
         if data_dir: raise ValueError(f'{source} is a file; data_dir={data_dir!r} is for folders and Hub names')
-        if _suffix(path) not in _kinds: raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_kinds)}, or in one of them and .gz")
+        if _suffix(path) not in _kinds:
+            raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_kinds)}, or in one of them and .gz")
         return {'train':chain([path])},name,[]
     if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
-    if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)): raise FileNotFoundError(f'{source}: no such file or folder')
+    if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)):
+        raise FileNotFoundError(f'{source}: no such file or folder')
     return {k:numbered(f'{name} {k}', v) for k,v in _hub(str(source), data_dir).items()},name,[]
 
 # %% ../nbs/02_data.ipynb #41da16cd
@@ -531,17 +571,20 @@ def _pairs(rows, report, what='pairs'):
     if report.read==start: raise ValueError(f'{report.name}: no rows in it ({what})')
     lack = [k for k in ('chosen','rejected') if k not in keys]
     if keys and lack: raise _no_columns(report.name, keys, lack)
-    def doubled(p): q = parse_turns(p['prompt'])[-2].text.strip(); return q and all(p[k].strip().startswith(q) for k in ('chosen','rejected'))
+    def doubled(p):
+        q = parse_turns(p['prompt'])[-2].text.strip()
+        return q and p['chosen'].strip().startswith(q) and p['rejected'].strip().startswith(q)
     if len(pairs)>7 and all(map(doubled, pairs)):
-        raise ValueError(f'{report.name}: every answer begins with its prompt ({pairs[0]["source"]} and {len(pairs)-1} more); leave the prompt out of chosen and rejected')
+        raise ValueError(f'{report.name}: every answer begins with its prompt ({pairs[0]["source"]} and {len(pairs)-1} more); '
+                         'leave the prompt out of chosen and rejected')
     return pairs
 
 def _need(pairs, report, what='pairs'):
     if not pairs: raise ValueError(f'{report.name}: no {what} left of {report.read} rows: {report.reasons()}')
     return pairs
 
-def _split(d, k, name, key='split'):
-    if k not in d: raise ValueError(f"{name}: no split '{k}', it has {_names_of(d)}" + (f'; choose with data.{key}' if key!='split' or len(d)>1 else ''))
+def _split(d, k, name, key='split=NAME'):
+    if k not in d: raise ValueError(f"{name}: no split '{k}', it has {_names_of(d)}; choose with {key}")
     return d[k]
 
 def load_preferences(
@@ -573,7 +616,8 @@ def read_prompts(
             if isinstance(x, BadPair): raise x
             if isinstance(x, dict):
                 if 'prompt' in getattr(x, 'twice', ()): raise BadPair('malformed', "the key 'prompt' stands twice")
-                if x.get('prompt') is None: raise BadPair('malformed', 'prompt is empty' if 'prompt' in x else f'no prompt; the keys are {_names_of(x)}')
+                if x.get('prompt') is None:
+                    raise BadPair('malformed', 'prompt is empty' if 'prompt' in x else f'no prompt; the keys are {_names_of(x)}')
                 x = x['prompt']
             out.append(as_prompt(x))
         except BadPair as e: raise ValueError(f'{where}: no prompt can be read here: {e.detail}') from None
@@ -602,7 +646,8 @@ def split_by_prompt(
 )->dict: # {name: pairs}
     "Pairs in splits that have no prompt in common; none is empty if there are enough prompts"
     keys = _by_key(pairs)
-    at,where = {k:_share(min(p['prompt'] for p in ps), seed, 'split') for k,ps in keys.items()},{k:[] for k in (*shares,'train')}
+    at = {k:_share(min(p['prompt'] for p in ps), seed, 'split') for k,ps in keys.items()}
+    where = {k:[] for k in (*shares,'train')}
     for key,x in at.items():
         for k,v in shares.items():
             if x<v: break
@@ -680,7 +725,8 @@ def _encode_responses(texts, tokenizer, max_response):
     eos,out = _eos(tokenizer),[]
     for t,o in zip(texts, encode(texts, tokenizer)):
         while o and o[-1]==eos: o = o[:-1]   # an EOS that is an ordinary character
-        if eos in o: raise ValueError(f'the tokenizer ends a text with {tokenizer.eos_token!r}, which {t[:60]!r} needs as a word; choose another eos_token')
+        if eos in o: raise ValueError(f'the tokenizer ends a text with {tokenizer.eos_token!r}, '
+                                      f'which {t[:60]!r} needs as a word; choose another eos_token')
         out.append((o+[eos] if len(o)<max_response else o[:max_response], len(o)))
     return out
 
@@ -707,7 +753,8 @@ def tokenize_pairs(
     report.read = report.read or n
     where = lambda i: pairs[i].get('source', f'pair {i+1}')
     def keep(i, g):
-        if g[0]==g[1]: report.count('too long', where(i), f'the answers are the same in their first {max_response} tokens (data.max_response)')
+        same = f'the answers are the same in their first {max_response} tokens (data.max_response)'
+        if g[0]==g[1]: report.count('too long', where(i), same)
         return g[0]!=g[1]
     b = _tokenize([p['prompt'] for p in pairs], [(p['chosen'],p['rejected']) for p in pairs],
                   tokenizer, max_prompt, max_response, keep) if pairs else None
@@ -734,8 +781,8 @@ def tokenize_sft(
 # %% ../nbs/02_data.ipynb #fd4c1c20
 def _split_names(d, c, name):
     "Which of the splits in `d` is which"
-    _split(d, c.split, name, 'split (--set data.split=NAME)')
-    if c.test_split is not None: _split(d, c.test_split, name, 'test_split')
+    _split(d, c.split, name, '--set data.split=NAME')
+    if c.test_split is not None: _split(d, c.test_split, name, '--set data.test_split=NAME')
     if c.test_split==c.split: raise ValueError(f'data.test_split: {c.test_split} is what data.split learns from')
     out = dict(train=c.split)
     for k,v in dict(test=c.test_split or 'test', dev='dev' if 'dev' in d else 'validation', ood='ood').items():
@@ -744,7 +791,8 @@ def _split_names(d, c, name):
 
 def _shares(c, lack):
     "Shares of the splits that are taken from train"
-    if not c.test_size: raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: there would be nothing to test on")
+    if not c.test_size:
+        raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: nothing to test on")
     return {k:c.test_size for k in lack}
 
 def _subset(pairs, n, seed, report):
@@ -762,7 +810,9 @@ def load_splits(
     "The splits of a run"
     c,w = config.data,None
     if source is None and c.name=='world':
-        if c.split!='train' or c.test_split: raise ValueError('data.split and data.test_split choose among the splits of a data set; the embedded world (data.name) has its own')
+        if c.split!='train' or c.test_split:
+            raise ValueError('data.split and data.test_split choose among the splits of a data set; '
+                             'the embedded world (data.name) has its own')
         w = make_world(config.world, config.seed)
         d,name,remarks = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world',[]
         names = dict(train='train', dev='dev', test='test', ood='ood')
@@ -770,7 +820,8 @@ def load_splits(
         d,name,remarks = _open(c.name if source is None else source, c.data_dir)
         names = _split_names(d, c, name)
     report = DataReport(name, remarks)
-    s = {k:_pairs(d[names[k]](), report, f"split '{names[k]}'") if k in names else [] for k in ('train','dev','test','ood')}
+    read = lambda k: _pairs(d[names[k]](), report, f"split '{names[k]}'") if k in names else []
+    s = {k:read(k) for k in ('train','dev','test','ood')}
     held,train = {prompt_key(p['prompt']) for k in ('dev','test','ood') for p in s[k]},[]
     for p in s['train']:
         if prompt_key(p['prompt']) in held: report.count('train/test leak', p['source'])
@@ -784,10 +835,13 @@ def load_splits(
     lack = [k for k in ('test','dev') if k not in names]
     if lack: s.update(split_by_prompt(_need(s['train'], report, 'pairs for train'), _shares(c, lack), config.seed))
     for k in ('train','dev','test'):
-        if not s[k] and k in (*lack,'train') and lack: raise ValueError(f"{name}: {len(_by_key(s['train']+s['dev']+s['test']))} different prompts are too few for "
-            f"train and {' and '.join(lack)}, which are parts of it (data.test_size); {report.reasons()}")
+        if not s[k] and lack and k in (*lack,'train'):
+            n = sum(len(_by_key(s[o])) for o in (*lack,'train'))
+            raise ValueError(f"{name}: {n} different prompts are too few for train and {' and '.join(lack)}, "
+                             f'which are parts of it (data.test_size); {report.reasons()}')
         _need(s[k], report, f'pairs for {k}')
-    report.lengths = length_stats(_sizes(s['train']), 'words') if tokenizer is None else length_stats(np.stack([sizes[id(p)] for p in s['train']]))
+    if tokenizer is None: report.lengths = length_stats(_sizes(s['train']), 'words')
+    else: report.lengths = length_stats(np.stack([sizes[id(p)] for p in s['train']]))
     for k in ('train','dev','test'):
         n = len(_by_key(s[k]))
         if n<20: report.remarks.append(f'{k} has {n} prompt{"s"*(n>1)}: too few to conclude anything from.')

@@ -598,7 +598,8 @@ def over_set(
         for k,name in enumerate(names):
             (x,s),(d,e) = ((v[j,k].item(),se[j,k].item()) for j in (i,len(order)+i))
             rows.append(dict(metric=name, model=m, value=x, low=x-h*s, high=x+h*s, n=B))
-            if i!=r: rows[-1].update(difference=d, difference_low=d-h*e, difference_high=d+h*e, p=_p(d, e, min(32, B)-1))
+            some = d if abs(d)>1e-9*(abs(x)+abs(x-d)) else 0.                     # what is left of two equal sums is rounding, and no difference
+            if i!=r: rows[-1].update(difference=d, difference_low=d-h*e, difference_high=d+h*e, p=_p(some, e, min(32, B)-1))
     return rows
 
 # %% ../nbs/13_failures.ipynb #f3248fc2

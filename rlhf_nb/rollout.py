@@ -451,8 +451,10 @@ def rollouts(
             r,e = b.returns[b.learn],(b.returns-b.values)[b.learn]
             row['value_explained'] = 1-(e.var()/r.var().clamp(min=1e-12)).item()
         row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4))
+        far = o.max_kl is not None and row['kl']>o.max_kl
+        if far: row['stopped'] = True                                    # the row says so: who resumes must not go on
         yield [b[j] for parts in cuts for j in parts if b.learn[j].any()],row
-        if o.max_kl is not None and row['kl']>o.max_kl: return
+        if far: return
 
 # %% ../nbs/07_rollout.ipynb #36be371f
 def bandit(

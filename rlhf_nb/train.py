@@ -263,7 +263,7 @@ class Best:
         with torch.random.fork_rng([self.acc.device] if self.acc.device.type=='cuda' else []), torch.no_grad(), self.acc.autocast():
             metrics,good = self.dev()
         if self.acc.num_processes>1: good = float(self.acc.reduce(torch.tensor(float(good), device=self.acc.device), 'mean')) # one decision for all
-        if not n and not self.from_start: good = -math.inf
+        if good!=good or not n and not self.from_start: good = -math.inf
         if self.kept is None or good>self.kept['good']:
             self.kept = dict(good=float(good), update=n, model={k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()})
         self.at,self.bad = n,not good>-math.inf
@@ -294,7 +294,7 @@ def fit(
 )->list:             # All metrics rows
     "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
     acc,opt = acc or mk_accelerator(),opt or mk_optimizer(model, o)
-    start,rows,n,best = 0,[],0,Best(model, dev, o, total, acc, from_start)
+    start,rows,best = 0,[],Best(model, dev, o, total, acc, from_start)
     model.to(acc.device)
     write = lambda: write_text(run.log(stage), ''.join(json.dumps(r)+'\n' for r in rows)) if run and acc.is_main_process else None
     if run:
@@ -305,6 +305,7 @@ def fit(
             if [r.get('update') for r in rows]!=list(range(start)):
                 raise ValueError(f'{run.log(stage)}: does not fit {path}, which is after {start} updates: their rows are not all there, in order. Remove both to start this stage again')
         write()
+    n = start
     first = best.look(start) if best.every and best.kept is None else {}
     it = steps(model, mk_updates(start), step, o, total, opt, acc, start, until)
     for r in progress(it, total-start, stage) if acc.is_main_process else it:
@@ -312,7 +313,7 @@ def fit(
         r.update(best.look(n) if best.due(n) else first if n==1 else {})
         rows.append(r)
         if run and acc.is_main_process: append_row(run.log(stage), r)
-        if best.over(n): break
+        if best.over(n) or r.get('stopped'): break                # no checkpoint: a resumed run would go on from it
         if run and acc.is_main_process and n%o.checkpoint_every==0 and n<total: save_checkpoint(path, model, opt, n, best.kept)
     if best.every and rows:
         if best.at!=n: rows[-1].update(best.look(n))     # the updates ended by themselves
