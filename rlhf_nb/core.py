@@ -24,6 +24,7 @@ if os.path.basename(sys.argv[0]).split('.')[0]=='rlhf_nb' and signal.getsignal(s
     except ValueError: pass                            # not the main thread: Ctrl-C is not ours
 
 from dataclasses import asdict,dataclass,field,fields,is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated,Literal,Union,get_args,get_origin
@@ -449,6 +450,9 @@ def _checked(d, cls, where=''):
         out[str(k)] = _checked(v, known[k], f'{where}{k}.') if is_dataclass(known[k]) else _value(v, _kinds(known[k]), f'{where}{k}')
     return out
 
+@cache
+def _adapter(): return TypeAdapter(Config)
+
 def _together(c):
     "Values that are right alone and not together"
     if c.ppo.mini_batches>c.ppo.batch_size: raise ValueError(f'ppo.mini_batches: expected at most ppo.batch_size ({c.ppo.batch_size} prompts), got {c.ppo.mini_batches}')
@@ -465,7 +469,7 @@ def mk_config(
     if name not in presets: raise ValueError(f"unknown preset {_shown(name)}, expected one of {', '.join(presets)}")
     start = presets[name]
     if name=='demo' and (d.get('data') or {}).get('name', 'world')!='world': start = _demo_elsewhere
-    try: return _together(TypeAdapter(Config).validate_python(_merge({**start, 'preset':name}, d)))
+    try: return _together(_adapter().validate_python(_merge({**start, 'preset':name}, d)))
     except ValidationError as e:
         o = e.errors()[0]
         key = '.'.join(k for k in o['loc'] if isinstance(k, str) and k.isidentifier())
