@@ -178,6 +178,33 @@ def test_key_stays_with_its_owner(monkeypatch):
         assert len(e.seen) == 2
 
 
+@pytest.mark.parametrize("status", [200, 307, 400])
+def test_client_sends_and_logs_no_more(monkeypatch, caplog, status):
+    "What the environment says to OpenAI's client goes to no other server; a key that a server repeats in its headers is not logged; without a key there is no header for one"
+    caplog.set_level(logging.DEBUG)
+    for k in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(k, "of-openai")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "x-mine: of-openai\nauthorization: of-openai")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    with Endpoint(lambda i, body: (status, {"location": f"/?key={key}", "x-request-id": key}, verdict(body, longer)[2])) as e:
+        for given in (key, None):
+            vs = judge_pairs(judge(e, api_key=given), pairs(1))
+            assert bool(vs[0]["verdict"]) == (status == 200)
+    assert "of-openai" not in json.dumps([h for _, h in e.seen]) and key not in caplog.text
+    sent = [h.get("authorization") for _, h in e.seen]
+    assert {*sent} == {f"Bearer {key}", None}
+    assert not any(k.startswith("x-stainless") for _, h in e.seen for k in h)
+
+
+@pytest.mark.parametrize("text,why", [("[" * 10**5, "HTTP 400"), ("x" * 3 * 10**6, "HTTP 400"), ('{"error": "' + "y" * 50 + '"}', "yyy")])
+def test_body_of_an_error(text, why):
+    "The body of an error is read under the same limits, and by us alone"
+    with Endpoint(lambda i, body: (400, {}, text)) as e:
+        vs = judge_pairs(judge(e, tries=1), pairs(1))
+        assert why in vs[0]["failed"] and len(vs[0]["failed"]) < 400
+
+
 def test_negotiation(tmp_path):
     "Any combination of parameters that a server refuses, in the words of different servers; accepted once, kept, and not reopened by a question that is too long"
     words = dict(temperature="Unsupported value: 'temperature' does not support 0 with this model.", max_tokens="Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",

@@ -10,7 +10,7 @@ __all__ = ['judge_prompt', 'verdict_schema', 'prices', 'attacks', 'stored', 'by_
            'judge_run']
 
 # %% ../nbs/12_judge.ipynb #2c9655a0
-import base64,email.utils,hashlib,html,ipaddress,json,math,os,random,re,secrets,socket,threading,time
+import base64,email.utils,hashlib,html,ipaddress,json,logging,math,os,random,re,secrets,socket,sys,threading,time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -578,15 +578,27 @@ class LLMJudge:
 
     @cached_property
     def _client(self):
-        import httpx
-        key,a = self._key,self.address
-        headers = {'accept-encoding':'identity', 'user-agent':'rlhf_nb', **({'authorization':a.basic if a.login else f'Bearer {key}'} if key or a.login else {})}
+        "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
+        import openai
+        for o in ('openai','httpx2','httpcore2','httpx','httpcore'): logging.getLogger(o).setLevel(logging.WARNING)   # below that they tell headers
+        http,key,a = sys.modules[openai.DefaultHttpxClient.__base__.__module__],self._key,self.address                # the HTTP library that openai brings
+        headers = {'accept':'application/json', 'accept-encoding':'identity', 'content-type':'application/json', 'user-agent':'rlhf_nb',
+                   **({'authorization':a.basic if a.login else f'Bearer {key}'} if key or a.login else {})}
         if self.openai: headers |= {k:os.environ[v] for k,v in (('openai-organization','OPENAI_ORG_ID'),('openai-project','OPENAI_PROJECT_ID')) if os.environ.get(v)}
         p = a.proxy
-        self._target = (a.origin if p and p.startswith('http') and a.scheme=='http' else '')+a.target   # such a proxy needs the whole address
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-        try: return httpx.Client(headers=headers, timeout=self.timeout, proxy=p, trust_env=False, verify=httpx.create_ssl_context() if a.scheme=='https' else False, limits=limits)
-        except (ValueError,ImportError,OSError,httpx.InvalidURL) as e: raise JudgeError(f'the proxy or the certificates that the environment names can\'t be used ({type(e).__name__})') from None
+        target = (a.origin if p and p.startswith('http') and a.scheme=='http' else '')+a.target   # such a proxy needs the whole address
+        class Client(openai.DefaultHttpxClient):
+            def send(_, request, **kw):
+                end = time.monotonic()+self.timeout
+                asked = http.Request(request.method, request.url, headers=headers, content=request.content, extensions={**request.extensions, 'target':target.encode()})
+                r = super().send(asked, stream=True, follow_redirects=False)
+                try: self._read(r, request.extensions.setdefault('body', bytearray()), end)
+                finally: r.close()
+                return http.Response(r.status_code, headers={k:r.headers[k] for k in ('content-type','retry-after') if k in r.headers}, request=request)
+        limits = http.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        try: client = Client(proxy=p, trust_env=False, verify=http.create_ssl_context() if a.scheme=='https' else False, limits=limits)
+        except (ValueError,ImportError,OSError,http.InvalidURL) as e: raise JudgeError(f'the proxy or the certificates that the environment names can\'t be used ({type(e).__name__})') from None
+        return openai.OpenAI(base_url=a.origin, api_key=key or 'none', max_retries=0, timeout=self.timeout, http_client=client)   # without a key, `headers` has none
 
     def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
     def _cost(self, i, o): return (i*self.price[0]+o*self.price[1])/1e6 if self.price else None
@@ -786,26 +798,30 @@ def _verdict(self:LLMJudge, r, check, limit):
 # %% ../nbs/12_judge.ipynb #dfb8b531
 _most_bytes = 8_000_000
 
+def _late(seconds): return _Fault('again', f'no whole reply within {seconds:g} s', None)
+
+@patch
+def _read(self:LLMJudge, r, body, end):
+    "Read the bytes of a reply into `body`: up to `end`, and not too many"
+    for o in r.iter_bytes():
+        body += o
+        if time.monotonic()>end: raise _late(self.timeout)
+        if len(body)>_most_bytes: raise _Fault('again', f'a reply of more than {_most_bytes//10**6} MB', None, kind='broken', text=bytes(body[:2000]).decode(errors='replace'))
+        if r.status_code//100!=2 and len(body)>10**5: break
+
 @patch
 def _post(self:LLMJudge, asked):
     "A reply: message, end, use, by"
-    import httpx
-    end,a = time.monotonic()+self.timeout,self.address
-    late = _Fault('again', f'no whole reply within {self.timeout:g} s', None)
-    r = body = None
-    try:
-        with self._client.stream('POST', a.origin+'/chat/completions', json=asked, extensions={'target':self._target.encode()}) as r:
-            body = bytearray()
-            for o in r.iter_bytes():
-                body += o
-                if time.monotonic()>end: raise late
-                if len(body)>_most_bytes: raise _Fault('again', f'a reply of more than {_most_bytes//10**6} MB', None, kind='broken', text=bytes(body[:2000]).decode(errors='replace'))
-                if r.status_code//100!=2 and len(body)>10**5: break
-    except (httpx.ConnectTimeout,httpx.ConnectError,httpx.ProxyError) as e: raise _Fault('nobody', f'nothing answers at {self.host} ({type(e).__name__})') from None
-    except httpx.TimeoutException: raise late from None
-    except (httpx.HTTPError,httpx.StreamError) as e:
-        if body is None: raise _Fault('nobody', f'nothing answers at {self.host} ({type(e).__name__})', None) from None
-        raise _Fault('again', f'a reply that broke off ({type(e).__name__})', None, text=bytes(body).decode(errors='replace')) from None
+    import openai
+    try: r = self._client.chat.completions.with_raw_response.create(**asked).http_response
+    except openai.APIStatusError as e: r = e.response
+    except openai.APIConnectionError as e:   # time-outs too
+        why,body = type(e.__cause__).__name__,e.request.extensions.get('body')   # None before a reply began
+        if why in ('ConnectTimeout','ConnectError','ProxyError'): raise _Fault('nobody', f'nothing answers at {self.host} ({why})') from None
+        if isinstance(e, openai.APITimeoutError): raise _late(self.timeout) from None
+        if body is None: raise _Fault('nobody', f'nothing answers at {self.host} ({why})', None) from None
+        raise _Fault('again', f'a reply that broke off ({why})', None, text=bytes(body).decode(errors='replace')) from None
+    body = r.request.extensions['body']
     text = bytes(body).decode('utf-8-sig', errors='replace')
     try: d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
     except (ValueError,RecursionError): d = None
