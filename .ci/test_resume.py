@@ -333,8 +333,12 @@ def test_children_end(sign, tmp_path):
     kids = children(pid)
     assert len(kids) == 2
     os.kill(pid, sign)
-    assert ended(pid, 10) == (130 if sign == signal.SIGINT else -sign)
-    assert until(lambda: not any(map(working, kids)), 3), "orphans"
+    try:
+        assert ended(pid, 10) == (130 if sign == signal.SIGINT else -sign)
+        assert until(lambda: not any(map(working, kids)), 3), "orphans"
+    finally:
+        for k in filter(working, kids):
+            os.kill(k, signal.SIGKILL)
 
 
 def test_second_writer(tmp_path):
