@@ -199,15 +199,18 @@ def test_widths(browser, app, scheme):
     done(p)
     dark = p.evaluate("getComputedStyle(document.querySelector('#board article')).backgroundColor") == "rgb(24, 24, 27)"
     assert dark == (scheme == "dark")
-    for width, height in ((320, 640), (390, 844), (820, 1180), (1280, 900)):
-        p.set_viewport_size({"width": width, "height": height})
-        for tab in ("Explore", "Votes", "API", "Compare"):
-            p.get_by_role("tab", name=tab).click() if p.get_by_role("tab", name=tab).is_visible() else None
-            p.wait_for_timeout(150)
+    for tab in ("Explore", "Votes", "API", "Compare"):
+        p.set_viewport_size({"width": 1280, "height": 900})     # on a narrow page the tabs go into a menu, a moment after it became narrow
+        p.wait_for_timeout(300)
+        p.get_by_role("tab", name=tab).click()
+        for width, height in ((320, 640), (390, 844), (820, 1180), (1280, 900)):
+            p.set_viewport_size({"width": width, "height": height})
+            p.wait_for_timeout(300)
             assert p.evaluate("document.documentElement.scrollWidth") <= width, (tab, width, scheme)
-        assert p.evaluate(contrast, "#board .answer, #board dd, #board .turns p, #top p") >= 4.5, (width, scheme)
-        assert len(p.screenshot(full_page=True)) > 10_000
-        shot(p, f"page_{width}_{scheme}")
+            if tab == "Compare":
+                assert p.evaluate(contrast, "#board .answer, #board dd, #board .turns p, #top p") >= 4.5, (width, scheme)
+                assert len(p.screenshot(full_page=True)) > 10_000
+                shot(p, f"page_{width}_{scheme}")
     p.context.close()
 
 
