@@ -707,7 +707,7 @@ def load_tokenizer(
     if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)   # transformers makes one without words from nothing
     for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
     f = Path(name)/'tokenizer.json'
-    if f.exists() and not (Path(name)/'tokenizer_config.json').exists() and tok.eos_token and tok.eos_token not in read_text(f):   # transformers guesses one
+    if f.is_file() and not (Path(name)/'tokenizer_config.json').is_file() and tok.eos_token and tok.eos_token not in read_text(f):   # transformers guesses one
         raise ValueError(f'{name}: tokenizer_config.json is missing, and tokenizer.json has no {tok.eos_token}, which transformers takes for EOS; copy the file there')
     if eos and tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     g = Path(name)/'generation_config.json'
