@@ -80,6 +80,7 @@ def train_dpo(
     if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
     if o.loss_type=='ipo' and not o.beta>0: dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')   # refuses
     live,acc = reference if not o.cache_reference else None,acc or mk_accelerator()
+    if reference is not None: reference.to(acc.device)       # `fit` moves the policy; `simpo` needs no reference
     def cached(b):
         if live is not None or o.loss_type=='simpo': return b
         with acc.autocast(): return b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens))

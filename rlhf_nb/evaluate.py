@@ -296,9 +296,17 @@ def sample_with_kl(
     n:int=1,               # Responses of each model to each
     max_new_tokens:int=48,
     temperature:float=1.0, # Of sampling, applied to both sides of the KL
-    seed:int=0
+    seed:int=0,
+    memory:int=None        # Bytes at once, as for `sample` (None: as much as there)
 )->dict: # {name: batch (B,n,R) as from `sample`, with `kl` (B,n,R), nats, as `exact_kl` of it}
     "Samples of all models, written in step: the reference reads what the others write while they write it"
+    from rlhf_nb.rollout import MEMORY,decode_bytes,in_memory,joined
+    def cost(k): return sum(decode_bytes(m, k, n*len(models) if name=='reference' else n, max_new_tokens, n) for name,m in models.items())
+    parts = in_memory(prompts, cost, MEMORY if memory is None else memory)
+    out = [_with_kl(models, [prompts[i] for i in p], n, max_new_tokens, temperature, seed) for p in parts]
+    return {k:joined([o[k] for o in out], parts) for k in models}
+
+def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
     from rlhf_nb.rollout import decode,from_steps,stop_tokens
     names = ['reference',*(k for k in models if k!='reference')]
     sizes = {k:len(models[k].get_output_embeddings().weight) for k in names}
@@ -307,11 +315,12 @@ def sample_with_kl(
     run = {k:decode(models[k], prompts, n, max_new_tokens, temperature, seed, stops[k], beside=0 if j else n*(len(names)-1)) for j,k in enumerate(names)}
     steps,kls,told = {k:[] for k in names},{k:[] for k in names},None
     none = (torch.zeros(len(prompts), n, dtype=torch.long),torch.zeros(len(prompts), n),torch.zeros(len(prompts), n, dtype=torch.bool))
-    none = tuple(o.to(models['reference'].device) for o in none)
+    home = models['reference'].device
+    none = tuple(o.to(home) for o in none)
     for t in range(max_new_tokens):
         try: ref = run['reference'].send(told)
         except StopIteration: break
-        now = {'reference':ref, **{k:next(run[k], none) for k in names[1:]}}
+        now = {'reference':ref, **{k:tuple(o.to(home) for o in next(run[k], none)) for k in names[1:]}}
         live = torch.cat([o[2] for o in now.values()], 1)              # (B,G): whose rows the reference has read
         row = (live.view(-1).cumsum(0)-1).view(len(prompts), len(names), n)
         for j,(k,o) in enumerate(now.items()):
@@ -366,9 +375,10 @@ def plain_values(
     temperature:float=1.
 ): # Reward (None without `rm`), KL(policy || reference) summed over the response
     "What one answer is worth, by plain transformers: the slow way, to check and to race against"
-    ids,n = torch.tensor([prompt+response], device=policy.device),len(prompt)
-    lp,lq = (m(input_ids=ids).logits[0,n-1:-1].float().div(temperature).log_softmax(-1) for m in (policy,reference))
-    return None if rm is None else rm(input_ids=ids).logits[0,0].item()-getattr(rm.config, 'reward_mean', 0.),(lp.exp()*(lp-lq)).sum().item()
+    ids,n = torch.tensor([prompt+response]),len(prompt)
+    read = lambda m: m(input_ids=ids.to(m.device)).logits.float()
+    lp,lq = (read(m)[0,n-1:-1].to(policy.device).div(temperature).log_softmax(-1) for m in (policy,reference))
+    return None if rm is None else read(rm)[0,0].item()-getattr(rm.config, 'reward_mean', 0.),(lp.exp()*(lp-lq)).sum().item()
 
 def check_disjoint(
     prompts:list,  # Texts

@@ -109,6 +109,8 @@ def train_grpo(
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size)
     if o.group_size<2: raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
+    acc = acc or mk_accelerator()
+    reference.to(acc.device)              # `fit` moves the policy
     look = lambda more=watch: unseen(policy, reference, dev, o, score, o.beta, child_seed(seed, 'grpo'), more)
     watch = {**(watch or {}), 'silent_groups':lambda b: silent(b.scores).float()}   # groups without signal
     def mk_updates(start):

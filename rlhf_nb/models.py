@@ -315,15 +315,15 @@ def log_probs(
     policy,              # Causal LM
     batch:Batch,
     temperature:float=1.0# Of sampling
-): # (B,G,R) float32, 0 where there is no response token
+): # (B,G,R) float32, 0 where there is no response token; on the batch's device, wherever the model is
     "Log-probability of each response token"
-    l,o = Layout(batch.to(policy.device)),head(policy)
+    home,l,o = batch.device,Layout(batch.to(policy.device)),head(policy)
     if is_padded(policy):
         pick = lambda z,ids: (z if temperature==1 else z/temperature).log_softmax(-1).gather(-1, ids[:,None])[:,0]
         lp = [pick(_read_rows(policy, l, rows)[2], l.targets[s]) for rows,s in _row_pieces(l, len(o.weight))]
-        return l.per_token(torch.cat(lp) if lp else torch.zeros(0, device=l.ids.device))
+        return l.per_token(torch.cat(lp) if lp else torch.zeros(0, device=l.ids.device)).to(home)
     h = hidden(policy, l)[l.read]
-    return l.per_token(_LogProb.apply(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), max(1, SLICE//len(o.weight))))
+    return l.per_token(_LogProb.apply(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), max(1, SLICE//len(o.weight)))).to(home)
 
 # %% ../nbs/03_models.ipynb #4bb96b9f
 @contextmanager
@@ -437,12 +437,13 @@ def exact_kl(
     if V!=W: raise ValueError(f'KL needs one vocabulary: the policy has {V} tokens, the reference {W}')
     l = Layout(batch.to(policy.device))
     kl = torch.empty(len(l.own), device=l.ids.device)
-    readers = [_reader(m, l, temperature) for m in (policy,reference)]
+    same = reference.device==policy.device
+    readers = [_reader(policy, l, temperature),_reader(reference, l if same else Layout(batch.to(reference.device)), temperature)]
     by_row = is_padded(policy) or is_padded(reference)
     for rows,s in _row_pieces(l, V) if by_row else [(None,s) for s in _slices(len(l.own), max(1, SLICE//V))]:
-        p,q = (f(rows, s).log_softmax(-1) for f in readers)
+        p,q = (f(rows, s).log_softmax(-1).to(kl.device) for f in readers)
         kl[s] = (p.exp()*(p-q)).sum(-1)
-    return l.per_token(kl)
+    return l.per_token(kl).to(batch.device)
 
 # %% ../nbs/03_models.ipynb #b9049989
 def _own_scores(rm, batch):
@@ -459,9 +460,11 @@ def _own_scores(rm, batch):
 def scores(
     reward_model, # From `load_reward_model` or `mk_reward_model`, or any sequence classifier with one label
     batch:Batch
-): # (B,G)
+): # (B,G), on the batch's device
     "The reward of each response"
-    batch = batch.to(reward_model.device)
+    return _scores(reward_model, batch.to(reward_model.device)).to(batch.device)
+
+def _scores(reward_model, batch):
     l = Layout(batch)
     if isinstance(reward_model, LogProbReward): return reward_model.read(l)
     c,last = reward_model.config,l.last
@@ -477,11 +480,11 @@ def scores(
 def values(
     value_model, # Sequence classifier with one label
     batch:Batch
-): # (B,G,R)
+): # (B,G,R), on the batch's device
     "The value of each response token, read where it is predicted"
     l = Layout(batch.to(value_model.device))
     h = hidden(value_model, l)[l.read]
-    with _full(h): return l.per_token(value_model.score(h.to(value_model.score.weight.dtype)).float()[:,0])
+    with _full(h): return l.per_token(value_model.score(h.to(value_model.score.weight.dtype)).float()[:,0]).to(batch.device)
 
 def _full(h):
     "A head is small: under autocast too it is computed in its own precision, so that scores do not become equal by rounding"
@@ -504,7 +507,7 @@ def check_scores(
         s = scores(model, b).flatten()
         if not made: return s
         after = Batch.from_tokens(rows[:1], [[rows[0][:1]]])            # what comes next is worth what the score says so far
-        return torch.cat([s, values(model, after)[0,0]-mean])
+        return torch.cat([s, values(model, after.to(s.device))[0,0]-mean])
     _say(model, lambda: _compare(model, plain, ours, tol))
 
 # %% ../nbs/03_models.ipynb #5260364e
@@ -515,8 +518,9 @@ class LogProbReward(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm,self.config = lm,deepcopy(lm.config)
-        d = head(lm).weight.shape[1]                         # what the output layer reads: in OPT-350m half of hidden_size
-        self.w,self.g,self.c = nn.Parameter(torch.zeros(d)),nn.Parameter(torch.zeros(d)),nn.Parameter(torch.full((), .4))
+        W = head(lm).weight
+        d,dev = W.shape[1],W.device                          # what the output layer reads: in OPT-350m half of hidden_size
+        self.w,self.g,self.c = (nn.Parameter(torch.full(size, x, device=dev)) for size,x in (((d,),0.),((d,),0.),((),.4)))
         self.config.reward_mean = 0.
     @property
     def device(self): return self.c.device

@@ -115,6 +115,8 @@ def train_ppo(
 )->list:           # Metrics rows
     "Proximal policy optimisation"
     check_rollouts(policy, prompts, o, 1, o.mini_batches)
+    acc = acc or mk_accelerator()
+    reference.to(acc.device)              # `fit` moves the models that learn
     model = nn.ModuleDict(dict(policy=policy, value=value))
     opt = mk_optimizer(dict(policy=(policy,o.lr), value=(value,o.value_lr)), o)
     def mk_updates(start):

@@ -70,7 +70,8 @@ def generate_plain(
     "Sample with `transformers`' own `generate`"
     seed_all(seed)
     pad = lambda p: [tok.pad_token_id]*(max(map(len, prompts))-len(p))
-    ids,mask = (torch.tensor([pad(p)*on+[0]*len(pad(p))*(not on)+(p if on else [1]*len(p)) for p in prompts]) for on in (True,False))
+    rows = lambda on: [pad(p)*on+[0]*len(pad(p))*(not on)+(p if on else [1]*len(p)) for p in prompts]
+    ids,mask = (torch.tensor(rows(on), device=policy.device) for on in (True,False))
     out = policy.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=True, top_k=0)[:,ids.shape[1]:].tolist()
     cut = lambda r: r[:r.index(tok.eos_token_id)+1] if tok.eos_token_id in r else r
     return Batch.from_tokens(prompts, [[cut(r)] for r in out])
