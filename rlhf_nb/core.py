@@ -741,7 +741,7 @@ def check_prompts(
     need:str=None # A model that must be among them
 ):
     "A ValueError where the models answered different prompts"
-    if need and need not in records: raise ValueError(f"no samples of '{need}', which the others are compared with; there are {', '.join(records) or 'none'}")
+    if need is not None and need not in records: raise ValueError(f"no samples of '{need}', which the others are compared with; there are {', '.join(records) or 'none'}")
     names = list(records); first = need or names[0]
     ps = {k:[r['prompt'] for r in rs] for k,rs in records.items()}
     for k in names:
@@ -750,7 +750,7 @@ def check_prompts(
         raise ValueError(f"the samples of '{k}' and of '{first}' answer different prompts: {len(ps[k])} and {len(ps[first])} records, which part at record {i+1}")
 
 sample_keys = dict(prompt=str, response=str, model=str, reward=float, kl=float, n_tokens=int, finished=bool)
-_may_have = dict(kl_per_token=float, gold_reward=float, log_prob=float)   # checked where a record has them; null: not known
+_may_have = dict(reward=float, kl_per_token=float, gold_reward=float, log_prob=float)   # checked where a record has them; null: not known
 
 def read_samples(
     folder,          # A run, its folder, or a folder with samples
@@ -785,9 +785,9 @@ _is_a = {str:('text', lambda v: isinstance(v, str) and not any('\ud800'<=c<='\ud
 
 def _check_record(r, keys, where):
     "The record, with what follows from it"
-    r = {k:v for k,v in r.items() if v is not None or k not in _may_have}
+    r = {k:v for k,v in r.items() if v is not None or k in keys or k not in _may_have}
     for k,t in {**keys, **{k:t for k,t in _may_have.items() if k in r}}.items():
-        if k not in r: raise ValueError(f"{where}: no '{k}'; a sample has {', '.join(keys)}")
+        if k not in r: raise ValueError(f"{where}: no '{k}'{' (not applicable, or not known)'*(k=='reward')}; a sample has {', '.join(keys)}")
         want,ok = _is_a[t]
         if not ok(r[k]): raise ValueError(f"{where}: '{k}' must be {want}, got {str(r[k])[:60]!r}")
     if 'kl' in r and 'n_tokens' in r: r.setdefault('kl_per_token', r['kl']/max(1, r['n_tokens']))

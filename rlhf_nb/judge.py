@@ -534,6 +534,8 @@ class LLMJudge:
     ):
         for k,v in dict(concurrency=concurrency, timeout=timeout, tries=tries, max_prompt=max_prompt, max_answer=max_answer, max_tokens=max_tokens).items():
             if not v>0: raise ValueError(f'{k}: expected a positive number, got {v}')
+        for k,v in dict(budget=[budget] if budget is not None else [], price=price or []).items():
+            if not all(isinstance(x, (int,float)) and 0<=x<math.inf for x in v): raise ValueError(f'{k}: expected dollars, 0 or more, got {v}')
         self.address = _Address(base_url or 'https://api.openai.com/v1')
         self.model,self.name,self._given = model,name or model,api_key
         self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
@@ -1067,7 +1069,7 @@ def judge_run(
     most_failed:float=.05    # Above this share of pairs without a verdict the results are marked as partial
 )->dict: # {judge: {model: dict}}; with `dry_run` {judge: estimate}
     "Judge the samples of a run and write the results; a `JudgeError` after that, where a judge was stopped or gave no verdict at all"
-    folder,records = Path(folder),read_samples(folder)
+    folder,records = Path(folder),read_samples(folder, {k:t for k,t in sample_keys.items() if k!='reward'})   # a judge that is asked needs none
     judges,res = _named(judges, records),folder/'results'
     at = lambda name,kind='': res/'judgements'/f'{_slug(name)}{kind}.jsonl'
     for k,j in judges.items():
