@@ -234,7 +234,7 @@ class RewardConfig(Optim):
     updates:Pos|None=312
     head:Literal['last_token','log_prob']='log_prob' # `last_token`: plain Hugging Face; `log_prob`: for the embedded world
     center:NonNeg=0.0                # Weight of the squared sum of a pair's scores (Eisenstein et al. 2023); 0.01 where used
-    n_normalise:Pos=256              # Reference samples that set the reward's mean to 0 and its std to 1
+    n_normalise:Annotated[int, Field(ge=2, le=1<<53)]=256 # Reference samples that set the reward's mean to 0 and its std to 1
 
 @dataclass
 class RolloutConfig(Optim):
