@@ -544,7 +544,7 @@ def _writing(a):
 def cmd_judge(a):
     "Win rates of a run's samples"
     judges = [j for j in a.judges or [] if j!='llm'] or None
-    if 'llm' in (a.judges or []) or a.llm or a.base_url:
+    if 'llm' in (a.judges or []) or a.llm or a.base_url is not None:
         kw = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price), max_tokens=a.max_tokens)
         llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in kw.items() if v is not None})
         judges = (judges or [])+[llm]
