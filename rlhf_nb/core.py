@@ -11,7 +11,7 @@ __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Heat', 'presets', 'sample_keys', 
            'no_memory', 'in_one_line', 'command', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import difflib,errno,gc,hashlib,importlib,json,math,os,random,re,reprlib,shutil,signal,socket,sys,time
+import difflib,errno,gc,hashlib,importlib,json,math,os,random,re,reprlib,shutil,signal,socket,sys,threading,time
 from contextlib import contextmanager
 
 def _interrupted(*_):
@@ -32,6 +32,7 @@ from typing import Annotated,Literal,Union,get_args,get_origin
 import torch,yaml
 from fastcore.docments import docments
 from pydantic import AfterValidator,Field,TypeAdapter,ValidationError
+from tqdm import std
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #2db392b6
@@ -234,7 +235,7 @@ class RewardConfig(Optim):
     updates:Pos|None=312
     head:Literal['last_token','log_prob']='log_prob' # `last_token`: plain Hugging Face; `log_prob`: for the embedded world
     center:NonNeg=0.0                # Weight of the squared sum of a pair's scores (Eisenstein et al. 2023); 0.01 where used
-    n_normalise:Pos=256              # Reference samples that set the reward's mean to 0 and its std to 1
+    n_normalise:Annotated[int, Field(ge=2, le=1<<53)]=256 # Reference samples that set the reward's mean to 0 and its std to 1
 
 @dataclass
 class RolloutConfig(Optim):
@@ -847,6 +848,13 @@ def command():
     return in_one_line(_command)
 
 # %% ../nbs/00_core.ipynb #46e780b6
+def _own_lock():
+    "The lock of all progress bars is this process's own: tqdm's is shared with forks, and one that is killed while it writes would stop the others"
+    std.tqdm.set_lock(threading.RLock())
+
+_own_lock()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_own_lock)
+
 def progress(
     rows,            # Iterable of metrics rows
     total:int=None,  # How many there will be
