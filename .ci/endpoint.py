@@ -30,7 +30,7 @@ def longer(prompt, first, second):
 
 
 class Endpoint:
-    "`reply(i, body)` is (status, headers, text) for the i-th request; a float is seconds to stall, a list of (seconds, bytes) a reply that trickles"
+    "`reply(i, body)` is (status, headers, text) for the i-th request; a float is seconds to stall, a list of (seconds, bytes) a reply that trickles, an iterator of these is all that is sent, headers too"
     def __init__(self, reply):
         self.seen, self.paths, self.times, self.busy, self.most, self.lock = [], [], [], 0, 0, threading.Lock()
 
@@ -56,6 +56,12 @@ class Endpoint:
                         h.send_response(200)
                         h.send_header("content-length", str(sum(len(b) for _, b in out)))
                         h.end_headers()
+                        for wait, b in out:
+                            time.sleep(wait)
+                            h.wfile.write(b)
+                        return
+                    if hasattr(out, "__next__"):
+                        h.close_connection = True
                         for wait, b in out:
                             time.sleep(wait)
                             h.wfile.write(b)

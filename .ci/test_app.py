@@ -596,6 +596,15 @@ def test_only_names_of_this_machine(app, folder):
     a.close()
 
 
+def test_preflight_of_another_site(app):
+    "OPTIONS, which gradio answers by itself, is read like everything else"
+    port = app.server_port
+    ask = lambda host, origin, path="/gradio_api/call/compare": raw(app, "OPTIONS", path, Host=host, Origin=origin, **{"Access-Control-Request-Method": "POST"})[0]
+    assert ask(f"localhost:{port}", f"http://localhost:{port}") == 200
+    for host, origin in ((f"evil.example:{port}", f"http://evil.example:{port}"), ("evil.example", f"http://localhost:{port}"), (f"localhost:{port}", "http://evil.example"), ("localhost", "null")):
+        assert {ask(host, origin, path) for path in ("/", "/config", "/gradio_api/call/compare", "/gradio_api/queue/join", "/login", "/nothing")} == {403}, (host, origin)
+
+
 def test_only_functions_of_the_page(app):
     "The page calls by number, a program calls two functions by name; nothing else is there"
     post = lambda path, **o: raw(app, "POST", f"/gradio_api/{path}", json.dumps(o).encode(), **{"Content-Type": "application/json"})[0]

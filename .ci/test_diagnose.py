@@ -6,7 +6,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from rlhf_nb.analysis import diagnose
+from rlhf_nb.analysis import diagnose, read_logs
 from rlhf_nb.core import Batch, DPOConfig, GRPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_nb.data import tokenize_pairs, tokenize_prompts, tokenize_sft, unique_prompts
 from rlhf_nb.dpo import dpo_loss, reference_log_probs, train_dpo
@@ -162,3 +162,12 @@ def test_healthy_with_looks(run, seed):
     assert rows[-1]["kept"] > 0 and [r["dev_update"] for r in rows if "dev_update" in r] == [0, *range(4, len(rows)+1, 4)]
     assert [r["loss"] for r in rows] == [r["loss"] for r in run(seed)]
     assert diagnose(rows) == []
+
+
+@pytest.mark.parametrize("row", ['{"update": 1%s, "kl": 1}' % ("0" * 400), '{"update": 0, "kl": -1%s}' % ("0" * 400), '{"update": 0, "reward": 1%s, "kl": 0}' % ("0" * 310)])
+def test_numbers_beyond_a_float_are_named(tmp_path, row):
+    "JSON has whole numbers of any length, a float has not: an error that names file and line, not a traceback from a plot"
+    (tmp_path/"logs").mkdir()
+    (tmp_path/"logs"/"ppo.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match=r"ppo\.jsonl, line 1: `(update|kl|reward)` must be a"):
+        read_logs(tmp_path)

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from endpoint import Endpoint, completion, longer, shown, verdict
 from tiny import fork
 from rlhf_nb.core import read_json, read_rows, write_json
 from rlhf_nb.cli import main
-from rlhf_nb.judge import Journal, JudgeError, LLMJudge, NoVerdict, attacks, judge_pairs, judge_run, judge_samples, read_verdict
+from rlhf_nb.judge import _Address, Journal, JudgeError, LLMJudge, NoVerdict, attacks, judge_pairs, judge_run, judge_samples, read_verdict
 
 key = "sk-planted-0123456789"
 right = {"first": "a", "second": "b", "tie": "tie"}
@@ -118,6 +119,56 @@ def test_deadline_is_for_the_whole_reply():
         with pytest.raises(JudgeError, match="no whole reply within 0.4 s"):
             judge(e, timeout=.4, tries=2)("p", " a", " b")
         assert time.monotonic() - t < 8
+
+
+@pytest.mark.parametrize("bytes_", [[b"HTTP/1.1 200 OK\r\nx-a: "] + [b"y"] * 60, [b"HTTP/1.1 100 Continue\r\n\r\n"] * 60, [b"HTTP/1.1 103 Early Hints\r\nx: y\r\n\r\n"] * 60])
+def test_deadline_is_for_the_headers_too(bytes_):
+    with Endpoint(lambda i, body: iter([(.1, b) for b in bytes_])) as e:
+        t = time.monotonic()
+        with pytest.raises(JudgeError, match="no whole reply within 0.4 s"):
+            judge(e, timeout=.4, tries=2)("p", " a", " b")
+        assert time.monotonic() - t < 4
+
+
+@pytest.mark.parametrize("name", ["retry-after", "content-type", "x-other"])
+@pytest.mark.parametrize("status", [200, 429, 503])
+def test_header_that_is_not_ascii(name, status):
+    "One odd header of one reply does not end the judgement of all"
+    def reply(i, body):
+        return (status, {name: "b\xfccher \xa0\xff"}, verdict(body, longer)[2]) if i == 0 else verdict(body, longer)
+    with Endpoint(reply) as e:
+        assert judge(e)("p", " aa", " b") == "a"
+
+
+nan, inf = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("kw", [dict(budget=o, price=(1., 1.)) for o in (nan, -1., "5", True)] + [dict(budget=1., price=o) for o in ((nan, 1.), (1., nan), (-1., 0.), (inf, 1.), (1.,), 1., (1., 2., 3.), ("1", "2"))]
+                         + [dict(timeout=o) for o in (inf, 1e300, nan, 0, -1, "5")] + [dict(patience=o) for o in (nan, inf, -1)] + [{k: o} for k in ("concurrency", "tries", "max_prompt", "max_answer", "max_tokens") for o in (0, 1.5, nan, inf, "8", True)])
+def test_numbers_are_numbers(kw):
+    "A budget that is no number limits nothing, and a price below zero neither: refused by name, before anything is sent"
+    with pytest.raises(ValueError, match=f"^({'|'.join(kw)}): expected"):
+        judge("http://127.0.0.1:9/v1", **kw)
+
+
+@pytest.mark.parametrize("url", ["", " "])
+def test_an_empty_address_is_not_openai(tmp_path, monkeypatch, capsys, url):
+    "`--base-url $URL`, in quotes, with a variable that is not set, must not send the texts to OpenAI"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")
+    samples(tmp_path, 2)
+    with pytest.raises(ValueError, match="base_url: expected"):
+        LLMJudge("m", url)
+    for argv in (["--llm", "m"], []):
+        with pytest.raises(SystemExit):
+            main(["judge", "--out", str(tmp_path), *argv, "--base-url", url])
+        assert "base_url: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code,tries", [("generate_failed", 2), ("operator_error", 2), ("rate_limit_exceeded", 4), ("RateLimitError", 4), ("too_many_requests", 4), ("429", 4)])
+def test_error_inside_200_by_its_words(code, tries):
+    "A limit is waited for; an error whose name has the same letters is tried again, and then told"
+    with Endpoint(lambda i, body: (200, {"retry-after": "0"}, json.dumps(dict(error=dict(message="x", code=code)))) if i < 3 else verdict(body, longer)) as e:
+        assert judge(e, tries=2).many([("p", " aa", " b")])[0]["verdict"] == ("a" if tries == 4 else None) and len(e.seen) == tries
 
 
 def test_limit_of_concurrency():
@@ -438,7 +489,11 @@ def test_proxy(monkeypatch):
     for k in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(k, "")
     with Endpoint(lambda i, body: verdict(body, longer)) as e:
-        for host in ("127.0.0.1", "localhost", "127.1"):
+        for host in ("127.0.0.1", "localhost", "127.1", "localhost.", "127.0.0.1."):
+            assert _Address(f"http://{host}/v1").proxy is None
+        monkeypatch.setattr("socket.getaddrinfo", lambda host, *a, real=socket.getaddrinfo, **kw: real({"my-machine": "127.0.0.1", "another": "192.0.2.1"}.get(host, host), *a, **kw))
+        assert _Address("http://my-machine/v1").proxy is None and _Address("http://another/v1").proxy
+        for host in ("127.0.0.1", "localhost", "127.1", "my-machine"):
             assert judge(e.url.replace("127.0.0.1", host))("p", " aa", " b") == "a"
     with pytest.raises(JudgeError) as err:
         judge("http://judge.invalid/v1", tries=1)("p", " aa", " b")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_nb.cli import main
 from rlhf_nb.core import Batch, generator, seed_all
 from rlhf_nb.models import (check_forward, check_scores, is_padded, load_policy, load_reward_model, log_probs, max_tokens,
-                            mk_reward_model, scores, values)
+                            mk_reward_model, save_model, scores, values)
 from rlhf_nb.rollout import sample
 
 vocab = 97
@@ -46,7 +46,7 @@ padded = dict(
               max_position_embeddings=64, is_decoder=True, **tokens),
     GPTNeoXJapanese=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, **tokens))
 encoders = dict(
-    Bert=size, Roberta=size, XLMRoberta=size, Electra=dict(size, embedding_size=8), Albert=dict(size, embedding_size=8), MPNet=size, EuroBert=few,
+    Bert=size, IBert=size, Roberta=size, XLMRoberta=size, Electra=dict(size, embedding_size=8), Albert=dict(size, embedding_size=8), MPNet=size, EuroBert=few,
     DebertaV2=dict(size, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False),
     ModernBert=dict(size, local_attention=8, cls_token_id=3, sep_token_id=4), DistilBert=dict(dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=64, **tokens))
 
@@ -128,8 +128,30 @@ def test_encoders_as_reward_models(kind, tmp_path):
     b = batch()
     want = torch.tensor([[m(torch.tensor([p+r])).logits[0, 0].item() for r in rs] for p, rs in zip(b.prompts, b.tokens())])
     near(scores(rm, b), want)
-    if kind in ("Roberta", "XLMRoberta", "MPNet"):  # 64 places, counted from behind PAD's (in MPNet always 1)
+    if kind in ("IBert", "Roberta", "XLMRoberta", "MPNet"):  # 64 places, counted from behind PAD's (in MPNet always 1)
         assert max_tokens(rm) == (62 if kind == "MPNet" else 61)
+
+
+@pytest.mark.parametrize("kind", ["FalconH1", "Llama"])
+def test_a_log_prob_reward_comes_back_with_its_infinities(kind, tmp_path):
+    m = model(kind, dict({**padded, "Llama": few}[kind], vocab_size=259))  # Falcon-H1 has an infinite bound of its time steps, which JSON cannot say
+    m.padded = kind in padded
+    rm, b = mk_reward_model(m, "log_prob"), batch()
+    rm.config.odd = [float("-inf"), dict(x=float("inf"))]
+    rm.w.data.normal_()
+    save_model(rm, byte_tokenizer(), tmp_path/"rm")
+    json.loads((tmp_path/"rm"/"config.json").read_text(), parse_constant=lambda o: 1/0)
+    again, _ = load_reward_model(str(tmp_path/"rm"), forward="padded" if m.padded else "grouped")
+    assert again.config.odd == rm.config.odd
+    near(scores(again, b), scores(rm, b))
+
+
+def test_a_model_without_a_gradient_is_refused():
+    m = model("Reformer", dict(hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=24, attn_layers=["local", "local"], is_decoder=True,
+                               axial_pos_embds=False, local_attn_chunk_length=8, max_position_embeddings=64, **tokens))
+    m.padded = True
+    with pytest.raises(ValueError, match="its gradient fails"):  # its backward wants training mode, in which it would drop out
+        check_forward(m)
 
 
 xlnet = dict(d_model=16, n_layer=2, n_head=2, d_inner=24, **tokens)

@@ -40,8 +40,8 @@ def _checked(path):
     for i,r in enumerate(rows):
         if not isinstance(r, dict) or 'update' not in r:
             raise ValueError(f'{path}, line {i+1}: not a metrics row: expected an object with the key `update`, got {json.dumps(r)[:80]}')
-        if type(r['update']) is not int or r['update']<0: raise ValueError(f'{path}, line {i+1}: `update` must be a whole number, got {json.dumps(r["update"])[:80]}')
-        if (k := next((k for k,v in r.items() if isinstance(v, (list,dict))), None)): raise ValueError(f'{path}, line {i+1}: `{k}` must be a number, got {json.dumps(r[k])[:80]}')
+        if type(r['update']) is not int or not 0<=r['update']<2**53: raise ValueError(f'{path}, line {i+1}: `update` must be a whole number, got {json.dumps(r["update"])[:80]}')
+        if (k := next((k for k,v in r.items() if isinstance(v, (list,dict)) or type(v) is int and abs(v)>1e300), None)): raise ValueError(f'{path}, line {i+1}: `{k}` must be a number, got {json.dumps(r[k])[:80]}')
     return rows
 
 # %% ../nbs/14_analysis.ipynb #fccdfc10

@@ -486,7 +486,7 @@ def append_vote(
     with FileLock(f'{path}.lock', timeout=10),open(path, 'ab+', buffering=0) as f:
         end = f.seek(0, 2)
         tail = _tail(f, end)
-        cut = tail.startswith(b'{') and not _is_json(tail)    # a machine died here; nobody was told that this one was saved
+        cut = tail.startswith(b'{') and not tail.rstrip().endswith(b'}') and not _is_json(tail)    # a machine died here; nobody was told that this one was saved
         if cut: f.truncate(end-len(tail))
         elif tail: data = b'\n'+data                          # a whole line that lacks its end, as editors leave it
         try:
@@ -1155,10 +1155,18 @@ def launch(
         font=['system-ui','sans-serif'], font_mono=['ui-monospace','monospace']), footer_links=['api'], run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
         show_error=False, state_session_capacity=128, app_kwargs=dict(middleware=[(Guard,(),dict(hosts=hosts, page=app))]), allowed_paths=[], max_file_size=0, **auth)
     except OSError as e: raise _busy(host, port, e) from None
+    app.app.middleware_stack = _door(app.app.middleware_stack or app.app.build_middleware_stack(), Guard(None, hosts=hosts))
     if app.share_url: hosts.add(host_name(app.share_url.partition('://')[2].rstrip('/')))
     app.app.dependency_overrides[OAuth2PasswordRequestForm] = _login_form
     desk.start()
     return app
+
+def _door(app, guard):
+    "In front of everything: gradio answers a browser's question whether another site may ask (OPTIONS) before a `Guard` within it sees it"
+    async def f(scope, receive, send):
+        no = scope['type']=='http' and guard._stranger(scope)
+        return await (guard._answer(send, 403, no) if no else app(scope, receive, send))
+    return f
 
 def _login_form(username:str=Form(''), password:str=Form('')):
     "What was typed to log in; any name will do, an empty one too"

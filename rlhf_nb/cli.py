@@ -544,10 +544,13 @@ def _writing(a):
 def cmd_judge(a):
     "Win rates of a run's samples"
     judges = [j for j in a.judges or [] if j!='llm'] or None
-    if 'llm' in (a.judges or []) or a.llm or a.base_url:
+    if 'llm' in (a.judges or []) or a.llm or a.base_url is not None:
         kw = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price), max_tokens=a.max_tokens)
         llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in kw.items() if v is not None})
         judges = (judges or [])+[llm]
+    else:
+        alone = [k for k in ('audit','budget','price','concurrency','timeout','max_tokens') if getattr(a, k) not in (None,False)]
+        if alone: raise ValueError(f"--{alone[0].replace('_', '-')} is about a judge that is asked; name one with --llm MODEL (the stored rewards are only read)")
         if a.base_url: a.argv = [o.replace(a.base_url, llm.host) for o in a.argv]   # a key in the address is nobody else's business
     with _writing(a): d = judge_run(a.out, judges, a.against, a.votes, a.audit, a.dry_run, _command(a))
     if a.dry_run: print(json.dumps(d, indent=1)); return
@@ -619,7 +622,10 @@ def parser():
 def main(argv=None):
     "Entry point of the `rlhf_nb` command"
     argv = sys.argv[1:] if argv is None else argv
-    a = parser().parse_args(argv); a.argv = argv
+    p = parser()
+    a = p.parse_args(argv); a.argv = argv
+    for k,v in vars(a).items():                       # "$FILE" of a variable that is not set must not mean the default
+        if v=='' or k=='args' and '' in v: p.error(f"--{k.replace('_', '-')}: expected a value, got nothing" if v=='' else 'an argument is empty')
     import transformers
     transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     return in_one_line(a.f, a, hint='; add --resume to go on' if a.f in (cmd_run,cmd_train) else '')

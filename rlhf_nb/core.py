@@ -11,7 +11,7 @@ __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Heat', 'presets', 'sample_keys', 
            'no_memory', 'in_one_line', 'command', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import difflib,errno,gc,hashlib,importlib,json,math,os,random,re,reprlib,shutil,signal,socket,sys,time
+import difflib,errno,gc,hashlib,importlib,json,math,os,random,re,reprlib,shutil,signal,socket,sys,threading,time
 from contextlib import contextmanager
 
 def _interrupted(*_):
@@ -32,6 +32,7 @@ from typing import Annotated,Literal,Union,get_args,get_origin
 import torch,yaml
 from fastcore.docments import docments
 from pydantic import AfterValidator,Field,TypeAdapter,ValidationError
+from tqdm import std
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #2db392b6
@@ -234,7 +235,7 @@ class RewardConfig(Optim):
     updates:Pos|None=312
     head:Literal['last_token','log_prob']='log_prob' # `last_token`: plain Hugging Face; `log_prob`: for the embedded world
     center:NonNeg=0.0                # Weight of the squared sum of a pair's scores (Eisenstein et al. 2023); 0.01 where used
-    n_normalise:Pos=256              # Reference samples that set the reward's mean to 0 and its std to 1
+    n_normalise:Annotated[int, Field(ge=2, le=1<<53)]=256 # Reference samples that set the reward's mean to 0 and its std to 1
 
 @dataclass
 class RolloutConfig(Optim):
@@ -741,7 +742,7 @@ def check_prompts(
     need:str=None # A model that must be among them
 ):
     "A ValueError where the models answered different prompts"
-    if need and need not in records: raise ValueError(f"no samples of '{need}', which the others are compared with; there are {', '.join(records) or 'none'}")
+    if need is not None and need not in records: raise ValueError(f"no samples of '{need}', which the others are compared with; there are {', '.join(records) or 'none'}")
     names = list(records); first = need or names[0]
     ps = {k:[r['prompt'] for r in rs] for k,rs in records.items()}
     for k in names:
@@ -750,7 +751,7 @@ def check_prompts(
         raise ValueError(f"the samples of '{k}' and of '{first}' answer different prompts: {len(ps[k])} and {len(ps[first])} records, which part at record {i+1}")
 
 sample_keys = dict(prompt=str, response=str, model=str, reward=float, kl=float, n_tokens=int, finished=bool)
-_may_have = dict(kl_per_token=float, gold_reward=float, log_prob=float)   # checked where a record has them; null: not known
+_may_have = dict(reward=float, kl_per_token=float, gold_reward=float, log_prob=float)   # checked where a record has them; null: not known
 
 def read_samples(
     folder,          # A run, its folder, or a folder with samples
@@ -785,9 +786,9 @@ _is_a = {str:('text', lambda v: isinstance(v, str) and not any('\ud800'<=c<='\ud
 
 def _check_record(r, keys, where):
     "The record, with what follows from it"
-    r = {k:v for k,v in r.items() if v is not None or k not in _may_have}
+    r = {k:v for k,v in r.items() if v is not None or k in keys or k not in _may_have}
     for k,t in {**keys, **{k:t for k,t in _may_have.items() if k in r}}.items():
-        if k not in r: raise ValueError(f"{where}: no '{k}'; a sample has {', '.join(keys)}")
+        if k not in r: raise ValueError(f"{where}: no '{k}'{' (not applicable, or not known)'*(k=='reward')}; a sample has {', '.join(keys)}")
         want,ok = _is_a[t]
         if not ok(r[k]): raise ValueError(f"{where}: '{k}' must be {want}, got {str(r[k])[:60]!r}")
     if 'kl' in r and 'n_tokens' in r: r.setdefault('kl_per_token', r['kl']/max(1, r['n_tokens']))
@@ -847,6 +848,13 @@ def command():
     return in_one_line(_command)
 
 # %% ../nbs/00_core.ipynb #46e780b6
+def _own_lock():
+    "The lock of all progress bars is this process's own: tqdm's is shared with forks, and one that is killed while it writes would stop the others"
+    std.tqdm.set_lock(threading.RLock())
+
+_own_lock()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_own_lock)
+
 def progress(
     rows,            # Iterable of metrics rows
     total:int=None,  # How many there will be

@@ -67,6 +67,7 @@ def _names_of(ks): return ', '.join(str(k)[:30] for k in list(ks)[:8]) or 'none'
 
 _synonyms = dict(human='user', prompter='user', gpt='assistant', bot='assistant', chatbot='assistant',
                  model='assistant', ai='assistant')
+_listed = re.compile(r'''\s*\[\s*\{\s*(["'])(role|content)\1\s*:''')     # how JSON and Python write messages
 _unread = 'tool_calls','function_call','reasoning_content'  # what a message says beside its text
 
 def _message(m):
@@ -88,7 +89,9 @@ def _message(m):
 
 def _turns(x, first='system', name='it'):
     "Turns of `x`, after a check that the HH form can hold them"
-    if isinstance(x, str): turns = parse_turns(x, first)
+    if isinstance(x, str):
+        if _listed.match(x): raise BadPair('malformed', f'{name} is a list of messages that was written down as text; expected the list itself (JSON lines and Parquet hold lists, CSV does not)')
+        turns = parse_turns(x, first)
     elif isinstance(x, (list,tuple,np.ndarray)): turns = [_message(m) for m in x]
     else:
         want = 'expected text (a string) or a list of messages with role, content'
@@ -410,8 +413,8 @@ def _table_rows(path):
         for k,col in zip(t.column_names, t.columns):
             if k in _cols and k in cols: raise ValueError(f'the column {k} stands twice')
             try: cols[k] = col.to_pylist()
-            except (ValueError,pa.ArrowException):
-                if k in _cols: raise                         # what nobody needs may be whatever it is
+            except (ValueError,ArithmeticError,LookupError,pa.ArrowException) as e: # dates beyond Python's, unknown time zones
+                if k in _cols: raise ValueError(f'the column {k}: {e}') from None # what nobody needs may be whatever it is
     except (*_broken,ValueError,pa.ArrowException) as e:
         raise ValueError(f"{path}: not a readable table ({(str(e) or 'empty').splitlines()[0]:.200})") from None
     yield from ((f'{path}, row {i}', dict(zip(cols, o))) for i,o in enumerate(zip(*cols.values()), 1))
@@ -426,9 +429,16 @@ def read_rows_of(
 _words = dict(train='train|training', validation='validation|valid|dev|val', test='test|testing|eval|evaluation')
 _notes = 'config.json','dataset_info.json','dataset_infos.json','dataset_dict.json','state.json'  # about data, no data
 
+def _below(folder, above=()):
+    "All files below a folder, also where a folder within it is a link; a link to a folder above it is not followed in circles"
+    real = folder.resolve()
+    for f in [] if real in above else folder.iterdir():
+        if f.is_dir(): yield from _below(f, (*above,real))
+        else: yield f
+
 def _data_files(folder):
     "Data files below a folder, as paths within it"
-    rel = (f.relative_to(folder) for f in folder.rglob('*') if _suffix(f) in _kinds and f.is_file())
+    rel = (f.relative_to(folder) for f in _below(folder) if _suffix(f) in _kinds and f.is_file())
     return sorted(f for f in rel if f.name not in _notes and not re.fullmatch(r'cache-.*\.arrow', f.name)
                   and not any(o.startswith(('.','__')) for o in f.parts))
 
@@ -450,18 +460,18 @@ def _card(folder):
     card = folder/'README.md'
     if not card.is_file(): return None
     m = re.match(r'\s*---\r?\n(.*?)\r?\n---', _text(card), re.S)
-    try: configs = ((yaml.safe_load(m[1]) if m else None) or {}).get('configs')
-    except (yaml.YAMLError,AttributeError,RecursionError):
+    try: configs = ((yaml.load(m[1], yaml.BaseLoader) if m else None) or {}).get('configs')  # all is text: a date that is none spoils nothing
+    except (yaml.YAMLError,AttributeError,RecursionError,TypeError):
         raise ValueError(f'{card}: what stands between the lines --- is not valid YAML') from None
     if not configs: return None
     try:
-        default = [o for o in configs if len(configs)==1 or o.get('default') or o['config_name']=='default']
+        default = [o for o in configs if len(configs)==1 or str(o.get('default')).lower()=='true' or o['config_name']=='default']
         if not default:
             names = _names_of([o['config_name'] for o in configs])
             raise ValueError(f'{card}: several configurations ({names}) and none is the default; give the folder or file of one')
         c = default[0]
         base,spec = folder/(c.get('data_dir') or '.'),c.get('data_files')
-        if spec is None: return {k:[base/f for f in v] for k,v in _by_name(base).items()}
+        if not spec or spec in ('null','~'): return {k:[base/f for f in v] for k,v in _by_name(base).items()}
         if isinstance(spec, str): spec = [spec]
         if isinstance(spec, list) and all(isinstance(o, str) for o in spec): spec = {'train':spec}
         items = spec.items() if isinstance(spec, dict) else [(o['split'],o['path']) for o in spec]
@@ -505,7 +515,9 @@ def _folder(folder, name):
 # %% ../nbs/02_data.ipynb #58fa9a5e
 def _hub(source, data_dir):
     "Splits of a Hub data set"
-    from datasets import load_dataset_builder           # here: who only takes a dialogue apart does not wait for it
+    from datasets import load_dataset_builder,packaged_modules           # here: who only takes a dialogue apart does not wait for it
+    if source in packaged_modules._PACKAGED_DATASETS_MODULES:       # would read whatever lies in the working folder
+        raise FileNotFoundError(f'{source}: no such file or folder; give the name of the file (./{source}.{source}?) or a folder, or the Hub name of a data set, OWNER/NAME')
     log = logging.getLogger('datasets')
     level = log.level
     log.setLevel(logging.CRITICAL) # datasets logs what we raise
@@ -521,12 +533,21 @@ def _hub(source, data_dir):
         raise ValueError(f'{source}: datasets could not read it: {str(e.__cause__ or e)[:600]}') from None
     finally: log.setLevel(level)
 
+def _undecoded(rows):
+    "A `Dataset` as Python values; pictures and sounds, which nobody needs, stay the bytes that they are"
+    if not hasattr(rows, 'with_format') or not hasattr(rows, 'cast_column'): return rows
+    for k,f in (rows.features or {}).items():
+        if getattr(f, 'decode', None) is True and k not in _cols: rows = rows.cast_column(k, type(f)(decode=False))
+    return rows.with_format(None)
+
 def _open(source, data_dir=None):
     "Splits of anything, {name: function that gives (place, row) each}, what to call it, and what to remark"
-    numbered = lambda name,rows: lambda: ((f'{name}, row {i}', o) for i,o in enumerate(rows, 1))
+    numbered = lambda name,rows: lambda: ((f'{name}, row {i}', o) for i,o in enumerate(_undecoded(rows), 1))
     if not isinstance(source, (str,Path)):
         if hasattr(source, 'itertuples'): raise ValueError("a DataFrame: give its rows, such as df.to_dict('records')")
         d = source if isinstance(source, dict) else {'train':source}
+        for k,v in d.items():
+            if not hasattr(v, '__iter__'): raise ValueError(f'the rows of {k} are {_what(v)}; expected a list of objects with chosen and rejected, a Dataset, or the name of a file')
         return {str(k):numbered(k, v) for k,v in d.items()},'memory',[]
     if not str(source).strip(): raise ValueError('data.name is empty; expected a Hub name, a file or a folder')
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
@@ -574,8 +595,9 @@ def _pairs(rows, report, what='pairs'):
     def doubled(p):
         q = parse_turns(p['prompt'])[-2].text.strip()
         return q and p['chosen'].strip().startswith(q) and p['rejected'].strip().startswith(q)
-    if len(pairs)>7 and all(map(doubled, pairs)):
-        raise ValueError(f'{report.name}: every answer begins with its prompt ({pairs[0]["source"]} and {len(pairs)-1} more); '
+    again = sum(map(doubled, pairs))
+    if again>7 and again>.9*len(pairs):
+        raise ValueError(f'{report.name}: {"every answer begins" if again==len(pairs) else f"{again} of {len(pairs)} pairs have answers that begin"} with {"its" if again==len(pairs) else "their"} prompt ({next(filter(doubled, pairs))["source"]} and {again-1} more); '
                          'leave the prompt out of chosen and rejected')
     return pairs
 

@@ -238,6 +238,10 @@ def _no_vote(r):
     if len(r['order'])<2 or sorted(r['order'])!=sorted(r['answers']): return f"'order' {str(r['order'])[:80]} does not list the models of 'answers', two or more"
     if {'tie','bad'}&{*r['order']}: return "a model can't be called tie or bad"
     if r['vote'] not in (*r['order'],'tie','bad'): return f"vote '{r['vote'][:80]}' is none of {', '.join(r['order'])[:80]}, tie, bad"
+    for k in ('reward','gold_reward'):      # where they stand, they are read
+        o = r.get(k) or {}
+        if not isinstance(o, dict) or not {*o}<={*r['answers']} or not all(x is None or type(x) in (int,float) and abs(x)<1e100 for x in o.values()):
+            return f"'{k}': expected a number for a model of 'answers', got {o!r:.80}"
 
 def _strict_json(s):
     "JSON in which no key stands twice; ValueError says what is wrong"
@@ -494,13 +498,19 @@ class _Address:
     @property
     def loopback(self):
         "Is this the machine we are on?"
-        if self.host=='localhost' or self.host.endswith('.localhost'): return True
-        try: ip = ipaddress.ip_address(self.host)
-        except ValueError:
-            try: ip = ipaddress.ip_address(socket.inet_aton(self.host))   # 127.1
-            except OSError: return False
-        ip = getattr(ip, 'ipv4_mapped', None) or ip
-        return ip.is_loopback or ip.is_unspecified
+        host = self.host.removesuffix('.')
+        if host=='localhost' or host.endswith('.localhost'): return True
+        def here(s):
+            ip = ipaddress.ip_address(s)
+            ip = getattr(ip, 'ipv4_mapped', None) or ip
+            return ip.is_loopback or ip.is_unspecified
+        try: return here(host)
+        except ValueError: pass
+        try: return here(socket.inet_aton(host))   # 127.1
+        except (OSError,UnicodeError): pass
+        if '.' in host: return False
+        try: return all(here(o[4][0]) for o in socket.getaddrinfo(host, None))   # this machine's own name, ip6-localhost
+        except (OSError,ValueError): return False
 
     @property
     def proxy(self):
@@ -512,6 +522,20 @@ class _Address:
 def _masked(s):
     "The ways in which a secret may be spelled"
     return {v for o in (s,unquote(s)) for v in (o,quote(o, safe=''),quote(o),quote_plus(o),html.escape(o),json.dumps(o)[1:-1])}
+
+class _InTime:
+    "A network, or a stream of it, on which nothing lasts longer than `left()` seconds: a time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us"
+    def __init__(self, inner, left, seconds): self.inner,self.left,self.seconds = inner,left,seconds
+    def __getattr__(self, k): return getattr(self.inner, k)
+    def _limit(self, timeout):
+        s = self.left()
+        if s<=0: raise _late(self.seconds)
+        return s if timeout is None else min(s, timeout)
+    def _again(self, o): return _InTime(o, self.left, self.seconds)
+    def connect_tcp(self, host, port, timeout=None, **kw): return self._again(self.inner.connect_tcp(host, port, timeout=self._limit(timeout), **kw))
+    def start_tls(self, ssl_context, server_hostname=None, timeout=None): return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
+    def read(self, max_bytes, timeout=None): return self.inner.read(max_bytes, self._limit(timeout))
+    def write(self, buffer, timeout=None): return self.inner.write(buffer, self._limit(timeout))
 
 class LLMJudge:
     "A judge behind any OpenAI-compatible endpoint"
@@ -532,9 +556,15 @@ class LLMJudge:
         max_tokens:int=300,     # Of a reply; raised once (fourfold, to 4,096 at least) where one is cut or empty: models that reason
         instructions:str=judge_prompt
     ):
-        for k,v in dict(concurrency=concurrency, timeout=timeout, tries=tries, max_prompt=max_prompt, max_answer=max_answer, max_tokens=max_tokens).items():
-            if not v>0: raise ValueError(f'{k}: expected a positive number, got {v}')
-        self.address = _Address(base_url or 'https://api.openai.com/v1')
+        number = lambda v,lo,hi: type(v) in (int,float) and lo<=v<=hi     # NaN is none
+        for k,v in dict(concurrency=concurrency, tries=tries, max_prompt=max_prompt, max_answer=max_answer, max_tokens=max_tokens).items():
+            if type(v) is not int or v<1: raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
+        if not number(timeout, 1e-3, 1e6): raise ValueError(f'timeout: expected a positive number of seconds up to 1,000,000, got {timeout!r}')
+        if not number(patience, 0, 1e6): raise ValueError(f'patience: expected a number of seconds from 0 to 1,000,000, got {patience!r}')
+        if budget is not None and not number(budget, 0, 1e12): raise ValueError(f'budget: expected a number of dollars from 0, got {budget!r}')
+        if price is not None and not (isinstance(price, (tuple,list)) and len(price)==2 and all(number(v, 0, 1e9) for v in price)):
+            raise ValueError(f'price: expected two numbers of dollars from 0, for a million tokens in and out, got {price!r}')
+        self.address = _Address('https://api.openai.com/v1' if base_url is None else base_url)   # an empty one is a mistake, and not OpenAI
         self.model,self.name,self._given = model,name or model,api_key
         self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
         self.concurrency,self.timeout,self.tries,self.patience,self.budget = concurrency,timeout,tries,patience,budget
@@ -587,17 +617,20 @@ class LLMJudge:
         if self.openai: headers |= {k:os.environ[v] for k,v in (('openai-organization','OPENAI_ORG_ID'),('openai-project','OPENAI_PROJECT_ID')) if os.environ.get(v)}
         p = a.proxy
         target = (a.origin if p and p.startswith('http') and a.scheme=='http' else '')+a.target   # such a proxy needs the whole address
+        due = threading.local()                                       # each thread reads one reply at a time
         class Client(openai.DefaultHttpxClient):
             def send(_, request, **kw):
-                end = time.monotonic()+self.timeout
+                end = due.end = time.monotonic()+self.timeout
                 asked = http.Request(request.method, request.url, headers=headers, content=request.content, extensions={**request.extensions, 'target':target.encode()})
                 r = super().send(asked, stream=True, follow_redirects=False)
                 try: self._read(r, request.extensions.setdefault('body', bytearray()), end)
                 finally: r.close()
-                return http.Response(r.status_code, headers={k:r.headers[k] for k in ('content-type','retry-after') if k in r.headers}, request=request)
+                return http.Response(r.status_code, headers=[(k,v) for k,v in r.headers.raw if k.lower() in (b'content-type',b'retry-after')], request=request)   # bytes: they may not be ASCII
         limits = http.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
         try: client = Client(proxy=p, trust_env=False, verify=http.create_ssl_context() if a.scheme=='https' else False, limits=limits)
         except (ValueError,ImportError,OSError,http.InvalidURL) as e: raise JudgeError(f'the proxy or the certificates that the environment names can\'t be used ({type(e).__name__})') from None
+        for o in (client._transport,*client._mounts.values()):
+            if o: o._pool._network_backend = _InTime(o._pool._network_backend, lambda: due.end-time.monotonic(), self.timeout)
         return openai.OpenAI(base_url=a.origin, api_key=key or 'none', max_retries=0, timeout=self.timeout, http_client=client)   # without a key, `headers` has none
 
     def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
@@ -843,7 +876,7 @@ def _error_status(d):
     e = d.get('error') if isinstance(d.get('error'), dict) else d
     words = ' '.join(str(e.get(k) or '') for k in ('code','type','status')).lower()
     if (m := re.search(r'\b[45]\d\d\b', words)): return int(m[0])
-    return next((n for k,n in (('quota',402),('rate',429),('auth',401),('permission',403),('not_found',404),('invalid_request',400),('invalid_argument',400)) if k in words), 200)
+    return next((n for k,n in (('quota',402),(r'(?<![a-z])rate(?!d)|too_?many',429),('auth',401),('permission',403),('not_found',404),('invalid_request',400),('invalid_argument',400)) if re.search(k, words)), 200)
 
 @patch
 def _status(self:LLMJudge, n, d, text, headers):
@@ -1067,7 +1100,7 @@ def judge_run(
     most_failed:float=.05    # Above this share of pairs without a verdict the results are marked as partial
 )->dict: # {judge: {model: dict}}; with `dry_run` {judge: estimate}
     "Judge the samples of a run and write the results; a `JudgeError` after that, where a judge was stopped or gave no verdict at all"
-    folder,records = Path(folder),read_samples(folder)
+    folder,records = Path(folder),read_samples(folder, {k:t for k,t in sample_keys.items() if k!='reward'})   # a judge that is asked needs none
     judges,res = _named(judges, records),folder/'results'
     at = lambda name,kind='': res/'judgements'/f'{_slug(name)}{kind}.jsonl'
     for k,j in judges.items():

@@ -18,7 +18,7 @@ table = {
     'world': dict(n_corpus=count, n_facts=num(int, 0, big), n_pairs=count, n_dev=count, n_test=count, n_ood=count),
     'model': dict(tokenizer=null(name), n_layer=count, n_positions=count, precision=words('auto', 'fp32', 'bf16', 'fp16'), forward=words('grouped', 'padded')),
     'sft': dict(optim, skip=flag),
-    'reward': dict(optim, head=words('last_token', 'log_prob'), center=rate, n_normalise=count),
+    'reward': dict(optim, head=words('last_token', 'log_prob'), center=rate, n_normalise=num(int, 2, big)),
     'ppo': dict(rollout, value_lr=rate, kl_coef=rate, gamma=share, lam=share, clip=rate, value_clip=rate, value_coef=rate, mini_batches=count),
     'grpo': dict(rollout, group_size=num(int, 2, big), loss_type=words('grpo', 'dr_grpo', 'dapo'), scale_rewards=words('group', 'batch', 'none'), epsilon=rate, epsilon_high=null(rate),
                  inner=count, beta=rate, kl_in=words('loss', 'loss_corrected', 'reward'), mask_truncated=flag),
