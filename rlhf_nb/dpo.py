@@ -62,7 +62,7 @@ def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
     loss = dpo_loss(w, l, rw, rl, o.beta, o.loss_type, o.label_smoothing, o.gamma)/n['prompts']
     if o.sft_weight: loss = loss-o.sft_weight*tok[:,0].sum()/n['chosen_tokens']
     d = (now-start).detach()
-    margin = o.beta*(d[:,0]-d[:,1])
+    margin = o.beta*((w-rw)-(l-rl)).detach()                       # the loss's own: of token means for `ipo` and `simpo`
     return loss,dict(accuracy=((margin>0).float()+.5*(margin==0)).sum()/n['prompts'], margin=margin.sum()/n['prompts'],
                      chosen_shift=d[:,0].sum()/n['prompts'], rejected_shift=d[:,1].sum()/n['prompts'])
 

@@ -360,6 +360,7 @@ def sample_records(
         vals = {k:v.tolist() for k,v in vals.items()}
         for x,(j,rs) in enumerate(zip(at, texts(b, tok)[1])):
             recs = [dict(prompt=prompts[j], response=r, model=list(models)[g//n], **{k:v[x][g] for k,v in vals.items()}) for g,r in enumerate(rs)]
+            recs = [{k:v for k,v in r.items() if k not in ('reward','gold_reward') or v==v} for r in recs]     # NaN: not applicable
             for r in recs: r['kl_per_token'] = r['kl']/max(1, r['n_tokens'])
             if knows and not knows(prompts[j]):
                 for r in recs: r.pop('gold_reward', None)
@@ -502,7 +503,7 @@ def summary_table(
     rows = [['model',*cols.values(),f'win rate against the reference ({by})','n']]
     for name,v in s.items():
         kl = lambda k: '0' if name=='reference' and k=='kl' else fmt(v[k])
-        rows.append([md_inline(name),*(kl(k) for k in cols),fmt(v['win_rate'], 'rate') if 'win_rate' in v else '',str(v['reward']['n'])])
+        rows.append([md_inline(name),*(kl(k) for k in cols),fmt(v['win_rate'], 'rate') if 'win_rate' in v else '',str(next(v[k]['n'] for k in ('reward','gold_reward') if k in v))])
     return md_table(rows)
 
 # %% ../nbs/11_evaluate.ipynb #03ee83c0
@@ -719,6 +720,7 @@ def samples_md(
         out += ['', f'## {i+1}', '', md_text(p)]
         for k in records:
             r = by[k][p]
-            g = f", gold {r['gold_reward']:.2f}" if 'gold_reward' in r else ''
-            out += ['', f"**{md_inline(k)}** (reward {r['reward']:.2f}{g}, KL {r['kl']:.2f}{'' if r['finished'] else ', cut'})", '', md_text(r['response'])]
+            g = f", gold {r['gold_reward']:.2f}" if r.get('gold_reward') is not None else ''
+            worth = f"reward {r['reward']:.2f}" if r.get('reward') is not None else 'no reward'
+            out += ['', f"**{md_inline(k)}** ({worth}{g}, KL {r['kl']:.2f}{'' if r['finished'] else ', cut'})", '', md_text(r['response'])]
     return '\n'.join(out)+'\n'

@@ -25,6 +25,8 @@ def group_advantages(
     if scores.shape[1]<2: raise ValueError(f'a group needs at least 2 responses to compare, got {scores.shape[1]}')
     has = ~scores.isnan()
     s = level(scores).masked_fill(~has, 0)
+    unit = top if scale!='none' and (top := s.abs().max())>1e15 else 1.   # float32 does not hold the squares of such numbers
+    s,scores,eps = s/unit,scores/unit,eps/unit
     a = (s-s.sum(1, keepdim=True)/has.sum(1, keepdim=True).clamp(min=1)).masked_fill(~has, 0)
     if scale=='none': return a
     if scale=='batch': return a/(_std(scores.flatten(), 0)+eps)

@@ -10,7 +10,7 @@ __all__ = ['SLICE', 'HEAD_TYPE', 'TOKENIZER_FILES', 'Unfit', 'Layout', 'grouped_
            'mk_policy', 'load_reward_model', 'save_model']
 
 # %% ../nbs/03_models.ipynb #ffb4c918
-import ctypes,inspect,json,platform,re
+import ctypes,inspect,json,math,platform,re
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -148,8 +148,11 @@ def max_tokens(
     "Longest sequence that `model` can be given: its positions; in the grouped forward its attention's window, where that is shorter"
     c = model.config.get_text_config()
     n = [getattr(c, 'max_position_embeddings', None),getattr(c, 'max_seq_len', None)]
+    ropes = getattr(c, 'rope_parameters', None) or {}
+    for o in [ropes,*ropes.values()]: # LongRoPE (Phi-3) turns every token of a call otherwise, the short sequences' too, where one is longer than this
+        if isinstance(o, dict) and o.get('rope_type')=='longrope': n.append(o.get('original_max_position_embeddings'))
     table = getattr(getattr(body(model), 'embeddings', None), 'position_embeddings', None)
-    if getattr(table, 'padding_idx', None) is not None: n.append(table.num_embeddings-table.padding_idx-1)  # RoBERTa counts from behind PAD's
+    if getattr(table, 'padding_idx', None) is not None: n.append(len(table.weight)-table.padding_idx-1)  # RoBERTa counts from behind PAD's
     if not (is_padded(model) if padded is None else padded):
         kinds = getattr(c, 'layer_types', None) or ['sliding_attention']
         if 'sliding_attention' in kinds: n.append(getattr(c, 'sliding_window', None))
@@ -417,6 +420,21 @@ def check_forward(
     short,full = (lambda k=k: _plain_log_probs(model, Batch.from_tokens(p, [[r[:k]]]).to(model.device))[:len(r)//2] for k in (len(r)//2,len(r)))
     if _compare(model, short, full, tol):
         raise ValueError(f'{type(model).__name__} cannot be used: it looks ahead (a token changes the probabilities of those before it), so it is no causal language model')
+    if said := _no_gradient(model, b): raise ValueError(f'{type(model).__name__} cannot be used: {said}')
+
+def _no_gradient(model, b):
+    "What goes wrong when the gradient goes back through the model in eval mode, as training sends it; here to the embedded tokens only, which needs no memory"
+    if torch.is_inference_mode_enabled(): return ''
+    given = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda layer,args,out: given.append(out))
+    try:
+        with torch.enable_grad(),torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
+            lp = log_probs(model, b).sum()
+            given = [o for o in given if o.requires_grad]
+            if given and lp.requires_grad: torch.autograd.grad(lp, given, allow_unused=True)
+    except _FAILS as e: return f'its gradient fails, {_first_line(e)}'
+    finally: hook.remove()
+    return ''
 
 # %% ../nbs/03_models.ipynb #de85e31e
 def _reader(model, l:Layout, temperature):
@@ -513,6 +531,12 @@ def check_scores(
 # %% ../nbs/03_models.ipynb #5260364e
 HEAD_TYPE = 'log_prob reward head: load it with rlhf_nb.models.load_reward_model'
 
+def _tagged(o):
+    "A config's infinities (Falcon-H1, Nemotron-H) as transformers writes them: JSON has none"
+    if isinstance(o, dict): return {k:_tagged(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)): return [_tagged(v) for v in o]
+    return {'__float__':{'inf':'Infinity', '-inf':'-Infinity', 'nan':'NaN'}[str(o)]} if isinstance(o, float) and not math.isfinite(o) else o
+
 class LogProbReward(nn.Module):
     "A reward read off the next-token distribution of a causal LM"
     def __init__(self, lm):
@@ -544,7 +568,7 @@ class LogProbReward(nn.Module):
         for p in (self.w,self.g,self.c): p.data /= std
     def save_pretrained(self, path):
         path = Path(path); path.mkdir(parents=True, exist_ok=True)
-        write_json(path/'config.json', {**self.config.to_dict(), 'model_type':HEAD_TYPE, 'base_model_type':self.config.model_type,
+        write_json(path/'config.json', {**_tagged(self.config.to_dict()), 'model_type':HEAD_TYPE, 'base_model_type':self.config.model_type,
                                         'head':'log_prob', 'reward_mean':self.config.reward_mean})
         save_file({k:v.detach().contiguous().cpu() for k,v in self.state_dict().items() if k!=self._tied()}, path/'model.safetensors',
                   metadata={'format':'pt'})
@@ -555,7 +579,8 @@ class LogProbReward(nn.Module):
     @classmethod
     def load(cls, path, d:dict):
         "From a folder whose config.json is `d`"
-        d = dict(d); kind = d.pop('base_model_type'); d.pop('model_type'); mean = d.pop('reward_mean'); d.pop('head')
+        d = json.loads(json.dumps(d), object_hook=lambda o: float(o['__float__']) if set(o)=={'__float__'} else o)
+        kind = d.pop('base_model_type'); d.pop('model_type'); mean = d.pop('reward_mean'); d.pop('head')
         try:
             rm = cls(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
             missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)

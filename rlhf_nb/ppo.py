@@ -51,6 +51,7 @@ def whiten(
     "Mean 0 and variance 1 over the response tokens of the whole rollout; 0 elsewhere, and everywhere if all are equal"
     m = mask.to(x); n = m.sum()
     if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)   # else the rounding of their mean would be all that is left
+    if (top := x[mask].abs().max())>1e15: x = x/top                # float32 does not hold the squares of such numbers
     c = (x-(x*m).sum()/n)*m
     return c*((c**2).sum()/n+eps).rsqrt()
 

@@ -447,6 +447,11 @@ def unseen(
     out.update({k:f(b).mean().item() for k,f in (watch or {}).items()})
     return out,-math.inf if o.max_kl is not None and kl>o.max_kl else good-coef*kl
 
+def _spread(x):
+    "Standard deviation of rewards: of one it is 0, and numbers whose squares float32 does not hold have one too"
+    s = x.std().item() if x.numel()>1 else 0.
+    return s if math.isfinite(s) else x.double().std().item()
+
 @torch.no_grad()
 def rollouts(
     policy, reference,     # Causal LMs
@@ -493,13 +498,13 @@ def rollouts(
             row['unrewarded'] = 1-has.float().mean().item()
             b,raw = b.plus(learn=b.mask & has[...,None]),raw[has]
         k1,_,k3 = (k*b.mask for k in kl_estimates(b.log_probs, b.ref_log_probs))
-        row.update(reward=raw.mean().item(), reward_std=raw.std().item(), kl=k1.sum(-1).mean().item(), kl_k3=k3.sum(-1).mean().item(),
+        row.update(reward=raw.mean().item(), reward_std=_spread(raw), kl=k1.sum(-1).mean().item(), kl_k3=k3.sum(-1).mean().item(),
                    entropy=-(b.log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
                    finished=b.finished.float().mean().item(), new_tokens=int(b.mask.sum()), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
         with precision(): b = prepare(b)                      # a value model is read there
         if 'returns' in b.fields: # what share of the returns' variance the value model foresaw
             r,e = b.returns[b.learn],(b.returns-b.values)[b.learn]
-            row['value_explained'] = 1-(e.var()/r.var().clamp(min=1e-12)).item()
+            if r.numel()>1: row['value_explained'] = 1-(e.var()/r.var().clamp(min=1e-12)).item()
         row.update(sample_seconds=round(t1-t0, 4), score_seconds=round(time.perf_counter()-t1, 4))
         far = o.max_kl is not None and row['kl']>o.max_kl
         if far: row['stopped'] = True                                    # the row says so: who resumes must not go on
