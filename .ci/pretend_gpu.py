@@ -14,7 +14,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py selftest
   python .ci/pretend_gpu.py stages [--precision fp32|bf16|fp16] [--kind cuda|mps] [--only sft reward ...]    every stage of the command, tiny
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
-  python .ci/pretend_gpu.py notebooks nbs/07_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py notebooks nbs/13_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
@@ -304,7 +304,7 @@ def _attempt(name, f, faults):
 
 
 def tiny_config(precision='fp32', device='auto', **sets):
-    from rlhf_nb.core import load_config
+    from rlhf_nb.config import load_config
     base = dict(jobs=1, device=device, **{'model.precision':precision, 'world.n_corpus':300, 'world.n_facts':40, 'world.n_pairs':120, 'world.n_dev':24, 'world.n_test':24, 'world.n_ood':12,
         'model.n_layer':1, 'model.n_embd':32, 'model.n_head':2, 'sft.updates':4, 'reward.updates':4, 'reward.n_normalise':16, 'dpo.updates':3, 'dpo.n_pairs':60,
         'ppo.updates':2, 'ppo.batch_size':6, 'ppo.max_new_tokens':10, 'ppo.checkpoint_every':1, 'grpo.updates':2, 'grpo.batch_size':3, 'grpo.group_size':6, 'grpo.checkpoint_every':1,
@@ -325,7 +325,8 @@ def stages(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb import cli
-        from rlhf_nb.core import Run,child_seed
+        from rlhf_nb.core import child_seed
+        from rlhf_nb.run import Run
         d = tempfile.mkdtemp()
         try:
             line = cli.Line(cli.Run(d+'/run', tiny_config(a.precision, 'mps' if a.kind=='mps' else 'auto')))
@@ -364,7 +365,7 @@ def library(a):
     faults = []
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
-        from rlhf_nb.core import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
+        from rlhf_nb.config import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
         from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft
         from rlhf_nb.dpo import train_dpo
         from rlhf_nb.evaluate import sample_records,best_of_n,gibbs
@@ -481,7 +482,7 @@ def counts(a):
     from dataclasses import replace
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
-        from rlhf_nb.core import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig,WorldConfig
+        from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig,WorldConfig
         from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rlhf_nb.core import write_text
-from rlhf_nb.evaluate import read_samples
+from rlhf_nb.run import read_samples
 
 out, n = Path(__file__).resolve().parent.parent/"rlhf_nb"/"samples", 20
 records = read_samples(sys.argv[1])

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from rlhf_nb import cli
-from rlhf_nb.core import load_config, mk_config
+from rlhf_nb.config import load_config,mk_config
 from rlhf_nb.data import load_splits
 
-from rlhf_nb.world import make_world, world_tokenizer
+from rlhf_nb.world import make_world,world_tokenizer
 
 torch.set_num_threads(1)
 tiny = """model.n_layer=1 model.n_embd=16 model.n_head=2 data.max_prompt=100 sft.updates=4 sft.batch_size=4 reward.updates=4 reward.batch_size=4 reward.n_normalise=16 dpo.updates=4 dpo.batch_size=4

@@ -16,9 +16,9 @@ import pytest
 
 from endpoint import Endpoint, completion, longer, shown, verdict
 from tiny import fork
-from rlhf_nb.core import read_json, read_rows, write_json
+from rlhf_nb.core import read_json,read_rows,write_json
 from rlhf_nb.cli import main
-from rlhf_nb.judge import _Address, Journal, JudgeError, LLMJudge, NoVerdict, attacks, judge_pairs, judge_run, judge_samples, read_verdict
+from rlhf_nb.judge import _Address,Journal,JudgeError,LLMJudge,NoVerdict,attacks,judge_pairs,judge_run,judge_samples,read_verdict
 
 key = "sk-planted-0123456789"
 right = {"first": "a", "second": "b", "tie": "tie"}

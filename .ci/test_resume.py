@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from tiny import batch, fork, lm, timeless
-import rlhf_nb.analysis  # noqa: F401 forks need not import it
+import rlhf_nb.report  # noqa: F401 forks need not import it
 from rlhf_nb.cli import main
-from rlhf_nb.core import Run, load_config, replacing
+from rlhf_nb.core import replacing
+from rlhf_nb.config import load_config
+from rlhf_nb.run import Run
 from rlhf_nb.dpo import train_dpo
 from rlhf_nb.grpo import train_grpo
-from rlhf_nb.models import mk_reward_model, mk_value_model
+from rlhf_nb.models import mk_reward_model,mk_value_model
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
 from rlhf_nb.sft import train_sft

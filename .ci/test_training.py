@@ -9,14 +9,15 @@ from torch import nn
 from tiny import batch, configs, lm, timeless
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from rlhf_nb.core import DPOConfig, GRPOConfig, Optim, PPOConfig, SFTConfig, child_seed, generator
-from rlhf_nb.dpo import dpo_step, reference_log_probs, train_dpo
-from rlhf_nb.grpo import grpo_advantages, grpo_step
-from rlhf_nb.models import log_probs, mk_reward_model, mk_value_model
-from rlhf_nb.ppo import ppo_advantages, ppo_step
+from rlhf_nb.core import child_seed,generator
+from rlhf_nb.config import DPOConfig,GRPOConfig,Optim,PPOConfig,SFTConfig
+from rlhf_nb.dpo import dpo_step,reference_log_probs,train_dpo
+from rlhf_nb.grpo import grpo_advantages,grpo_step
+from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
+from rlhf_nb.ppo import ppo_advantages,ppo_step
 from rlhf_nb.reward import reward_step
-from rlhf_nb.sft import sft_step, train_sft
-from rlhf_nb.train import from_data, micro_batches, mk_accelerator, steps
+from rlhf_nb.sft import sft_step,train_sft
+from rlhf_nb.train import from_data,micro_batches,mk_accelerator,steps
 
 # ---- accumulation
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from rlhf_nb.core import Batch, generator, seed_all
+from rlhf_nb.core import Batch,generator,seed_all
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # else a progress bar starts a thread, and one thread is what a process can fork with

@@ -8,11 +8,11 @@ from itertools import product
 from markdown_it import MarkdownIt
 
 from fuzz import REFUSED, Case
-from rlhf_nb.analysis import mk_report, read_runs
-from rlhf_nb.core import read_samples
+from rlhf_nb.report import mk_report,read_runs
+from rlhf_nb.run import read_samples
 from rlhf_nb.evaluate import (best_of_n, compare, comparison_table, file_source, holm, mean_ci, paired_test, samples_md, samples_source, split_source,
                               summarise, summary_table, too_few, win_rate, write_samples)
-from rlhf_nb.failures import examples_md, failure_analysis, failures_md
+from rlhf_nb.failures import examples_md,failure_analysis,failures_md
 from rlhf_nb.judge import judge_run
 
 names = ['ppo', 'grpo', 'dpo', 'my model', 'a.b', '<img src=evil onerror=f()>', 'a|b', '`x`', '``', '**evil**', '[evil](http:evil)', '![evil](http:evil)', '$x$', '日本語', '\x1b[31mevil', '\u202eevil', '_evil_',
