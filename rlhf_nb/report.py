@@ -26,6 +26,7 @@ from .run import *
 from .text import *
 from .stats import *
 from .evaluate import *
+from .records import *
 
 # %% ../nbs/25_report.ipynb #67c8f12d
 stage_order = 'sft','reward','ppo','grpo','dpo'

@@ -5,7 +5,7 @@ before and after."""
 import atexit, functools, http.client, json
 
 from rlhf_nb.app import Desk,_limit,find,launch,mk_prompt,shipped_samples
-from rlhf_nb.judge import read_votes
+from rlhf_nb.votes import read_votes
 
 from . import REFUSED, Case
 
