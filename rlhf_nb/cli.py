@@ -24,7 +24,9 @@ from .text import *
 from .stats import *
 from .world import *
 from .data import *
+from .forward import *
 from .models import *
+from .load import *
 from .train import *
 from .sft import *
 from .reward import *

@@ -19,6 +19,7 @@ from .run import *
 from .world import *
 from .data import *
 from .models import *
+from .load import *
 from .train import *
 
 # %% ../nbs/11_sft.ipynb #75853749
