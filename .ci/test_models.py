@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_nb.cli import main
 from rlhf_nb.core import Batch,generator,seed_all
-from rlhf_nb.forward import is_padded, max_tokens
-from rlhf_nb.load import load_policy, load_reward_model, save_model
-from rlhf_nb.models import check_forward, check_scores, log_probs, mk_reward_model, scores, values
+from rlhf_nb.forward import is_padded,max_tokens
+from rlhf_nb.load import load_policy,load_reward_model,save_model
+from rlhf_nb.models import check_forward,check_scores,log_probs,mk_reward_model,scores,values
 from rlhf_nb.rollout import sample
 
 vocab = 97

@@ -282,7 +282,7 @@ def check_scores(
     _say(model, lambda: _compare(model, plain, ours, tol))
 
 # %% ../nbs/08_models.ipynb #5260364e
-HEAD_TYPE = 'log_prob reward head: load it with rlhf_nb.models.load_reward_model'
+HEAD_TYPE = 'log_prob reward head: load it with rlhf_nb.load.load_reward_model'
 
 def _tagged(o):
     "A config's infinities (Falcon-H1, Nemotron-H) as transformers writes them: JSON has none"
