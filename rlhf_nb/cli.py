@@ -23,8 +23,11 @@ from .run import *
 from .text import *
 from .stats import *
 from .world import *
+from .formats import *
 from .data import *
+from .forward import *
 from .models import *
+from .load import *
 from .train import *
 from .sft import *
 from .reward import *
