@@ -56,7 +56,7 @@ def mk_prompt(
     history=()  # (role, text) of the turns before it
 )->str: # In HH form, ending in "\n\nAssistant:"
     "The prompt that the models see"
-    from rlhf_nb.data import parse_turns,to_hh
+    from rlhf_nb.text import parse_turns,to_hh
     if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_shown(text)}')
     text = _whole(text).replace('\r\n', '\n').replace('\0', '')
     if text.startswith('\n\nHuman:') and text.endswith('\n\nAssistant:') and not history: return text
@@ -173,7 +173,7 @@ def _read_samples(self:Desk):
 @patch
 def _load_players(self:Desk):
     with no_gc():
-        from rlhf_nb.models import load_policy,load_reward_model
+        from rlhf_nb.load import load_policy,load_reward_model
         from rlhf_nb.rollout import mk_scorer
         from rlhf_nb.train import pick_device
     from rlhf_nb.world import gold_reward
@@ -262,7 +262,7 @@ def _encode(self:Desk, c):
 def _record(self:Desk, c, k, ids, steps, seconds):
     "The best answer of model `k`, with all that is known about it"
     from rlhf_nb.models import exact_kl
-    from rlhf_nb.models import stop_tokens
+    from rlhf_nb.load import stop_tokens
     from rlhf_nb.rollout import from_steps,texts
     p,ref,T = self.players[k],self.players.get('reference'),c['temperature'] or 1.
     b = from_steps([ids], steps, stop_tokens(p.policy))
@@ -349,7 +349,7 @@ def dialogue(
     prompt:str # In HH form
 )->str:
     "A prompt as HTML, turn by turn"
-    from rlhf_nb.data import parse_turns
+    from rlhf_nb.text import parse_turns
     names = dict(user='Human', assistant='Assistant', system='Before')
     return '<div class="turns">'+''.join(f'<p dir="auto"><b>{names[r]}</b> {esc(t)}</p>' for r,t in parse_turns(prompt) if t)+'</div>'
 
@@ -743,7 +743,7 @@ def _compare_tab(desk):
     def on_colour(cid, colour): return board(c, colour) if (c := desk.comparisons.get(cid)) else gr.skip()
     def on_save(cid): return json.dumps(c, ensure_ascii=False, indent=1) if (c := desk.comparisons.get(cid)) else ''
     def on_continue(cid, whose):
-        from rlhf_nb.data import parse_turns
+        from rlhf_nb.text import parse_turns
         if not (c := desk.comparisons.get(cid)) or whose not in c['answers']: return {status:_status('Compare first', 'bad')}
         turns = [[r,t] for r,t in parse_turns(c['prompt']) if t]+[['assistant',c['answers'][whose]['response'].strip()]]
         return {history:turns, past:gr.update(value=shield('<div class="board"><p><b>The dialogue so far</b></p>'+dialogue(c['prompt']+' '+turns[-1][1])+'</div>'), visible=True), prompt:'', status:_status('Write the next turn')}
