@@ -6,13 +6,15 @@ from functools import lru_cache
 import pytest
 import torch
 
-from rlhf_nb.report import diagnose,read_logs
+from rlhf_nb.metrics import read_logs
+from rlhf_nb.diagnose import diagnose
 from rlhf_nb.core import Batch
 from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig
 from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft,unique_prompts
 from rlhf_nb.dpo import dpo_loss,reference_log_probs,train_dpo
 from rlhf_nb.grpo import train_grpo
-from rlhf_nb.models import log_probs,mk_policy,mk_reward_model,mk_value_model
+from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
+from rlhf_nb.load import mk_policy
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
 from rlhf_nb.rollout import mk_scorer

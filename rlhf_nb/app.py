@@ -173,7 +173,7 @@ def _read_samples(self:Desk):
 @patch
 def _load_players(self:Desk):
     with no_gc():
-        from rlhf_nb.models import load_policy,load_reward_model
+        from rlhf_nb.load import load_policy,load_reward_model
         from rlhf_nb.rollout import mk_scorer
         from rlhf_nb.train import pick_device
     from rlhf_nb.world import gold_reward
@@ -262,7 +262,7 @@ def _encode(self:Desk, c):
 def _record(self:Desk, c, k, ids, steps, seconds):
     "The best answer of model `k`, with all that is known about it"
     from rlhf_nb.models import exact_kl
-    from rlhf_nb.models import stop_tokens
+    from rlhf_nb.load import stop_tokens
     from rlhf_nb.rollout import from_steps,texts
     p,ref,T = self.players[k],self.players.get('reference'),c['temperature'] or 1.
     b = from_steps([ids], steps, stop_tokens(p.policy))
@@ -610,7 +610,8 @@ def curves_html(
     path # Run folder
 )->str:
     "The training curves and the reward-KL frontier of a run, as pictures with their text"
-    from rlhf_nb.report import plot_frontier,plot_training,read_logs
+    from rlhf_nb.metrics import read_logs
+    from rlhf_nb.plots import plot_frontier,plot_training
     logs,out = read_logs(path),[]
     get = lambda f: read_json(Path(path)/'results'/f) if (Path(path)/'results'/f).exists() else None
     def add(plot):
@@ -804,13 +805,13 @@ def _explore_tab(desk):
     def fill():
         names = list(desk.records)
         first = next((k for k in names if k!='reference'), None)
-        from rlhf_nb.failures import failure_names
+        from rlhf_nb.detect import failure_names
         return {model:gr.update(choices=[(title(k),k) for k in names], value=first), failure:gr.update(choices=[('any',''),*((k.replace('_', ' '),k) for k in failure_names)])}
     return [model,failure],fill
 
 def _flags(r):
     "What is wrong with a record, in words"
-    from rlhf_nb.failures import detect,failure_names
+    from rlhf_nb.detect import detect,failure_names
     return [failure_names[k] for k,v in detect(r).items() if v and k!='degenerate'] if r else []
 
 # %% ../nbs/29_app.ipynb #30b1126d
