@@ -12,7 +12,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
     author_email=cfg["author_email"], keywords=cfg["keywords"], license="MIT", url=cfg["git_url"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), package_data={cfg["lib_path"]: ["*.json", "samples/*.json", "page/*"]},
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), package_data={cfg["lib_path"]: ["*.json", "*.typed", "samples/*.json", "prompts/*.jsonl", "page/*"]},
     python_requires=">=" + cfg["min_python"], install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": ["rlhf_nb=rlhf_nb.core:command"]},

@@ -52,7 +52,6 @@ def dialogue(
     prompt:str # In HH form
 )->str:
     "A prompt as HTML, turn by turn"
-    from rlhf_nb.data import parse_turns
     names = dict(user='Human', assistant='Assistant', system='Before')
     return '<div class="turns">'+''.join(f'<p dir="auto"><b>{names[r]}</b> {esc(t)}</p>' for r,t in parse_turns(prompt) if t)+'</div>'
 

@@ -23,6 +23,7 @@ from .run import *
 from .text import *
 from .stats import *
 from .world import *
+from .formats import *
 from .data import *
 from .models import *
 from .train import *

@@ -37,7 +37,6 @@ def mk_prompt(
     history=()  # (role, text) of the turns before it
 )->str: # In HH form, ending in "\n\nAssistant:"
     "The prompt that the models see"
-    from rlhf_nb.data import parse_turns,to_hh
     if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_shown(text)}')
     text = _whole(text).replace('\r\n', '\n').replace('\0', '')
     if text.startswith('\n\nHuman:') and text.endswith('\n\nAssistant:') and not history: return text

@@ -52,5 +52,5 @@ def one(rng, folder):
     name = rng.choice(names) + f'.{kind}' * bool(kind) + '.gz' * zipped
     f = folder/name
     f.mkdir() if damage == 'folder' else f.write_bytes(raw)
-    from rlhf_nb.data import read_prompts
+    from rlhf_nb.formats import read_prompts
     return Case(f'{name}, {damage or ("a bad row" if spoilt else "undamaged")}: {data[:500]!r}', lambda: read_prompts(f), want, plain=want is not REFUSED)
