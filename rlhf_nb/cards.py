@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .core import *
+from .text import *
 
 # %% ../nbs/26_cards.ipynb #6661c2b7
 def pieces(

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from .core import *
 from .run import *
+from .text import *
 from .cards import *
 
 # %% ../nbs/27_desk.ipynb #88c5211f
