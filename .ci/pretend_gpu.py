@@ -370,7 +370,8 @@ def library(a):
         from rlhf_nb.dpo import train_dpo
         from rlhf_nb.evaluate import sample_records,best_of_n,gibbs
         from rlhf_nb.grpo import train_grpo
-        from rlhf_nb.models import LogProbReward,exact_kl,load_policy,log_probs,mk_policy,mk_reward_model,mk_value_model,save_model,scores,values,load_reward_model,check_forward
+        from rlhf_nb.models import LogProbReward,exact_kl,log_probs,mk_reward_model,mk_value_model,scores,values,check_forward
+        from rlhf_nb.load import load_policy,mk_policy,save_model,load_reward_model
         from rlhf_nb.ppo import train_ppo
         from rlhf_nb.reward import accuracy,by_length,calibration,normalise,pair_scores,train_reward
         from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer,sample,texts
@@ -487,7 +488,9 @@ def counts(a):
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
-        from rlhf_nb.models import Layout,log_probs,mk_policy,mk_reward_model,mk_value_model
+        from rlhf_nb.forward import Layout
+        from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
+        from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
         from rlhf_nb.reward import reward_step
         from rlhf_nb.rollout import decode,mk_scorer,rollouts,sample

@@ -31,7 +31,8 @@ from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records
 from rlhf_nb.failures import detect
 from rlhf_nb.judge import read_votes
-from rlhf_nb.models import mk_policy,mk_reward_model,save_model
+from rlhf_nb.models import mk_reward_model
+from rlhf_nb.load import mk_policy,save_model
 from rlhf_nb.rollout import mk_scorer
 from rlhf_nb.world import gold_reward,make_world,world_tokenizer
 

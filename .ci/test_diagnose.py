@@ -12,7 +12,8 @@ from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConf
 from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft,unique_prompts
 from rlhf_nb.dpo import dpo_loss,reference_log_probs,train_dpo
 from rlhf_nb.grpo import train_grpo
-from rlhf_nb.models import log_probs,mk_policy,mk_reward_model,mk_value_model
+from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
+from rlhf_nb.load import mk_policy
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
 from rlhf_nb.rollout import mk_scorer

@@ -1,4 +1,4 @@
-"""Families of models beyond those of notebook 08, and the command with models that need the padded forward. Random weights, the smallest sizes.
+"""Families of models beyond those of notebook 09, and the command with models that need the padded forward. Random weights, the smallest sizes.
 
 The right values are plain calls, a sequence at a time, in float64 where the model's code has it."""
 import json
@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_nb.cli import main
 from rlhf_nb.core import Batch,generator,seed_all
-from rlhf_nb.models import (check_forward, check_scores, is_padded, load_policy, load_reward_model, log_probs, max_tokens,
-                            mk_reward_model, save_model, scores, values)
+from rlhf_nb.forward import is_padded,max_tokens
+from rlhf_nb.load import load_policy,load_reward_model,save_model
+from rlhf_nb.models import check_forward,check_scores,log_probs,mk_reward_model,scores,values
 from rlhf_nb.rollout import sample
 
 vocab = 97

@@ -26,6 +26,7 @@ from .config import *
 from .world import *
 from .data import *
 from .models import *
+from .load import *
 from .train import *
 from .reward import *
 from .rollout import *

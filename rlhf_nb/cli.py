@@ -25,7 +25,9 @@ from .stats import *
 from .world import *
 from .formats import *
 from .data import *
+from .forward import *
 from .models import *
+from .load import *
 from .train import *
 from .sft import *
 from .reward import *

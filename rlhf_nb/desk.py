@@ -129,7 +129,7 @@ def _read_samples(self:Desk):
 @patch
 def _load_players(self:Desk):
     with no_gc():
-        from rlhf_nb.models import load_policy,load_reward_model
+        from rlhf_nb.load import load_policy,load_reward_model
         from rlhf_nb.rollout import mk_scorer
         from rlhf_nb.train import pick_device
     from rlhf_nb.world import gold_reward
@@ -218,7 +218,7 @@ def _encode(self:Desk, c):
 def _record(self:Desk, c, k, ids, steps, seconds):
     "The best answer of model `k`, with all that is known about it"
     from rlhf_nb.models import exact_kl
-    from rlhf_nb.models import stop_tokens
+    from rlhf_nb.load import stop_tokens
     from rlhf_nb.rollout import from_steps,texts
     p,ref,T = self.players[k],self.players.get('reference'),c['temperature'] or 1.
     b = from_steps([ids], steps, stop_tokens(p.policy))

@@ -53,7 +53,7 @@ def sample_with_kl(
     return {k:joined([o[k] for o in out], parts) for k in models}
 
 def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
-    from rlhf_nb.models import stop_tokens
+    from rlhf_nb.load import stop_tokens
     from rlhf_nb.rollout import decode,from_steps
     names = ['reference',*(k for k in models if k!='reference')]
     sizes = {k:len(models[k].get_output_embeddings().weight) for k in names}

@@ -18,7 +18,9 @@ from torch import nn
 from .core import *
 from .config import *
 from .data import *
+from .forward import *
 from .models import *
+from .load import *
 from .train import *
 from .models import _as,_logits
 

@@ -19,6 +19,7 @@ from .run import *
 from .world import *
 from .data import *
 from .models import *
+from .load import *
 from .train import *
 
 # %% ../nbs/11_sft.ipynb #75853749
@@ -86,7 +87,7 @@ def small_reference(
     "A small world and a reference trained on it; trained once, then read from the temporary folder"
     world = make_world(WorldConfig(n_pairs=5000))
     here = Path(rlhf_nb.__file__).parent
-    code = ''.join((here/f'{o}.py').read_text(encoding='utf-8') for o in ('core','world','data','models','train','sft'))
+    code = ''.join((here/f'{o}.py').read_text(encoding='utf-8') for o in ('core','world','text','data','forward','models','load','train','sft'))
     path = Path(tempfile.gettempdir())/f'rlhf_nb_{child_seed(updates, code, torch.__version__):x}'
     if not path.exists():
         tok = world_tokenizer(world)

@@ -9,7 +9,7 @@ from rlhf_nb.cli import main
 from rlhf_nb.core import read_json
 from rlhf_nb.run import Run,read_samples
 from rlhf_nb.judge import judge_run
-from rlhf_nb.models import load_policy,load_reward_model,load_tokenizer
+from rlhf_nb.load import load_policy,load_reward_model,load_tokenizer
 
 torch.set_num_threads(1)
 tiny = """world.n_corpus=300 world.n_facts=50 world.n_pairs=60 world.n_dev=12 world.n_test=12 world.n_ood=8 model.n_layer=1 model.n_embd=16 model.n_head=2 data.max_prompt=100 jobs=1 device=cpu
