@@ -29,7 +29,7 @@ from rlhf_nb.config import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records
-from rlhf_nb.failures import detect
+from rlhf_nb.detect import detect
 from rlhf_nb.judge import read_votes
 from rlhf_nb.models import mk_reward_model
 from rlhf_nb.load import mk_policy,save_model

@@ -161,13 +161,13 @@ def _explore_tab(desk):
     def fill():
         names = list(desk.records)
         first = next((k for k in names if k!='reference'), None)
-        from rlhf_nb.failures import failure_names
+        from rlhf_nb.detect import failure_names
         return {model:gr.update(choices=[(title(k),k) for k in names], value=first), failure:gr.update(choices=[('any',''),*((k.replace('_', ' '),k) for k in failure_names)])}
     return [model,failure],fill
 
 def _flags(r):
     "What is wrong with a record, in words"
-    from rlhf_nb.failures import detect,failure_names
+    from rlhf_nb.detect import detect,failure_names
     return [failure_names[k] for k,v in detect(r).items() if v and k!='degenerate'] if r else []
 
 # %% ../nbs/29_app.ipynb #30b1126d

@@ -188,7 +188,8 @@ def curves_html(
     path # Run folder
 )->str:
     "The training curves and the reward-KL frontier of a run, as pictures with their text"
-    from rlhf_nb.report import plot_frontier,plot_training,read_logs
+    from rlhf_nb.metrics import read_logs
+    from rlhf_nb.plots import plot_frontier,plot_training
     logs,out = read_logs(path),[]
     get = lambda f: read_json(Path(path)/'results'/f) if (Path(path)/'results'/f).exists() else None
     def add(plot):
