@@ -30,7 +30,7 @@ from rlhf_nb.run import Run
 from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records
 from rlhf_nb.detect import detect
-from rlhf_nb.judge import read_votes
+from rlhf_nb.votes import read_votes
 from rlhf_nb.models import mk_reward_model
 from rlhf_nb.load import mk_policy,save_model
 from rlhf_nb.rollout import mk_scorer

@@ -362,7 +362,8 @@ def vote_summary(
 )->dict:       # votes, ties, bad; win_rates {model: WinRate}; agreement {judge: as judge.human_agreement}
     "Win rates against the reference, and agreement with the rewards"
     from rlhf_nb.stats import tally
-    from rlhf_nb.judge import human_agreement,stored
+    from rlhf_nb.verdicts import stored
+    from rlhf_nb.votes import human_agreement
     models = sorted({k for v in votes for k in v['answers']}-{'reference'})
     def scored(key): return [dict(prompt=v['prompt'], response=v['answers'][k], **{key:x}) for v in votes for k,x in (v.get(key) or {}).items()]
     return dict(votes=len(votes), ties=sum(v['vote']=='tie' for v in votes), bad=sum(v['vote']=='bad' for v in votes),
@@ -380,7 +381,7 @@ def preferences(
 @patch
 def export_votes(self:Desk)->Path: # The file
     "Write the preference pairs beside the votes"
-    from rlhf_nb.judge import read_votes
+    from rlhf_nb.votes import read_votes
     pairs = preferences(read_votes(self.votes) if self.votes.exists() else [])
     if not pairs: raise ValueError('There are no votes with a winner yet')
     path = self.votes.with_name('preferences.jsonl')
@@ -394,7 +395,7 @@ def export_votes(self:Desk)->Path: # The file
 @patch
 def summary(self:Desk)->dict:
     "`vote_summary` of this desk's votes, with the judges that `rlhf_nb judge` has held against them"
-    from rlhf_nb.judge import read_votes
+    from rlhf_nb.votes import read_votes
     votes = read_votes(self.votes) if self.votes.exists() else []
     s,f = vote_summary(votes),self.path/'results'/'judgements'/'agreement.json'
     more = {k.removesuffix(' and votes'):o['all'] for k,o in (read_json(f, dict) if f.exists() else {}).items() if k.endswith(' and votes')}

@@ -6,7 +6,7 @@ import atexit, functools, http.client, json
 
 from rlhf_nb.desk import Desk,_limit,find,mk_prompt,shipped_samples
 from rlhf_nb.app import launch
-from rlhf_nb.judge import read_votes
+from rlhf_nb.votes import read_votes
 
 from . import REFUSED, Case
 
