@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from .text import *
-from .text import _marker,_names_of,_prompt_turns,_turns,_what
+from .text import _names_of,_prompt_turns,_turns,_what
 
 # %% ../nbs/06_formats.ipynb #812f0c5a
 def _among(p, turns):
@@ -51,7 +51,7 @@ def split_pair(
     sides = []
     for k in ('chosen','rejected'):
         x = row[k]
-        answer = p and isinstance(x, str) and 'Human' not in _marker.findall(x)
+        answer = p and isinstance(x, str) and not any(t.role=='user' for t in HH.read(x))
         sides.append(_turns(x, 'assistant' if answer else 'system', k) or [Turn('assistant','')])
     a,b = _whole(p, sides) if p else sides
     if a==b: raise BadPair('identical pair')
@@ -67,7 +67,7 @@ def split_pair(
     c,r = a[k].text,b[k].text
     if not c.strip() or not r.strip(): raise BadPair('empty response')
     if c.strip()==r.strip(): raise BadPair('identical pair')
-    return dict(prompt=to_hh(a[:k])+'\n\nAssistant:', chosen=f' {c}', rejected=f' {r}')
+    return dict(prompt=HH.prompt(a[:k]), chosen=f' {c}', rejected=f' {r}')
 
 _cols = 'prompt','chosen','rejected'
 
