@@ -36,6 +36,8 @@ from .ppo import *
 from .grpo import *
 from .dpo import *
 from .evaluate import *
+from .records import *
+from .llm import *
 from .judge import *
 from .failures import *
 
