@@ -36,6 +36,8 @@ from .ppo import *
 from .grpo import *
 from .dpo import *
 from .evaluate import *
+from .records import *
+from .llm import *
 from .judge import *
 from .failures import *
 
@@ -555,10 +557,10 @@ def cmd_judge(a):
         kw = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=a.price and tuple(a.price), max_tokens=a.max_tokens)
         llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in kw.items() if v is not None})
         judges = (judges or [])+[llm]
+        if a.base_url: a.argv = [o.replace(a.base_url, llm.host) for o in a.argv]   # a key in the address is nobody else's business
     else:
         alone = [k for k in ('audit','budget','price','concurrency','timeout','max_tokens') if getattr(a, k) not in (None,False)]
         if alone: raise ValueError(f"--{alone[0].replace('_', '-')} is about a judge that is asked; name one with --llm MODEL (the stored rewards are only read)")
-        if a.base_url: a.argv = [o.replace(a.base_url, llm.host) for o in a.argv]   # a key in the address is nobody else's business
     with _writing(a): d = judge_run(a.out, judges, a.against, a.votes, a.audit, a.dry_run, _command(a))
     if a.dry_run: print(json.dumps(d, indent=1)); return
     print((Path(a.out)/'results'/'WIN_RATES.md').read_text(encoding='utf-8'))
