@@ -341,7 +341,7 @@ def stages(a):
             def generate(): line.records(['\n\nHuman: What is the colour of the sky?\n\nAssistant:'])
             _attempt('generate (records)', generate, faults)
             def app():
-                from rlhf_nb.app import Desk
+                from rlhf_nb.desk import Desk
                 desk = Desk(d+'/run'); desk.load()
                 if desk.problems: raise DeviceError('; '.join(desk.problems))
                 for n in (1,3):
