@@ -6,7 +6,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from rlhf_nb.report import diagnose,read_logs
+from rlhf_nb.metrics import read_logs
+from rlhf_nb.diagnose import diagnose
 from rlhf_nb.core import Batch
 from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig
 from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft,unique_prompts
