@@ -4,22 +4,11 @@
 
 # %% auto #0
 __all__ = ['known_errors', 'child_seed', 'generator', 'seed_all', 'pass_order', 'Batch', 'read_text', 'replacing', 'write_text',
-           'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'command',
-           'progress']
+           'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import gc,hashlib,importlib,json,math,os,random,re,reprlib,shutil,signal,sys,threading
+import gc,hashlib,json,math,os,random,re,reprlib,shutil,sys,threading
 from contextlib import contextmanager
-
-def _interrupted(*_):
-    "Ctrl-C while modules are imported: nothing has begun that must be ended"
-    os.write(2, b'\nrlhf_nb: interrupted\n')
-    os._exit(130)
-
-if os.path.basename(sys.argv[0]).split('.')[0]=='rlhf_nb' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    try: signal.signal(signal.SIGINT, _interrupted)    # before the imports below, which take seconds
-    except ValueError: pass                            # not the main thread: Ctrl-C is not ours
-
 from pathlib import Path
 
 import torch
@@ -277,19 +266,6 @@ def in_one_line(
     sys.stdout.flush()
     print(f'rlhf_nb: {said}', file=sys.stderr)
     sys.exit(code)
-
-def _command():
-    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')     # a page for this machine reports to nobody
-    is_app = sys.argv[1:2]==['app']
-    if is_app: os.environ.setdefault('MPLBACKEND', 'agg')          # gradio asks for the backend at each event; where none is set that imports pyplot
-    with no_gc(): m = importlib.import_module('rlhf_nb.app' if is_app else 'rlhf_nb.cli')
-    gc.freeze()                                                    # nor shall anybody look there later
-    if signal.getsignal(signal.SIGINT) is _interrupted: signal.signal(signal.SIGINT, signal.default_int_handler)
-    return m.app_main(sys.argv[2:]) if is_app else m.main()
-
-def command():
-    "Entry point of the `rlhf_nb` command"
-    return in_one_line(_command)
 
 # %% ../nbs/00_core.ipynb #46e780b6
 def _own_lock():
