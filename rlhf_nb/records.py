@@ -135,8 +135,9 @@ def write_results(
     write_samples(run.samples, records, source, command,
                   seed=c.seed, temperature=c.eval.temperature, max_new_tokens=c.eval.max_new_tokens)
     rates = {k:v['win_rate'] for k,v in summary.items() if 'win_rate' in v}
-    for w in list(rates.values())[:1]:   # the same judge for all
-        write_json(run.win_rates, {w['by'].removesuffix('_reward'):rates})
+    if rates:
+        judge = next(iter(rates.values()))['by']   # the same for all
+        write_json(run.win_rates, {judge.removesuffix('_reward'):rates})
     write_json(run.summary, dict(models=summary, comparisons=compare(records), **more))   # last: with it the stage is done
 
 def read_results(
