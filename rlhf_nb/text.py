@@ -26,7 +26,7 @@ _shown = _controls | {i:f'⟨U+{i:04X}⟩' for i in _unseen} | dict.fromkeys(_ha
 def visible(
     s # Any text
 )->str:
-    "The text with signs for characters that would act on a terminal, or on the direction of the text, instead of being seen"
+    "The text with signs for characters that act, on a terminal or on the direction of a line, instead of being seen"
     return str(s).replace('\r\n', '\n').translate(_shown)
 
 def _one_line(s):
@@ -62,7 +62,7 @@ _words = re.compile(r"[^\W_]+(( |, |'|[_-]+)[^\W_]+)*") # of letters and digits,
 def md_inline(
     s:str # A name: of a model, a file, a judge
 )->str:
-    "`s` within a line or a cell of Markdown, as it was written: plain words stay as they are, anything else becomes code"
+    "`s` within a line or a cell of Markdown: plain words stay as they are, anything else becomes code"
     s = _one_line(s)
     if _words.fullmatch(s): return s
     if '|' not in s: return md_code(s)
@@ -227,7 +227,7 @@ def _turns(x, first='system', name='it'):
     return turns
 
 def _prompt_turns(x):
-    "Turns of a prompt; a text without markers is what a person says, and `Assistant:` at its end only opens the answer"
+    "Turns of a prompt: without markers a person says it; a marker at its end only opens the answer"
     turns = _turns(x, 'user' if isinstance(x, str) and not HH.marker.search(x) else 'system', 'prompt')
     if turns and turns[-1].role=='assistant' and not turns[-1].text.strip(): turns.pop()
     opens = HH.mark('assistant').strip()
