@@ -368,7 +368,8 @@ def library(a):
         from rlhf_nb.config import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
         from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft
         from rlhf_nb.dpo import train_dpo
-        from rlhf_nb.evaluate import sample_records,best_of_n,gibbs
+        from rlhf_nb.frontier import best_of_n,gibbs
+        from rlhf_nb.evaluate import sample_records
         from rlhf_nb.grpo import train_grpo
         from rlhf_nb.models import LogProbReward,exact_kl,log_probs,mk_reward_model,mk_value_model,scores,values,check_forward
         from rlhf_nb.load import load_policy,mk_policy,save_model,load_reward_model

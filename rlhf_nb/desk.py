@@ -227,7 +227,7 @@ def _record(self:Desk, c, k, ids, steps, seconds):
     reward,gold = (f(b)[0].tolist() if f else None for f in (p.score,p.gold))
     i = max(range(c['n']), key=lambda j: reward[j]) if reward else 0
     m,got = b.mask[0,i].cpu(),texts(b, p.tok)[1][0]
-    lists = dict(kl=kl[0,i][m].tolist() if same else None, log_prob=b.log_probs[0,i].cpu()[m].tolist())
+    lists = dict(kl=kl[0,i][m].tolist() if same else None, log_prob=b.old_log_probs[0,i].cpu()[m].tolist())
     n_tokens,total = int(m.sum()),kl[0,i].sum().item() if same else None
     out = dict(prompt=c['prompt'], response=got[i], model=k, reward=reward and reward[i], kl=total, kl_per_token=same and total/max(1, n_tokens) or (0. if same else None),
                n_tokens=n_tokens, finished=bool(b.finished[0,i]))

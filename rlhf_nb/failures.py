@@ -263,7 +263,7 @@ def sample_texts(
     for k,m in models.items():
         for i in range(0, len(ids), o.batch_size):
             b = sample(m, ids[i:i+o.batch_size], o.n_samples, o.max_new_tokens, o.temperature, child_seed(seed, 'failures'))
-            cols = (b.lengths.tolist(),b.finished.tolist(),(b.log_probs*b.mask).sum(-1).tolist())
+            cols = (b.lengths.tolist(),b.finished.tolist(),(b.old_log_probs*b.mask).sum(-1).tolist())
             for p,rs,*vs in zip(prompts[i:i+o.batch_size], texts(b, tok)[1], *cols):
                 out[k] += [dict(prompt=p, response=r, model=k, n_tokens=n, finished=f, log_prob=l) for r,n,f,l in zip(rs, *vs)]
     return out
