@@ -22,6 +22,7 @@ from .rollout import *
 from .ppo import *
 from .grpo import *
 from .dpo import *
+from .frontier import *
 from .evaluate import *
 from .records import *
 from .judge import *
