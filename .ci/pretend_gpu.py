@@ -324,24 +324,24 @@ def stages(a):
     faults = []
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
-        from rlhf_nb import cli
+        from rlhf_nb import pipeline
         from rlhf_nb.core import child_seed
         from rlhf_nb.run import Run
         d = tempfile.mkdtemp()
         try:
-            line = cli.Line(cli.Run(d+'/run', tiny_config(a.precision, 'mps' if a.kind=='mps' else 'auto')))
+            line = pipeline.Line(Run(d+'/run', tiny_config(a.precision, 'mps' if a.kind=='mps' else 'auto')))
             print(f'device {line.acc.device}, precision {line.acc.mixed_precision}, scaler {line.acc.scaler is not None}')
             names = ['sft','reward','last_token','dpo','ppo','grpo','frontier','overoptimise','evaluate','judge','failures','analyze']
             for s in a.only or names:
                 def f():
-                    gpu.reset_peak(); cli.run_stages(line, [s], lambda x: None)
+                    gpu.reset_peak(); pipeline.run_stages(line, [s], lambda x: None)
                 with gpu.phase(s): ok = _attempt(s, f, faults)
                 gc.collect()
                 if ok: print(f'      left on the device after it: {gpu.now/1e6:.2f} MB; peak {gpu.peak/1e6:.2f} MB at {gpu.peak_at}; {gpu.launches[s]} launches, {sum(v for k,v in gpu.syncs.items() if k[0]==s)} syncs')
             def generate(): line.records(['\n\nHuman: What is the colour of the sky?\n\nAssistant:'])
             _attempt('generate (records)', generate, faults)
             def app():
-                from rlhf_nb.app import Desk
+                from rlhf_nb.desk import Desk
                 desk = Desk(d+'/run'); desk.load()
                 if desk.problems: raise DeviceError('; '.join(desk.problems))
                 for n in (1,3):
@@ -350,8 +350,8 @@ def stages(a):
             def resume():
                 from accelerate import Accelerator
                 from rlhf_nb.core import read_rows
-                line2 = cli.Line(cli.Run(d+'/run', line.config, True))
-                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or line2.ppo()
+                line2 = pipeline.Line(Run(d+'/run', line.config, True))
+                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or line2.do('ppo')
             _attempt('ppo again, from its checkpoint', resume, faults)
         finally: shutil.rmtree(d)
     print(f'{len(faults)} faults: {", ".join(faults) or "none"}')

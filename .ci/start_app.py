@@ -24,7 +24,7 @@ def start(browser, run):
         port = s.getsockname()[1]
     page, url, out = browser.new_context().new_page(), f"http://127.0.0.1:{port}/", []
     t0 = time.perf_counter()
-    server = subprocess.Popen([sys.executable, "-c", "from rlhf_nb.core import command; command()", "app", run, "--port", str(port)], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, "-m", "rlhf_nb", "app", run, "--port", str(port)], stdout=subprocess.DEVNULL)
 
     def reached():
         out.append(time.perf_counter()-t0)

@@ -20,14 +20,17 @@ import http.client
 
 from load_app import load
 from playwright.sync_api import expect, sync_playwright
-from rlhf_nb.app import Desk,_limit,card,dialogue,host_name,launch,mk_prompt
+from rlhf_nb.cards import card,dialogue
+from rlhf_nb.desk import Desk,_limit,mk_prompt
+from rlhf_nb.guard import host_name
+from rlhf_nb.app import launch
 from rlhf_nb.core import write_json
 from rlhf_nb.config import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records
 from rlhf_nb.detect import detect
-from rlhf_nb.judge import read_votes
+from rlhf_nb.votes import read_votes
 from rlhf_nb.models import mk_reward_model
 from rlhf_nb.load import mk_policy,save_model
 from rlhf_nb.rollout import mk_scorer
@@ -421,7 +424,9 @@ def test_page_before_models(folder):
     "The first page, all stored answers and votes need nothing that takes seconds to import: not transformers, not the training loop"
     code = """if True:
         import sys
-        from rlhf_nb.app import Desk,board,find,mk_app,mk_prompt,vote_summary,votes_html
+        from rlhf_nb.cards import board,votes_html
+        from rlhf_nb.desk import Desk,find,mk_prompt,vote_summary
+        from rlhf_nb.app import mk_app
         d = Desk(sys.argv[1], live=False).load()
         mk_app(d)
         board(d.stored(d.ask(d.prompts[0])))

@@ -18,7 +18,11 @@ from endpoint import Endpoint, completion, longer, shown, verdict
 from tiny import fork
 from rlhf_nb.core import read_json,read_rows,write_json
 from rlhf_nb.cli import main
-from rlhf_nb.judge import _Address,Journal,JudgeError,LLMJudge,NoVerdict,attacks,judge_pairs,judge_run,judge_samples,read_verdict
+from rlhf_nb.verdicts import JudgeError,judge_pairs,judge_samples
+from rlhf_nb.endpoint import _Address
+from rlhf_nb.exchange import Journal,NoVerdict,read_verdict
+from rlhf_nb.llm import LLMJudge
+from rlhf_nb.judge import attacks,judge_run
 
 key = "sk-planted-0123456789"
 right = {"first": "a", "second": "b", "tie": "tie"}

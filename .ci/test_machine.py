@@ -79,7 +79,7 @@ def run(package, here, end, env=(), limit=500):
     base = ["--config", "my.yaml", "--data", data.name, "--tokenizer", "tok"]
     said = []
     for args in (["explore", *base, "--out", "look"], ["run", *base, "--out", "run", "--stages", "sft", "reward", "grpo", "evaluate", "judge", "failures", "analyze"]):
-        p = subprocess.run([sys.executable, "-c", "from rlhf_nb.core import command; command()", *args], cwd=here, env=e, capture_output=True, timeout=limit)
+        p = subprocess.run([sys.executable, "-m", "rlhf_nb", *args], cwd=here, env=e, capture_output=True, timeout=limit)
         assert p.returncode == 0, (p.stdout+p.stderr).decode("utf-8", "replace")[-2000:]
         said.append(p.stdout)
     logs = {f.stem: timeless([json.loads(l) for l in f.read_text("utf-8").splitlines()]) for f in (here/"run"/"logs").glob("*.jsonl")}

@@ -30,7 +30,7 @@ def rollout(G, o, prepare):
     b = batch(G, sizes, longest=5)
     noise = lambda k, s: s*torch.randn(b.shape[:k], generator=generator(0, "noise", k, s))
     now = in_whole(lm(), b, o.temperature)
-    b = b.plus(log_probs=now+noise(3, .3)*b.mask, ref_log_probs=now+noise(3, .5)*b.mask, scores=noise(2, 1.))
+    b = b.plus(old_log_probs=now+noise(3, .3)*b.mask, ref_log_probs=now+noise(3, .5)*b.mask, scores=noise(2, 1.))
     return prepare(b, o)
 
 
@@ -136,7 +136,7 @@ def test_cached_reference(kw):
 def test_rollout_in_pieces():
     "Values, advantages and returns of a rollout do not depend on the pieces in which the value model reads it"
     value, b = head_moved(mk_value_model(lm(1))), batch(1, sizes)
-    b = b.plus(log_probs=in_whole(lm(), b), ref_log_probs=in_whole(lm(1), b), scores=torch.arange(8.)[:, None])
+    b = b.plus(old_log_probs=in_whole(lm(), b), ref_log_probs=in_whole(lm(1), b), scores=torch.arange(8.)[:, None])
     want, *others = (ppo_advantages(b, value, PPOConfig(micro_tokens=t)) for t in cuts.values())
     for got in others:
         for k in ("values", "advantages", "returns"):
@@ -157,7 +157,7 @@ def test_accumulation_sees():
     "The rollouts are clipped on both sides, some responses are cut, and lengths differ: a count of the piece's own would show"
     for make in (ppo, grpo):
         m, b, _ = make()
-        ratio = (in_whole(m["policy"] if make is ppo else m, b, .9)-b.log_probs).exp()[b.mask]
+        ratio = (in_whole(m["policy"] if make is ppo else m, b, .9)-b.old_log_probs).exp()[b.mask]
         assert (ratio < .8).any() and (ratio > 1.28).any() and ((ratio > .8) & (ratio < 1.2)).any()
         assert b.finished.any() and not b.finished.all() and len(b.lengths.unique()) == 5
     model, b, step = sft()

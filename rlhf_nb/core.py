@@ -4,22 +4,11 @@
 
 # %% auto #0
 __all__ = ['known_errors', 'child_seed', 'generator', 'seed_all', 'pass_order', 'Batch', 'read_text', 'replacing', 'write_text',
-           'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'command',
-           'progress']
+           'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import gc,hashlib,importlib,json,math,os,random,re,reprlib,shutil,signal,sys,threading
+import gc,hashlib,json,math,os,random,re,reprlib,shutil,sys,threading
 from contextlib import contextmanager
-
-def _interrupted(*_):
-    "Ctrl-C while modules are imported: nothing has begun that must be ended"
-    os.write(2, b'\nrlhf_nb: interrupted\n')
-    os._exit(130)
-
-if os.path.basename(sys.argv[0]).split('.')[0]=='rlhf_nb' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    try: signal.signal(signal.SIGINT, _interrupted)    # before the imports below, which take seconds
-    except ValueError: pass                            # not the main thread: Ctrl-C is not ours
-
 from pathlib import Path
 
 import torch
@@ -68,29 +57,31 @@ class Batch:
         prompts:list[list[int]], # B sequences of token ids, at least one token each, no padding
         responses:torch.Tensor,  # (B,G,R) token ids, padded on the right
         mask:torch.Tensor,       # (B,G,R) True on response tokens, EOS included
+        rows:list[dict]=None,    # B dictionaries: the columns that each prompt came with (None: there are none)
         **fields                 # More tensors, first axis B
     ):
         if responses.dim()!=3 or mask.shape!=responses.shape or len(prompts)!=len(responses):
             raise ValueError(f'Expected {len(prompts)} prompts and two (B,G,R) tensors, '
                              f'got responses {tuple(responses.shape)} and mask {tuple(mask.shape)}')
-        if not all(len(p) for p in prompts):
+        if not all(map(len, prompts)):
             raise ValueError('A prompt is empty: give it at least one token (BOS, for a document without a prompt)')
-        self.prompts,self.responses,self.mask,self.fields = prompts,responses,mask.bool(),fields
+        if rows is not None and len(rows)!=len(prompts): raise ValueError(f'{len(prompts)} prompts, but {len(rows)} rows')
+        self.prompts,self.responses,self.mask,self.rows,self.fields = prompts,responses,mask.bool(),rows,fields
 
     @classmethod
     def from_tokens(cls,
         prompts:list[list[int]],         # B prompts
         responses:list[list[list[int]]], # B lists of G responses each
-        **fields
+        **fields                         # More tensors, and `rows`
     ):
         "A batch from lists of token ids"
         sizes = {len(o) for o in responses}
         if len(sizes)!=1: raise ValueError(f'Every prompt needs the same number of responses, got {sorted(sizes)}')
         if len(prompts)!=len(responses): raise ValueError(f'{len(prompts)} prompts, but {len(responses)} groups')
         flat = [torch.as_tensor(r, dtype=torch.long) for o in responses for r in o]
-        R = max(1, max(map(len,flat)))
-        ids,mask = torch.zeros(len(flat), R, dtype=torch.long),torch.zeros(len(flat), R, dtype=torch.bool)
-        for i,r in enumerate(flat): ids[i,:len(r)],mask[i,:len(r)] = r,True
+        R = max(1, max(map(len, flat)))
+        ids,mask = torch.zeros(2, len(flat), R, dtype=torch.long)
+        for i,r in enumerate(flat): ids[i,:len(r)],mask[i,:len(r)] = r,1
         shape = len(prompts),sizes.pop(),R
         return cls([list(p) for p in prompts], ids.view(shape), mask.view(shape), **fields)
 
@@ -117,30 +108,35 @@ class Batch:
     def sizes(self):
         "Tokens that each prompt and its group occupy in the flat row, a list of B"
         return [len(p)+n for p,n in zip(self.prompts, self.mask.sum((1,2)).tolist())]
+    @property
+    def parts(self):
+        "All that it is made of, by name: `Batch(**b.parts)` is a copy that shares everything"
+        return dict(prompts=self.prompts, responses=self.responses, mask=self.mask, rows=self.rows, **self.fields)
 
     def __getitem__(self, i):
         "Selected prompts with everything about them: a slice, a list or a tensor of indices"
-        i = torch.arange(len(self))[i].reshape(-1)
-        j = i.to(self.device)
-        return Batch([self.prompts[k] for k in i.tolist()], self.responses[j], self.mask[j],
-                     **{k:v[j] for k,v in self.fields.items()})
+        at = torch.arange(len(self))[i].reshape(-1)
+        def select(x):
+            if torch.is_tensor(x): return x[at.to(self.device)]
+            return x and [x[k] for k in at.tolist()]
+        return Batch(**{k:select(x) for k,x in self.parts.items()})
 
     def tokens(self):
         "The responses as lists of token ids, B lists of G"
         return [[r[m].tolist() for r,m in zip(*o)] for o in zip(self.responses, self.mask)]
 
     def plus(self, **kw):
-        "A copy with more fields; the tensors are shared"
-        return Batch(self.prompts, self.responses, self.mask, **{**self.fields, **kw})
+        "A copy with more fields, or with another mask or other rows; the tensors are shared"
+        return Batch(**{**self.parts, **kw})
 
     def to(self, device):
         "Move the tensors"
-        return Batch(self.prompts, self.responses.to(device), self.mask.to(device),
-                     **{k:v.to(device) for k,v in self.fields.items()})
+        return self.plus(**{k:x.to(device) for k,x in self.parts.items() if torch.is_tensor(x)})
 
     def __repr__(self):
         B,G,R = self.shape
-        return f"Batch({B} prompts x {G} responses, longest {R}; {', '.join(self.fields) or 'no more fields'})"
+        more = [*['rows']*(self.rows is not None), *self.fields]
+        return f"Batch({B} prompts x {G} responses, longest {R}; {', '.join(more) or 'no more fields'})"
 
 # %% ../nbs/00_core.ipynb #ba8ee13f
 _model_file = re.compile(r'.*\.safetensors(\.index\.json)?|.*config\.json|tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.jinja')
@@ -270,19 +266,6 @@ def in_one_line(
     sys.stdout.flush()
     print(f'rlhf_nb: {said}', file=sys.stderr)
     sys.exit(code)
-
-def _command():
-    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')     # a page for this machine reports to nobody
-    is_app = sys.argv[1:2]==['app']
-    if is_app: os.environ.setdefault('MPLBACKEND', 'agg')          # gradio asks for the backend at each event; where none is set that imports pyplot
-    with no_gc(): m = importlib.import_module('rlhf_nb.app' if is_app else 'rlhf_nb.cli')
-    gc.freeze()                                                    # nor shall anybody look there later
-    if signal.getsignal(signal.SIGINT) is _interrupted: signal.signal(signal.SIGINT, signal.default_int_handler)
-    return m.app_main(sys.argv[2:]) if is_app else m.main()
-
-def command():
-    "Entry point of the `rlhf_nb` command"
-    return in_one_line(_command)
 
 # %% ../nbs/00_core.ipynb #46e780b6
 def _own_lock():

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['special_ids', 'encode', 'length_stats', 'DataReport', 'Preferences', 'load_preferences', 'prompt_key',
-           'split_by_prompt', 'Splits', 'unique_prompts', 'encode_prompt', 'tokenize_prompts', 'tokenize_pairs',
+           'split_by_prompt', 'Splits', 'unique_prompts', 'Cut', 'encode_prompt', 'tokenize_prompts', 'tokenize_pairs',
            'tokenize_sft', 'load_splits', 'n_updates', 'batches']
 
 # %% ../nbs/07_data.ipynb #7ae80b09
 import math,re,unicodedata
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np,torch
 
@@ -27,7 +28,8 @@ from .formats import _cols,_no_columns,_open
 def special_ids(tokenizer)->dict: # {id: its text}
     "The special tokens of a tokenizer"
     out = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
-    out |= {i:t.content for i,t in getattr(tokenizer, 'added_tokens_decoder', {}).items() if t.special}
+    added = getattr(tokenizer, 'added_tokens_decoder', {})
+    out |= {i:t.content for i,t in added.items() if t.special}
     return {i:t for i,t in out.items() if t}
 
 def _spelled(ids, text, special, unk):
@@ -40,104 +42,123 @@ def _spell(text, tokenizer, special, plain):
     more = [t.content for i,t in added.items() if i not in special and t.content]
     parts = re.split('('+'|'.join(map(re.escape, more))+')', text) if more else [text]
     ids = [i for o in parts if o for i in plain(o, split_special_tokens=o not in more)]
-    def letters(i):                                            # the vocabulary knows the word even so
-        one = [] if i==tokenizer.unk_token_id else tokenizer.convert_tokens_to_ids(list(special[i]))
+    def letters(i): # a vocabulary that knows the name as a word gives its id even so
+        if i not in special or i==tokenizer.unk_token_id: return [i]
+        one = tokenizer.convert_tokens_to_ids(list(special[i]))
         return one if one and all(o is not None and o not in special for o in one) else [i]
-    return [j for i in ids for j in (letters(i) if i in special else [i])]
+    return [j for i in ids for j in letters(i)]
 
 def encode(
     texts,    # Texts
     tokenizer # Any of Hugging Face
 )->list:      # Token ids of each, without BOS or EOS
     "Token ids of texts as they are written: the name of a special token in a text is text"
-    u,special = list(dict.fromkeys(texts)),special_ids(tokenizer)
-    if not u: return []
-    plain = lambda ts,**kw: tokenizer(ts, add_special_tokens=False, verbose=False, **kw).input_ids
+    unique,special,unk = list(dict.fromkeys(texts)),special_ids(tokenizer),tokenizer.unk_token_id
+    if not unique: return []
+    def plain(texts, **kw): return tokenizer(texts, add_special_tokens=False, verbose=False, **kw).input_ids
     probe = plain(['a'])[0]                                    # some add BOS or EOS even so
-    a,z = (bool(probe) and probe[k]!=tokenizer.unk_token_id and probe[k] in special for k in (0,-1))
-    bare = lambda o: o[a:len(o)-z]
-    ids = dict(zip(u, map(bare, plain(u))))
-    for t,o in ids.items():
-        if not special.keys().isdisjoint(o) and _spelled(o, t, special, tokenizer.unk_token_id):
-            ids[t] = _spell(t, tokenizer, special, lambda t,**kw: bare(plain([t], **kw)[0]))
-    return [ids[o] for o in texts]
+    def extra(k): return bool(probe) and probe[k]!=unk and probe[k] in special
+    first,last = extra(0),extra(-1)
+    def bare(ids): return ids[first:len(ids)-last]
+    def one(text, **kw): return bare(plain([text], **kw)[0])
+    out = dict(zip(unique, map(bare, plain(unique))))
+    for text,ids in out.items():
+        if special.keys().isdisjoint(ids) or not _spelled(ids, text, special, unk): continue
+        out[text] = _spell(text, tokenizer, special, one)
+    return [out[o] for o in texts]
 
 def _sizes(pairs, tokenizer=None):
-    "Lengths of prompt, chosen and rejected, (n,3)"
-    enc = lambda ts: encode(ts, tokenizer) if tokenizer is not None else [o.split() for o in ts]
-    return np.array([[len(o) for o in enc([p[k] for p in pairs])] for k in _cols]).T
+    "Lengths of prompt, chosen and rejected, (n,3): tokens, or words without a tokenizer"
+    def units(texts): return [o.split() for o in texts] if tokenizer is None else encode(texts, tokenizer)
+    return np.array([[len(o) for o in units([p[k] for p in pairs])] for k in _cols]).T
 
 def length_stats(
     sizes,            # (n,3) lengths of prompt, chosen, rejected
     unit:str='tokens' # What they count
 )->dict:
     "Lengths of prompts and responses, and how well length alone tells the chosen response"
-    n,d = len(sizes),sizes[:,1]-sizes[:,2]
-    res = dict(unit=unit, n=n)
+    n,extra = len(sizes),sizes[:,1]-sizes[:,2]
+    out = dict(unit=unit, n=n)
     for k,v in zip(_cols, sizes.T):
-        res[k] = dict(mean=float(v.mean()), median=float(np.median(v)), **{f'p{q}':float(np.percentile(v, q)) for q in (90,99)})
-    more,same,less = int((d>0).sum()),int((d==0).sum()),int((d<0).sum())
-    res.update(chosen_longer=more/n, same_length=same/n, chosen_shorter=less/n)
-    for k,v in (('longer_wins',more),('shorter_wins',less)):
-        res[k] = dict(zip(('accuracy','low','high','n'), ((v+same/2)/n, *wilson(v+same/2, n), n)))
-    return res
+        p90,p99 = np.percentile(v, (90,99))
+        out[k] = dict(mean=float(v.mean()), median=float(np.median(v)), p90=float(p90), p99=float(p99))
+    more,same,less = (int(o.sum()) for o in (extra>0,extra==0,extra<0))
+    out |= dict(chosen_longer=more/n, same_length=same/n, chosen_shorter=less/n)
+    for k,wins in (('longer_wins',more),('shorter_wins',less)):
+        right = wins+same/2                                    # a tie is half right
+        low,high = wilson(right, n)
+        out[k] = dict(accuracy=right/n, low=low, high=high, n=n)
+    return out
 
 # %% ../nbs/07_data.ipynb #07dfe7cb
+def _one_more(counts, key, where):
+    "Counts `key`; the place of the first is kept"
+    counts.setdefault(key, dict(n=0, first=where))['n'] += 1
+
 class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
-    dropped = 'malformed','mismatched prompt','empty response','identical pair','too long','train/test leak','not needed'
+    dropped = ('malformed','mismatched prompt','empty response','identical pair',
+               'too long','train/test leak','not needed')
     noted = 'duplicate prompt','prompt cut','response cut','special token as text'
     def __init__(self, name, remarks=()):
         self.name,self.read,self.remarks = name,0,list(remarks)
-        self.counts,self.details,self.lengths,self.splits = {},{},{},{}
+        self.counts,self.details = {},{}     # dict(n, first) of each `what`, and of each (what, detail)
+        self.lengths,self.splits = {},{}     # `length_stats` of train; {split: pairs}
     def count(self, what, where, detail=''):
         "One more `what`, more exactly `detail`; `where` (file and line) is kept of the first of each"
         if what not in self.dropped+self.noted: raise KeyError(f'{what!r} is not something that is counted')
-        self.counts.setdefault(what, dict(n=0, first=where))['n'] += 1
-        if detail: self.details.setdefault((what,detail), dict(n=0, first=where))['n'] += 1
+        _one_more(self.counts, what, where)
+        if detail: _one_more(self.details, (what,detail), where)
     def why(self, what):
         "How often each detail of `what` came, the commonest first"
-        return sorted(((k,v) for (w,k),v in self.details.items() if w==what), key=lambda o: -o[1]['n'])
+        return sorted(((d,c) for (w,d),c in self.details.items() if w==what), key=lambda o: -o[1]['n'])
     @property
-    def kept(self): return self.read - sum(v['n'] for k,v in self.counts.items() if k in self.dropped)
+    def kept(self):
+        "How many of the rows are used"
+        return self.read - sum(c['n'] for k,c in self.counts.items() if k in self.dropped)
     def as_dict(self):
         "All numbers"
-        get = lambda ks: {k:self.counts.get(k, dict(n=0, first=None)) for k in ks}
+        def get(kinds): return {k:self.counts.get(k, dict(n=0, first=None)) for k in kinds}
+        why = [dict(reason=k, detail=d, **c) for k in self.counts for d,c in self.why(k)]
         return dict(name=self.name, read=self.read, kept=self.kept, dropped=get(self.dropped), noted=get(self.noted),
-                    why=[dict(reason=k, detail=d, **v) for k in self.counts for d,v in self.why(k)],
-                    splits=self.splits, remarks=self.remarks, lengths=self.lengths)
+                    why=why, splits=self.splits, remarks=self.remarks, lengths=self.lengths)
     def _one(self, what, most=3):
-        n,first,why = *self.counts[what].values(),self.why(what)
-        said = [f'{d:.160}' if len(why)==1 else f"{v['n']} {d:.120}" for d,v in why[:most]]
+        "A count with its commonest details, in words"
+        c,why = self.counts[what],self.why(what)
+        if len(why)==1: said = [f'{why[0][0]:.160}']
+        else: said = [f"{o['n']} {d:.120}" for d,o in why[:most]]
         if len(why)>most: said.append(f'{len(why)-most} more')
-        return f'{n} {what}' + (': ' if said else '') + '; '.join(said) + f' (first: {str(first)[-120:]})'
+        return f"{c['n']} {what}" + (': ' if said else '') + '; '.join(said) + f" (first: {str(c['first'])[-120:]})"
     def reasons(self):
         "What was counted, in one line"
         said = ', '.join(map(self._one, self.counts)) or 'nothing dropped'
         return said if len(said)<1000 else said[:1000]+' …'
-    def __str__(self):
-        row = lambda *o: '| '+' | '.join(map(str, o))+' |'
-        cell = lambda d: ' '.join(d.replace('|', '\\|').split())
-        out = [row(self.name,'rows','first'), row('---','---:','---'), row('read',self.read,''), row('**kept**',self.kept,'')]
-        for ks,s in ((self.dropped,'dropped'),(self.noted,'kept')):
-            for k in ks:
-                out.append(row(f'{s}: {k}', *self.counts.get(k, dict(n=0, first='')).values()))
+    def _count_table(self, most=5):
+        "What became of the rows"
+        rows = [(self.name,'rows','first'),('read',self.read,''),('**kept**',self.kept,'')]
+        def add(name, c): rows.append((name,c['n'],c['first']))
+        for kinds,fate in ((self.dropped,'dropped'),(self.noted,'kept')):
+            for k in kinds:
                 why = self.why(k)
-                out += [row(f'- {cell(d)}', *v.values()) for d,v in why[:5]]
-                if len(why)>5: out.append(row(f'- {len(why)-5} more', '', ''))
-        out += [row(f'in {k}', v, '') for k,v in self.splits.items()]
-        if (l := self.lengths):
-            out += ['', row(f"length in {l['unit']}",'mean','median','90% under','99% under'), row('---',*['---:']*4)]
-            out += [row(k, *(f'{v:.0f}' for v in l[k].values())) for k in ('prompt','chosen','rejected')]
-            out += ['', row('rule','accuracy','95% interval','n'), row('---',*['---:']*3)]
-            out += [row(k.replace('_',' '), f"{o['accuracy']:.3f}", f"{o['low']:.3f} to {o['high']:.3f}", o['n'])
-                    for k in ('longer_wins','shorter_wins') if (o := l[k])]
-            out += ['', f"The chosen response is longer in {l['chosen_longer']:.1%} of the pairs, "
-                        f"as long in {l['same_length']:.1%}, shorter in {l['chosen_shorter']:.1%}."]
-        out += [o for r in self.remarks for o in ('',r)]
-        return '\n'.join(out)
-    def _repr_markdown_(self): return str(self)
-    __repr__ = __str__
+                add(f'{fate}: {k}', self.counts.get(k, dict(n=0, first='')))
+                for d,c in why[:most]: add('- '+' '.join(d.split()), c)
+                if len(why)>most: rows.append((f'- {len(why)-most} more','',''))
+        return md_table([*rows,*((f'in {k}',n,'') for k,n in self.splits.items())], 'lrr')
+    def _length_tables(self):
+        "How long the texts are, and what length alone says"
+        l = self.lengths
+        if not l: return []
+        sizes = [(f"length in {l['unit']}",'mean','median','90% under','99% under'),
+                 *((k,*(f'{v:.0f}' for v in l[k].values())) for k in _cols)]
+        rules = [('rule','accuracy','95% interval','n')]
+        for k in ('longer_wins','shorter_wins'):
+            o = l[k]
+            rules.append((k.replace('_',' '),f"{o['accuracy']:.3f}",f"{o['low']:.3f} to {o['high']:.3f}",o['n']))
+        return [md_table(sizes, 'lrrrr'),md_table(rules, 'lrrr'),
+                f"The chosen response is longer in {l['chosen_longer']:.1%} of the pairs, "
+                f"as long in {l['same_length']:.1%}, shorter in {l['chosen_shorter']:.1%}."]
+    def __str__(self): return '\n\n'.join([self._count_table(),*self._length_tables(),*self.remarks])
+    _repr_markdown_ = __repr__ = __str__
 
 # %% ../nbs/07_data.ipynb #41da16cd
 @dataclass
@@ -148,6 +169,21 @@ class Preferences:
     def __len__(self): return len(self.pairs)
     def __repr__(self): return f'Preferences({len(self)} pairs from {self.report.name})'
 
+def _doubled(pair):
+    "Do both answers begin with the question that they answer?"
+    *_,asked,_ = parse_turns(pair['prompt'])
+    asked = asked.text.strip()
+    return asked and all(pair[k].strip().startswith(asked) for k in ('chosen','rejected'))
+
+def _check_doubled(pairs, name):
+    "Where nearly every answer begins with its prompt, it was written in front of it"
+    again,n = list(filter(_doubled, pairs)),len(pairs)
+    if len(again)<8 or len(again)<=.9*n: return
+    said = 'every answer begins with its prompt'
+    if len(again)<n: said = f'{len(again)} of {n} pairs have answers that begin with their prompt'
+    raise ValueError(f"{name}: {said} ({again[0]['source']} and {len(again)-1} more); "
+                     'leave the prompt out of chosen and rejected')
+
 def _pairs(rows, report, what='pairs'):
     "Usable pairs of (place, row); the others are counted in `report`"
     pairs,seen,keys,start = [],set(),{},report.read
@@ -155,30 +191,27 @@ def _pairs(rows, report, what='pairs'):
         report.read += 1
         if isinstance(row, dict): keys.update(dict.fromkeys(row))
         try: p = split_pair(row)
-        except BadPair as e: report.count(e.reason, where, e.detail)
-        else:
-            if p['prompt'] in seen: report.count('duplicate prompt', where)
-            seen.add(p['prompt'])
-            pairs.append({**row, **p, 'source':where})
+        except BadPair as e:
+            report.count(e.reason, where, e.detail)
+            continue
+        if p['prompt'] in seen: report.count('duplicate prompt', where)
+        seen.add(p['prompt'])
+        pairs.append({**row, **p, 'source':where})
     if report.read==start: raise ValueError(f'{report.name}: no rows in it ({what})')
     lack = [k for k in ('chosen','rejected') if k not in keys]
     if keys and lack: raise _no_columns(report.name, keys, lack)
-    def doubled(p):
-        q = parse_turns(p['prompt'])[-2].text.strip()
-        return q and p['chosen'].strip().startswith(q) and p['rejected'].strip().startswith(q)
-    again = sum(map(doubled, pairs))
-    if again>7 and again>.9*len(pairs):
-        raise ValueError(f'{report.name}: {"every answer begins" if again==len(pairs) else f"{again} of {len(pairs)} pairs have answers that begin"} with {"its" if again==len(pairs) else "their"} prompt ({next(filter(doubled, pairs))["source"]} and {again-1} more); '
-                         'leave the prompt out of chosen and rejected')
+    _check_doubled(pairs, report.name)
     return pairs
 
 def _need(pairs, report, what='pairs'):
+    "`pairs`, or an error that says where they went"
     if not pairs: raise ValueError(f'{report.name}: no {what} left of {report.read} rows: {report.reasons()}')
     return pairs
 
-def _split(d, k, name, key='split=NAME'):
-    if k not in d: raise ValueError(f"{name}: no split '{k}', it has {_names_of(d)}; choose with {key}")
-    return d[k]
+def _split(splits, k, name, key='split=NAME'):
+    "One of the splits, or an error that says how to choose"
+    if k not in splits: raise ValueError(f"{name}: no split '{k}', it has {_names_of(splits)}; choose with {key}")
+    return splits[k]
 
 def load_preferences(
     source,              # Hub name, file, folder, `Dataset`, or list of rows
@@ -188,9 +221,10 @@ def load_preferences(
     tokenizer=None       # Lengths in the report are in its tokens (None: in words)
 )->Preferences:
     "Pairs from anywhere, with a report"
-    d,name,remarks = _open(source, data_dir)
-    report = DataReport(f'{name} {split}', remarks)
-    pairs = _need(_pairs(islice(_split(d, split, name)(), n), report), report)
+    src = _open(source, data_dir)
+    report = DataReport(f'{src.name} {split}', src.remarks)
+    rows = _split(src.splits, split, src.name)()
+    pairs = _need(_pairs(islice(rows, n), report), report)
     report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
 
@@ -209,25 +243,27 @@ def _by_key(pairs):
     for p in pairs: out.setdefault(prompt_key(p['prompt']), []).append(p)
     return out
 
+def _place(x, shares):
+    "The split in whose share of [0,1) the number `x` lies"
+    for k,share in shares.items():
+        if x<share: return k
+        x -= share
+    return 'train'
+
 def split_by_prompt(
     pairs:list[dict], # Pairs
     shares:dict,      # Name and share of each split but the last, which is `train`
     seed:int=0
 )->dict: # {name: pairs}
     "Pairs in splits that have no prompt in common; none is empty if there are enough prompts"
-    keys = _by_key(pairs)
-    at = {k:_share(min(p['prompt'] for p in ps), seed, 'split') for k,ps in keys.items()}
+    at = {key:_share(min(p['prompt'] for p in ps), seed, 'split') for key,ps in _by_key(pairs).items()}
     where = {k:[] for k in (*shares,'train')}
-    for key,x in at.items():
-        for k,v in shares.items():
-            if x<v: break
-            x -= v
-        else: k = 'train'
-        where[k].append(key)
+    for key,x in at.items(): where[_place(x, shares)].append(key)
     for k,ks in where.items():
         most = max(where.values(), key=len)
-        if not ks and len(most)>1:
-            ks.append((max if k=='train' else min)(most, key=at.get)); most.remove(ks[0])
+        if not ks and len(most)>1: # an empty split gets the next by hash, from the one that has most
+            ks.append((max if k=='train' else min)(most, key=at.get))
+            most.remove(ks[0])
     home = {key:k for k,ks in where.items() for key in ks}
     out = {k:[] for k in where}
     for p in pairs: out[home[prompt_key(p['prompt'])]].append(p)
@@ -253,8 +289,9 @@ def unique_prompts(pairs)->list[str]:
 # %% ../nbs/07_data.ipynb #b4235e89
 def _eos(tokenizer):
     "The EOS id"
-    if tokenizer.eos_token_id is None: raise ValueError('The tokenizer has no EOS token, so a response could never end. '
-        "Set one before training, such as tokenizer.add_special_tokens({'eos_token':'<|endoftext|>'})")
+    if tokenizer.eos_token_id is None:
+        raise ValueError('The tokenizer has no EOS token, so a response could never end. '
+                         "Set one before training, such as tokenizer.add_special_tokens({'eos_token':'<|endoftext|>'})")
     return tokenizer.eos_token_id
 
 def _bos(tokenizer):
@@ -262,19 +299,27 @@ def _bos(tokenizer):
     b = tokenizer.bos_token_id
     return [b] if b is not None and tokenizer('a').input_ids[:1]==[b] else []
 
+class Cut(NamedTuple):
+    "A text as tokens, cut to what there is room for"
+    ids:list   # What is left
+    size:int   # Tokens before cutting
+    cut:bool   # Was something cut?
+
 def _encode_prompts(prompts, tokenizer, max_prompt):
-    "Of each prompt: token ids, length before cutting, was it cut?"
-    bos,start = _bos(tokenizer),[_eos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    "A `Cut` of each prompt"
+    bos = _bos(tokenizer)
+    start = [_eos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id] # an empty prompt
     room = max_prompt-len(bos)
     if room<1: raise ValueError(f'max_prompt={max_prompt} leaves no room for a prompt')
-    full = dict(zip(prompts, encode(prompts, tokenizer)))
-    def fit(p, ids):
+    def fit(prompt, ids):
         if len(ids)<=room: return bos+ids if ids else start
-        turns = parse_turns(p)
+        # whole turns go first: the longest end that begins with a person and fits, else the end of the last turn
+        turns = parse_turns(prompt)
         tails = encode([to_hh(turns[i:]) for i,t in enumerate(turns) if i and t.role=='user'], tokenizer)
         return bos + next((o for o in tails if len(o)<=room), (tails or [ids])[-1][-room:])
-    ids = {p:fit(p, o) for p,o in full.items()}
-    return [ids[p] for p in prompts],[len(full[p]) for p in prompts],[len(full[p])>room for p in prompts]
+    full = dict(zip(prompts, encode(prompts, tokenizer)))
+    done = {p:Cut(fit(p, ids), len(ids), len(ids)>room) for p,ids in full.items()}
+    return [done[p] for p in prompts]
 
 def encode_prompt(
     prompt:str,     # An HH prompt; an empty one becomes BOS (EOS where there is no BOS)
@@ -282,34 +327,38 @@ def encode_prompt(
     max_prompt:int  # Longest, in tokens
 )->tuple: # Token ids, and whether something was cut
     "Token ids of a prompt; too long a prompt loses its oldest turns, and then tokens, from the beginning"
-    (ids,),_,(cut,) = _encode_prompts([prompt], tokenizer, max_prompt)
-    return ids,cut
+    o, = _encode_prompts([prompt], tokenizer, max_prompt)
+    return o.ids,o.cut
 
 def tokenize_prompts(prompts:list[str], tokenizer, max_prompt:int)->list[list[int]]:
     "Token ids of many prompts at once"
-    return _encode_prompts(prompts, tokenizer, max_prompt)[0]
+    return [o.ids for o in _encode_prompts(prompts, tokenizer, max_prompt)]
 
 # %% ../nbs/07_data.ipynb #987a6096
 def _encode_responses(texts, tokenizer, max_response):
-    "Of each response: token ids, with EOS unless cut, and length before cutting, without EOS"
-    eos,out = _eos(tokenizer),[]
-    for t,o in zip(texts, encode(texts, tokenizer)):
-        while o and o[-1]==eos: o = o[:-1]   # an EOS that is an ordinary character
-        if eos in o: raise ValueError(f'the tokenizer ends a text with {tokenizer.eos_token!r}, '
-                                      f'which {t[:60]!r} needs as a word; choose another eos_token')
-        out.append((o+[eos] if len(o)<max_response else o[:max_response], len(o)))
-    return out
+    "A `Cut` of each response; what is not cut ends with EOS, which its size does not count"
+    eos = _eos(tokenizer)
+    def one(text, ids):
+        while ids and ids[-1]==eos: ids = ids[:-1]           # an EOS that is an ordinary character
+        if eos in ids:
+            raise ValueError(f'the tokenizer ends a text with {tokenizer.eos_token!r}, which {text[:60]!r} needs '
+                             'as a word; choose another eos_token')
+        cut = len(ids)>=max_response
+        return Cut(ids[:max_response] if cut else ids+[eos], len(ids), cut)
+    return [one(t, ids) for t,ids in zip(texts, encode(texts, tokenizer))]
 
-def _tokenize(prompts, groups, tokenizer, max_prompt, max_response, keep=lambda i,g: True):
-    "Batch of prompts with their groups of texts; `keep(i, tokens)` says which rows stay"
-    ids,sizes,cut = _encode_prompts(prompts, tokenizer, max_prompt)
-    flat,G = _encode_responses([o for g in groups for o in g], tokenizer, max_response),len(groups[0])
-    rows = [tuple(zip(*flat[i*G:(i+1)*G])) for i in range(len(groups))]  # (tokens, lengths) of each group
-    k = [i for i,(g,_) in enumerate(rows) if keep(i, g)]
-    if not k: return None
-    full = torch.tensor([rows[i][1] for i in k])
-    return Batch.from_tokens([ids[i] for i in k], [rows[i][0] for i in k], index=torch.tensor(k), cut=full>=max_response,
-        prompt_cut=torch.tensor([cut[i] for i in k]), sizes_before=torch.cat([torch.tensor([[sizes[i]] for i in k]), full], 1))
+def _tokenize(prompts, groups, tokenizer, max_prompt, max_response, keep=lambda i,answers: True):
+    "Batch of prompts with their groups of G texts; `keep(i, answers)` says which rows stay. None if none does"
+    ps,G = _encode_prompts(prompts, tokenizer, max_prompt),len(groups[0])
+    flat = _encode_responses([o for g in groups for o in g], tokenizer, max_response)
+    answers = [flat[i:i+G] for i in range(0, len(flat), G)]
+    kept = [i for i,g in enumerate(answers) if keep(i, g)]
+    if not kept: return None
+    ps,rows = [ps[i] for i in kept],[answers[i] for i in kept]
+    return Batch.from_tokens([p.ids for p in ps], [[o.ids for o in g] for g in rows],
+        index=torch.tensor(kept), cut=torch.tensor([[o.cut for o in g] for g in rows]),       # (B,), (B,G)
+        prompt_cut=torch.tensor([p.cut for p in ps]),                                         # (B,)
+        sizes_before=torch.tensor([[p.size,*(o.size for o in g)] for p,g in zip(ps, rows)]))  # (B,1+G)
 
 def tokenize_pairs(
     pairs:list[dict],       # Pairs
@@ -317,24 +366,27 @@ def tokenize_pairs(
     max_prompt:int,         # Longest prompt, in tokens
     max_response:int,       # Longest response, EOS included
     report:DataReport=None  # Counts what is cut or dropped
-)->Batch: # G=2: chosen, rejected; fields `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)
-    "All pairs as one batch"
+)->Batch: # G=2: chosen, rejected
+    "All pairs as one batch; `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)"
     report,n = report or DataReport('these pairs'),len(pairs)
     report.read = report.read or n
-    where = lambda i: pairs[i].get('source', f'pair {i+1}')
-    def keep(i, g):
-        same = f'the answers are the same in their first {max_response} tokens (data.max_response)'
-        if g[0]==g[1]: report.count('too long', where(i), same)
-        return g[0]!=g[1]
-    b = _tokenize([p['prompt'] for p in pairs], [(p['chosen'],p['rejected']) for p in pairs],
-                  tokenizer, max_prompt, max_response, keep) if pairs else None
+    def count(what, i, detail=''): report.count(what, pairs[i].get('source', f'pair {i+1}'), detail)
+    def keep(i, answers):
+        chosen,rejected = answers
+        if chosen.ids!=rejected.ids: return True
+        count('too long', i, f'the answers are the same in their first {max_response} tokens (data.max_response)')
+        return False
+    b = None
+    if pairs:
+        texts = [(p['chosen'],p['rejected']) for p in pairs]
+        b = _tokenize([p['prompt'] for p in pairs], texts, tokenizer, max_prompt, max_response, keep)
     _need(b, report)
-    for k,c in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
-        for i in b.index[c].tolist(): report.count(k, where(i))
-    spelled = re.compile('|'.join(map(re.escape, special_ids(tokenizer).values())))
+    for what,cut in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
+        for i in b.index[cut].tolist(): count(what, i)
+    special = re.compile('|'.join(map(re.escape, special_ids(tokenizer).values())))
     for i in b.index.tolist():
-        found = next(filter(None, (spelled.search(pairs[i][k]) for k in _cols)), None)
-        if found: report.count('special token as text', where(i), found[0])
+        found = next(filter(None, (special.search(pairs[i][k]) for k in _cols)), None)
+        if found: count('special token as text', i, found[0])
     return b
 
 def tokenize_sft(
@@ -349,21 +401,40 @@ def tokenize_sft(
     return _tokenize([o['prompt'] for o in rows], [(o['response'],) for o in rows], tokenizer, max_prompt, max_response)
 
 # %% ../nbs/07_data.ipynb #fd4c1c20
-def _split_names(d, c, name):
-    "Which of the splits in `d` is which"
-    _split(d, c.split, name, '--set data.split=NAME')
-    if c.test_split is not None: _split(d, c.test_split, name, '--set data.test_split=NAME')
+_own = 'train','dev','test','ood'   # the splits of pairs
+
+def _split_names(splits, c, name):
+    "Which of `splits` is which of ours, {ours: its name}"
+    _split(splits, c.split, name, '--set data.split=NAME')
+    if c.test_split is not None: _split(splits, c.test_split, name, '--set data.test_split=NAME')
     if c.test_split==c.split: raise ValueError(f'data.test_split: {c.test_split} is what data.split learns from')
     out = dict(train=c.split)
-    for k,v in dict(test=c.test_split or 'test', dev='dev' if 'dev' in d else 'validation', ood='ood').items():
-        if v in d and v not in out.values(): out[k] = v
+    usual = dict(test=c.test_split or 'test', dev='dev' if 'dev' in splits else 'validation', ood='ood')
+    for k,v in usual.items():
+        if v in splits and v not in out.values(): out[k] = v
     return out
 
-def _shares(c, lack):
-    "Shares of the splits that are taken from train"
-    if not c.test_size:
-        raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: nothing to test on")
-    return {k:c.test_size for k in lack}
+def _rows_of(config, source):
+    "Where a run's rows come from, which split is which, and the world (None for other data)"
+    c = config.data
+    if source is not None or c.name!='world':
+        src = _open(c.name if source is None else source, c.data_dir)
+        return src,_split_names(src.splits, c, src.name),None
+    if c.split!='train' or c.test_split:
+        raise ValueError('data.split and data.test_split choose among the splits of a data set; '
+                         'the embedded world (data.name) has its own')
+    world = make_world(config.world, config.seed)
+    src = _open({k:getattr(world, k) for k in _own})
+    return src._replace(name='the embedded world'),{k:k for k in _own},world
+
+def _without_leaks(train, held, report):
+    "The pairs of train whose prompts are in no held-out split"
+    keys = {prompt_key(p['prompt']) for p in held}
+    out = []
+    for p in train:
+        if prompt_key(p['prompt']) in keys: report.count('train/test leak', p['source'])
+        else: out.append(p)
+    return out
 
 def _subset(pairs, n, seed, report):
     "n pairs, chosen by the hash of their prompts"
@@ -372,52 +443,47 @@ def _subset(pairs, n, seed, report):
     for i in sorted(order[n:]): report.count('not needed', pairs[i]['source'])
     return [pairs[i] for i in sorted(order[:n])]
 
+def _take_from_train(s, lack, c, seed, report):
+    "The splits that the data do not have, as parts of train"
+    train = _need(s['train'], report, 'pairs for train')
+    if not c.test_size:
+        raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: nothing to test on")
+    new = split_by_prompt(train, {k:c.test_size for k in lack}, seed)
+    if not all(new.values()):
+        n = sum(len(_by_key(o)) for o in new.values())
+        raise ValueError(f"{report.name}: {n} different prompts are too few for train and {' and '.join(lack)}, "
+                         f'which are parts of it (data.test_size); {report.reasons()}')
+    return s|new
+
 def load_splits(
     config:Config,   # Its `data`, `world` and `seed` are used
-    tokenizer=None,  # With it, lengths are in tokens, cuts are counted, and pairs that are equal after cutting are dropped
+    tokenizer=None,  # With it, lengths are in tokens, cuts are counted, pairs that cutting makes equal are dropped
     source=None      # Rows in memory, a list or {split: rows}, instead of `config.data.name`
 )->Splits:
     "The splits of a run"
-    c,w = config.data,None
-    if source is None and c.name=='world':
-        if c.split!='train' or c.test_split:
-            raise ValueError('data.split and data.test_split choose among the splits of a data set; '
-                             'the embedded world (data.name) has its own')
-        w = make_world(config.world, config.seed)
-        d,name,remarks = _open({k:getattr(w, k) for k in ('train','dev','test','ood')})[0],'the embedded world',[]
-        names = dict(train='train', dev='dev', test='test', ood='ood')
-    else:
-        d,name,remarks = _open(c.name if source is None else source, c.data_dir)
-        names = _split_names(d, c, name)
-    report = DataReport(name, remarks)
-    read = lambda k: _pairs(d[names[k]](), report, f"split '{names[k]}'") if k in names else []
-    s = {k:read(k) for k in ('train','dev','test','ood')}
-    held,train = {prompt_key(p['prompt']) for k in ('dev','test','ood') for p in s[k]},[]
-    for p in s['train']:
-        if prompt_key(p['prompt']) in held: report.count('train/test leak', p['source'])
-        else: train.append(p)
-    s['train'],sizes = _subset(train, c.n_pairs, config.seed, report),{}
-    for k,v in s.items():
-        if not v or tokenizer is None: continue
-        b = tokenize_pairs(v, tokenizer, c.max_prompt, c.max_response, report)
-        s[k] = [v[i] for i in b.index.tolist()]
+    c = config.data
+    src,names,world = _rows_of(config, source)
+    report = DataReport(src.name, src.remarks)
+    def read(k): return _pairs(src.splits[names[k]](), report, f"split '{names[k]}'") if k in names else []
+    s = {k:read(k) for k in _own}
+    train = _without_leaks(s['train'], [p for k in _own[1:] for p in s[k]], report)
+    s['train'] = _subset(train, c.n_pairs, config.seed, report)
+    sizes = {}                                                 # {id of a pair: (3,) lengths before cutting}
+    for k,pairs in s.items():
+        if not pairs or tokenizer is None: continue
+        b = tokenize_pairs(pairs, tokenizer, c.max_prompt, c.max_response, report)
+        s[k] = [pairs[i] for i in b.index.tolist()]
         sizes.update(zip(map(id, s[k]), b.sizes_before.numpy()))
     lack = [k for k in ('test','dev') if k not in names]
-    if lack: s.update(split_by_prompt(_need(s['train'], report, 'pairs for train'), _shares(c, lack), config.seed))
-    for k in ('train','dev','test'):
-        if not s[k] and lack and k in (*lack,'train'):
-            n = sum(len(_by_key(s[o])) for o in (*lack,'train'))
-            raise ValueError(f"{name}: {n} different prompts are too few for train and {' and '.join(lack)}, "
-                             f'which are parts of it (data.test_size); {report.reasons()}')
-        _need(s[k], report, f'pairs for {k}')
+    if lack: s = _take_from_train(s, lack, c, config.seed, report)
+    for k in _own[:3]:
+        n = len(_by_key(_need(s[k], report, f'pairs for {k}')))
+        if n<20: report.remarks.append(f'{k} has {n} prompt{"s"*(n>1)}: too few to conclude anything from.')
     if tokenizer is None: report.lengths = length_stats(_sizes(s['train']), 'words')
     else: report.lengths = length_stats(np.stack([sizes[id(p)] for p in s['train']]))
-    for k in ('train','dev','test'):
-        n = len(_by_key(s[k]))
-        if n<20: report.remarks.append(f'{k} has {n} prompt{"s"*(n>1)}: too few to conclude anything from.')
     report.splits = {k:len(v) for k,v in s.items() if v}
-    sft = w.corpus if w else [dict(prompt=p['prompt'], response=p['chosen']) for p in s['train']]
-    return Splits(**s, sft=sft, documents=w.facts if w else [], report=report)
+    sft = world.corpus if world else [dict(prompt=p['prompt'], response=p['chosen']) for p in s['train']]
+    return Splits(**s, sft=sft, documents=world.facts if world else [], report=report)
 
 # %% ../nbs/07_data.ipynb #fcaf35aa
 def n_updates(
@@ -441,4 +507,5 @@ def batches(
     n = len(data)
     for i in range(start, n_updates(n, batch_size, updates, epochs)):
         at = pass_order(n, batch_size, seed, i)
-        yield data[at if updates else at[:n*epochs-i*batch_size]]
+        left = n*epochs-i*batch_size                           # of the last pass
+        yield data[at if updates else at[:left]]

@@ -76,7 +76,8 @@ def train_dpo(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     acc=None,
-    dev:Batch=None # Pairs of other prompts, for `o.eval_every`
+    dev:Batch=None, # Pairs of other prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
 )->list:           # Metrics rows
     "Direct preference optimisation"
     if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
@@ -89,7 +90,7 @@ def train_dpo(
     mk_updates,total = from_data(cached(data), o, child_seed(seed, 'dpo'), acc)
     step = lambda net,b,n: dpo_step(net, b, n, o, live, acc.autocast)
     look = None if dev is None or o.eval_every is None else dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'))
-    return fit(policy, mk_updates, step, o, total, run, 'dpo', acc=acc, dev=look)
+    return fit(policy, mk_updates, step, o, total, run, 'dpo', acc=acc, dev=look, show=show)
 
 def dev_look(policy, reference, step, data, o:DPOConfig, seed):
     "The loss on dev pairs, and what the policy itself answers to their prompts: how far from the reference, how long, finished or cut"

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['side_by_side', 'sample_with_kl', 'sample_records', 'plain_values', 'check_disjoint', 'column', 'complete', 'partly',
            'compare', 'comparison_table', 'signs_agree', 'summarise', 'at_equal_length', 'summary_table', 'best_of_n',
-           'gibbs', 'training_path', 'overoptimisation', 'frontier_rows', 'split_source', 'file_source',
-           'write_samples', 'samples_source', 'write_results', 'read_results', 'samples_md']
+           'gibbs', 'training_path', 'overoptimisation', 'frontier_rows']
 
 # %% ../nbs/17_evaluate.ipynb #56e66376
-import hashlib,json,math
+import math
 from itertools import combinations
-from pathlib import Path
 
 import torch
 
@@ -350,124 +348,3 @@ def frontier_rows(
     for o in best: add('best-of-n', 'best-of-n', f"n={o['n']}", o['kl'], reward=o['reward'], gold=o.get('gold'))
     for o in optimum: add('Gibbs', 'Gibbs', f"beta={o['beta']:g}", o['kl'], reward=o['reward'], gold=o.get('gold'))
     return out
-
-# %% ../nbs/17_evaluate.ipynb #e1whos02
-def split_source(
-    split:str, # Its name
-    data:str   # The data's name
-)->dict:
-    "Prompts that are a split of the data"
-    return dict(split=split, data=data)
-
-def file_source(
-    path # A file of prompts
-)->dict:
-    "Prompts of a file, as it is now"
-    return dict(file=Path(path).name, sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16])
-
-def _sha(o): return hashlib.sha256(json.dumps(o).encode()).hexdigest()[:16]
-def _prompts(records): return [r['prompt'] for r in next(iter(records.values()))]
-
-def write_samples(
-    folder,           # Of the samples
-    records:dict,     # {name: records}
-    source:dict=None, # From `split_source` or `file_source` (None: not known)
-    command:str=None, # What made them
-    **more            # More to say of them: seed, temperature, max_new_tokens
-):
-    "Write samples, one file to read (samples.md), and what they are: samples.json says whose prompts these are, and can be held against them"
-    folder,ps = Path(folder),_prompts(records)
-    for name,rs in records.items(): write_json(folder/f'{name}_samples.json', rs)
-    what = dict(source=source, command=command, prompts=len(set(ps)), samples=len(ps)//len(set(ps)), prompts_sha256=_sha(ps), **more,
-                answers_sha256={k:_sha([r['response'] for r in rs]) for k,rs in records.items()})
-    write_json(folder/'samples.json', what)
-    about = samples_source(folder, records)
-    write_text(folder/'samples.md', samples_md(records, about=f"{about['md']}."))
-
-def samples_source(
-    folder,      # A run, or a folder of samples
-    records:dict # From `read_samples` of it
-)->dict: # name: short, for a table; text and md: in words; split: where the samples are shown to be of one; seed
-    "Whose prompts are these? What samples.json says, if it speaks of these very prompts; else what summary.json proves; else nobody knows"
-    folder = Path(getattr(folder, 'path', folder))
-    at = folder/'output_samples' if (folder/'output_samples').is_dir() else folder
-    ps,what,src,off = _prompts(records),{},None,[]
-    why = 'nothing beside them says which'
-    if (at/'samples.json').exists():
-        try: what = read_json(at/'samples.json')
-        except (ValueError,OSError): why = 'samples.json is damaged'
-        if not isinstance(what, dict): what,why = {},'samples.json is damaged'
-        if what and what.get('prompts_sha256')!=_sha(ps): what,why = {},'samples.json speaks of others'
-        src,sha = what.get('source'),what.get('answers_sha256')
-        off = [k for k,rs in records.items() if what and (sha if isinstance(sha, dict) else {}).get(k)!=_sha([r['response'] for r in rs])]
-    elif (src := _proven(folder, records)): what = dict(seed=src.pop('seed'))
-    src = src if isinstance(src, dict) and all(isinstance(v, (str,int)) for v in src.values()) and all(isinstance(src.get(k, ''), str) for k in ('file','split','data')) else {}
-    n,each = len(set(ps)),len(ps)//len(set(ps))
-    def words(f):
-        out = f"the first {n} of {src['of']}" if 'of' in src else f'{n}'
-        out += f" prompt{'s' if n!=1 else ''}, {each} sample{'s' if each!=1 else ''} each, "
-        if 'file' in src: out += f"prompts of {f(src['file'])} (sha256 {f(str(src.get('sha256', 'unknown')))})"
-        elif 'split' in src: out += f"{f(src['split'])} split of {f(src.get('data', 'unknown data'))}"
-        else: out += f'unknown prompts ({why})'
-        if isinstance(what.get('seed'), int): out += f", one training seed ({what['seed']})"
-        if off: out += f"; the answers of {', '.join(map(f, off))} are not those that samples.json describes"
-        return out
-    name = f"prompts of {src['file']}" if 'file' in src else src['split'] if 'split' in src else 'unknown prompts'
-    return dict(name=name, text=words(str), md=words(md_inline), split=None if 'file' in src else src.get('split'), seed=what.get('seed'))
-
-def _proven(folder, records):
-    "The split that summary.json names, where its numbers are those of these very records"
-    try:
-        d = read_json(folder/'results'/'summary.json')
-        for m,rs in records.items():
-            for k in ('reward','kl','n_tokens'):
-                now,then = mean_ci(column(rs, k)),d['models'][m][k]
-                if now['n']!=then['n'] or not math.isclose(now['mean'], then['mean'], rel_tol=1e-9, abs_tol=1e-12): return None
-        return dict(split_source(d['split'], d['config']['data']['name']), seed=d['seeds'][0])
-    except (OSError,ValueError,KeyError,TypeError,IndexError): return None          # no proof
-
-# %% ../nbs/17_evaluate.ipynb #3cf95e28
-def write_results(
-    run:Run,
-    records:dict,   # From `sample_records`
-    summary:dict,   # From `summarise`
-    command:str=None, # What made them
-    **more          # More entries of summary.json: seeds, the frontier, the reward model's accuracy
-):
-    "Write samples and results of a run in the files of the contract"
-    c = run.config
-    write_samples(run/'output_samples', records, split_source(more['split'], c.data.name) if more.get('split') else None, command,
-                  seed=c.seed, temperature=c.eval.temperature, max_new_tokens=c.eval.max_new_tokens)
-    rates = {k:v['win_rate'] for k,v in summary.items() if 'win_rate' in v}
-    if rates: write_json(run/'results'/'win_rates.json', {next(iter(rates.values()))['by'].removesuffix('_reward'):rates})   # {judge: {model: win rate}}
-    write_json(run/'results'/'summary.json', dict(models=summary, comparisons=compare(records), **more))                     # last: with it the stage is done
-
-def read_results(
-    path # A JSON file with intervals
-):
-    "What `write_json` wrote: an end of an interval that is null was infinite"
-    def ends(o):
-        if isinstance(o, list): return [ends(v) for v in o]
-        if not isinstance(o, dict): return o
-        return {k:{'low':-math.inf,'high':math.inf}.get(k.rsplit('_', 1)[-1]) if v is None else ends(v) for k,v in o.items()}
-    return ends(read_json(path))
-
-def samples_md(
-    records:dict,
-    n:int=20,     # Prompts shown
-    about:str=''  # Where the prompts come from, in Markdown
-)->str:
-    "The answers side by side, to read: prompts and answers are shown as they were written and do nothing"
-    ps = list(dict.fromkeys(r['prompt'] for r in records['reference']))[:n]
-    by = {k:{} for k in records}
-    for k,rs in records.items():
-        for r in rs: by[k].setdefault(r['prompt'], r)
-    out = ['# Samples', '', *([about,''] if about else []), 'Reward and exact KL(policy ‖ reference) in nats behind each answer; the first answer of each model.']
-    for i,p in enumerate(ps):
-        out += ['', f'## {i+1}', '', md_text(p)]
-        for k in records:
-            r = by[k][p]
-            g = f", gold {r['gold_reward']:.2f}" if r.get('gold_reward') is not None else ''
-            worth = f"reward {r['reward']:.2f}" if r.get('reward') is not None else 'no reward'
-            out += ['', f"**{md_inline(k)}** ({worth}{g}, KL {r['kl']:.2f}{'' if r['finished'] else ', cut'})", '', md_text(r['response'])]
-    return '\n'.join(out)+'\n'

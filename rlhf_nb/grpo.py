@@ -81,22 +81,22 @@ def grpo_step(net, b, n, o:GRPOConfig):
     lp = net(log_probs, b, o.temperature)
     w = token_weights(b.learn, n, o.loss_type, o.max_new_tokens)
     adv = b.advantages[...,None].expand_as(lp)
-    pl,clipped = clipped_policy_loss(lp, b.log_probs, adv, w, o.epsilon, o.epsilon_high)
-    kl = kl_loss(lp, b.log_probs, b.ref_log_probs, w, o.kl_in=='loss_corrected') if o.kl_in!='reward' and o.beta else pl.new_zeros(())
-    d = ((lp-b.log_probs).detach())*b.learn
+    pl,clipped = clipped_policy_loss(lp, b.old_log_probs, adv, w, o.epsilon, o.epsilon_high)
+    kl = kl_loss(lp, b.old_log_probs, b.ref_log_probs, w, o.kl_in=='loss_corrected') if o.kl_in!='reward' and o.beta else pl.new_zeros(())
+    d = ((lp-b.old_log_probs).detach())*b.learn
     return pl+o.beta*kl,dict(policy_loss=pl.detach(), kl_loss=kl.detach(), clip_frac=clipped.sum()/n['tokens'],
                              approx_kl=(d.expm1()-d).sum()/n['tokens'], ratio_off=(d.exp()-1).abs().sum()/n['tokens'])
 
 def grpo_advantages(b, o:GRPOConfig):
     "Advantages of a rollout, (B,G)"
     s = b.scores
-    if o.kl_in=='reward': s = level(s)-o.beta*((b.log_probs-b.ref_log_probs)*b.mask).sum(-1)
+    if o.kl_in=='reward': s = level(s)-o.beta*((b.old_log_probs-b.ref_log_probs)*b.mask).sum(-1)
     b = b.plus(advantages=group_advantages(s, o.scale_rewards))
     return drop_truncated(b) if o.mask_truncated else b
 
 def drop_truncated(b):
     "Without the tokens of responses that were cut; their scores have had their part in the group's mean"
-    return Batch(b.prompts, b.responses, b.mask & b.finished[...,None], **b.fields)
+    return b.plus(mask=b.mask & b.finished[...,None])
 
 def train_grpo(
     policy,        # Causal LM; changed in place
@@ -108,7 +108,8 @@ def train_grpo(
     run:Run=None,  # Run folder for log and checkpoints
     watch:dict=None, # More scorers, for the metrics only
     acc=None,
-    dev:list=None  # Token lists of other prompts, for `o.eval_every`
+    dev:list=None, # Token lists of other prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
 )->list:           # Metrics rows
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size)
@@ -121,4 +122,4 @@ def train_grpo(
         return rollouts(policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size, o.inner, 1,
                         child_seed(seed, 'grpo'), start, watch, acc)
     until = None if o.target_kl is None else lambda s: s['approx_kl']>o.target_kl
-    return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'grpo', acc=acc, until=until, dev=look if dev else None)
+    return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'grpo', acc=acc, until=until, dev=look if dev else None, show=show)

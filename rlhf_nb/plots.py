@@ -175,7 +175,7 @@ def _token(text, v, x, name):
 
 # %% ../nbs/23_plots.ipynb #0c79da41
 def token_views(
-    batch:Batch, # With some of `log_probs`, `ref_log_probs`, `kl`, `rewards`, `advantages`, `values`
+    batch:Batch, # With some of `old_log_probs`, `ref_log_probs`, `kl`, `rewards`, `advantages`, `values`
     tok,
     i:int=0,     # Which prompt
     g:int=0,     # Which of its responses

@@ -90,16 +90,16 @@ def ppo_step(net, b, n, o:PPOConfig):
     "Policy and value loss of a mini-batch"
     lp,v = net(_both, b, o.temperature)
     w = b.learn/n['tokens']
-    pl,clipped = clipped_policy_loss(lp, b.log_probs, b.advantages, w, o.clip)
+    pl,clipped = clipped_policy_loss(lp, b.old_log_probs, b.advantages, w, o.clip)
     vl = clipped_value_loss(v, b.values, b.returns, w, o.value_clip)
-    d = (lp-b.log_probs).detach()
+    d = (lp-b.old_log_probs).detach()
     return pl+o.value_coef*vl,dict(policy_loss=pl.detach(), value_loss=vl.detach(), clip_frac=clipped.sum()/n['tokens'],
                                    approx_kl=(d.expm1()-d).mul(w).sum(), ratio_off=(d.exp()-1).abs().mul(w).sum())
 
 def ppo_advantages(b, value, o:PPOConfig):
     "Values, rewards, advantages (whitened) and returns of a rollout"
     v = in_pieces(lambda x: values(value, x), b, o.micro_tokens)
-    r = kl_rewards(b.scores.masked_fill(b.scores.isnan(), 0), b.log_probs, b.ref_log_probs, b.mask, o.kl_coef)
+    r = kl_rewards(b.scores.masked_fill(b.scores.isnan(), 0), b.old_log_probs, b.ref_log_probs, b.mask, o.kl_coef)
     adv,ret = gae(r, v, b.mask, o.gamma, o.lam)
     return b.plus(values=v, rewards=r, advantages=whiten(adv, b.learn), returns=ret)
 
@@ -114,7 +114,8 @@ def train_ppo(
     run:Run=None,  # Run folder for log and checkpoints
     watch:dict=None, # More scorers, for the metrics only
     acc=None,
-    dev:list=None  # Token lists of other prompts, for `o.eval_every`
+    dev:list=None, # Token lists of other prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
 )->list:           # Metrics rows
     "Proximal policy optimisation"
     check_rollouts(policy, prompts, o, 1, o.mini_batches)
@@ -127,4 +128,4 @@ def train_ppo(
                         child_seed(seed, 'ppo'), start, watch, acc)
     until = None if o.target_kl is None else lambda s: s['approx_kl']>o.target_kl
     look = lambda: unseen(policy, reference, dev, o, score, o.kl_coef, child_seed(seed, 'ppo'), watch)
-    return fit(model, mk_updates, lambda net,b,n: ppo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'ppo', opt, acc, until, look if dev else None)
+    return fit(model, mk_updates, lambda net,b,n: ppo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'ppo', opt, acc, until, look if dev else None, show=show)

@@ -16,6 +16,7 @@ from .run import *
 from .text import *
 from .stats import *
 from .evaluate import *
+from .records import *
 from .metrics import *
 from .plots import *
 from .diagnose import *

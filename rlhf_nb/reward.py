@@ -42,13 +42,14 @@ def train_reward(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     acc=None,
-    dev:Batch=None # Pairs of other prompts, for `o.eval_every`
+    dev:Batch=None, # Pairs of other prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
 )->list:           # Metrics rows
     "Train a reward model on preferences"
     if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
     mk_updates,total = from_data(data, o, child_seed(seed, 'reward'), acc)
     step = lambda net,b,n: reward_step(net, b, n, o.center)
-    return fit(rm, mk_updates, step, o, total, run, 'reward', acc=acc, dev=on_dev(rm, step, dev, o), from_start=False)
+    return fit(rm, mk_updates, step, o, total, run, 'reward', acc=acc, dev=on_dev(rm, step, dev, o), from_start=False, show=show)
 
 # %% ../nbs/12_reward.ipynb #165e853c
 def pair_scores(

@@ -233,9 +233,11 @@ def joined(
     if len(batches)==1: return batches[0]
     R,order = max(b.shape[2] for b in batches),torch.tensor(sum(parts, [])).argsort()
     wide = lambda x: nn.functional.pad(x, (0, R-x.shape[2])) if x.dim()==3 else x
-    cat = lambda f: torch.cat([wide(f(b)) for b in batches])
-    return Batch(sum([b.prompts for b in batches], []), cat(lambda b: b.responses), cat(lambda b: b.mask),
-                 **{k:cat(lambda b: b.fields[k]) for k in batches[0].fields})[order]
+    parts = {k:[b.parts[k] for b in batches] for k in batches[0].parts}
+    def cat(xs):
+        if torch.is_tensor(xs[0]): return torch.cat(list(map(wide, xs)))
+        return xs[0] and sum(xs, [])                          # prompts; rows, where there are any
+    return Batch(**{k:cat(xs) for k,xs in parts.items()})[order]
 
 def sample(
     policy,
@@ -246,7 +248,7 @@ def sample(
     seed:int=0,
     stop_ids=None,
     memory:int=MEMORY       # Bytes at once: more prompts than that are sampled slice by slice, and their answers stay the same
-)->Batch: # With `log_probs` (B,n,R) under which the tokens were sampled, and `finished` (B,n)
+)->Batch: # With `old_log_probs` (B,n,R) under which the tokens were sampled, and `finished` (B,n)
     "A group of `n` responses to each prompt"
     stop_ids = stop_tokens(policy) if stop_ids is None else stop_ids
     one = lambda ps: from_steps(ps, [o[:3] for o in decode(policy, ps, n, max_new_tokens, temperature, seed, stop_ids)], stop_ids)
@@ -267,7 +269,7 @@ def check_sampling(
     def gap():
         bs = [sample(model, prompts, n, length, seed=0, stop_ids=()) for n in (1,SMALL+1)] # both ways of attention
         def off(a): return max((x-y).abs().max().item() for x,y in zip(a, right))
-        got,want = [b.log_probs for b in bs],[log_probs(model, b) for b in bs]
+        got,want = [b.old_log_probs for b in bs],[log_probs(model, b) for b in bs]
         right = want
         d = off(got)
         if d<=tol: return 0
@@ -290,7 +292,7 @@ def from_steps(
     "The batch that the steps of a decoding make"
     ids,lps,mask = (torch.stack(o, 2) for o in zip(*steps))
     last = ids.gather(-1, mask.sum(-1, keepdim=True)-1)[...,0]
-    return Batch([list(p) for p in prompts], ids, mask, log_probs=lps, finished=torch.isin(last, torch.tensor(sorted(stop_ids), device=ids.device)))
+    return Batch([list(p) for p in prompts], ids, mask, old_log_probs=lps, finished=torch.isin(last, torch.tensor(sorted(stop_ids), device=ids.device)))
 
 # %% ../nbs/13_rollout.ipynb #afd0d00d
 def kl_estimates(
@@ -441,7 +443,7 @@ def unseen(
     "One answer to each of the first `o.eval_n` prompts, always with the same noise"
     b = sample(policy, prompts[:o.eval_n], 1, o.max_new_tokens, o.temperature, child_seed(seed, 'dev'))
     ref = in_pieces(lambda x: log_probs(reference, x, o.temperature), b, o.micro_tokens)
-    kl = ((b.log_probs-ref)*b.mask).sum(-1).mean().item()      # k1, as in the rows of training
+    kl = ((b.old_log_probs-ref)*b.mask).sum(-1).mean().item()      # k1, as in the rows of training
     out,good = dict(kl=kl, length=b.lengths.float().mean().item(), finished=b.finished.float().mean().item(), n=len(b)),0.
     if score is not None:
         raw = score(b).to(b.device); has = ~raw.isnan()                             # NaN: about this answer no source says anything
@@ -488,8 +490,8 @@ def rollouts(
         if low: # ratios must start at one: old log-probabilities come from the forward that trains, in the cut that it will have
             parts = cuts[0]
             lp = read(policy, parts)
-            row['sampler_gap'] = (lp-b.log_probs)[b.mask].abs().max().item()
-            b = b.plus(log_probs=lp)
+            row['sampler_gap'] = (lp-b.old_log_probs)[b.mask].abs().max().item()
+            b = b.plus(old_log_probs=lp)
         b = b.plus(ref_log_probs=read(reference, parts))
         raw = score(b)
         if torch.is_tensor(raw): raw = raw.to(b.device)
@@ -500,9 +502,9 @@ def rollouts(
         if not has.all(): # what no source has an opinion about teaches nothing
             row['unrewarded'] = 1-has.float().mean().item()
             b,raw = b.plus(learn=b.mask & has[...,None]),raw[has]
-        k1,_,k3 = (k*b.mask for k in kl_estimates(b.log_probs, b.ref_log_probs))
+        k1,_,k3 = (k*b.mask for k in kl_estimates(b.old_log_probs, b.ref_log_probs))
         row.update(reward=raw.mean().item(), reward_std=_spread(raw), kl=k1.sum(-1).mean().item(), kl_k3=k3.sum(-1).mean().item(),
-                   entropy=-(b.log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
+                   entropy=-(b.old_log_probs*b.mask).sum().item()/b.mask.sum().item(), length=b.lengths.float().mean().item(),
                    finished=b.finished.float().mean().item(), new_tokens=int(b.mask.sum()), **{k:f(b).mean().item() for k,f in (watch or {}).items()})
         with precision(): b = prepare(b)                      # a value model is read there
         if 'returns' in b.fields: # what share of the returns' variance the value model foresaw

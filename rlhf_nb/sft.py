@@ -53,7 +53,8 @@ def train_sft(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     acc=None,
-    dev:Batch=None # Responses to others' prompts, for `o.eval_every`
+    dev:Batch=None, # Responses to others' prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
 )->list:           # Metrics rows
     "Supervised fine-tuning"
     mk_updates,total = from_data(data, o, child_seed(seed, 'sft'), acc)
@@ -61,7 +62,7 @@ def train_sft(
     def beside():
         m,good = look()
         return dict(m, unigram=counts),good
-    return fit(policy, mk_updates, sft_step, o, total, run, 'sft', acc=acc, dev=look and beside)
+    return fit(policy, mk_updates, sft_step, o, total, run, 'sft', acc=acc, dev=look and beside, show=show)
 
 # %% ../nbs/11_sft.ipynb #7e6df727
 def generate_plain(

@@ -291,7 +291,8 @@ def fit(
     acc=None,
     until=None,
     dev=None,        # `dev()` measures the model on data that it does not learn from: (metrics, a number that is higher for a better state)
-    from_start=True  # May the best state be the one before training?
+    from_start=True, # May the best state be the one before training?
+    show=None        # `show(rows, total, desc)` passes the rows on, and lets a person see them (None: a progress bar)
 )->list:             # All metrics rows
     "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
     acc,opt = acc or mk_accelerator(),opt or mk_optimizer(model, o)
@@ -309,7 +310,7 @@ def fit(
     n = start
     first = best.look(start) if best.every and best.kept is None else {}
     it = steps(model, mk_updates(start), step, o, total, opt, acc, start, until)
-    for r in progress(it, total-start, stage) if acc.is_main_process else it:
+    for r in (show or progress)(it, total-start, stage) if acc.is_main_process else it:
         n = r['update']+1
         r.update(best.look(n) if best.due(n) else first if n==1 else {})
         rows.append(r)

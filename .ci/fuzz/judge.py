@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from endpoint import Endpoint, shown
 from fuzz import REFUSED, Case
 from rlhf_nb.core import read_rows
-from rlhf_nb.judge import LLMJudge,attacks
+from rlhf_nb.llm import LLMJudge
+from rlhf_nb.judge import attacks
 
 verdicts = ['first', 'second', 'tie']
 now = {}   # what the endpoint says next

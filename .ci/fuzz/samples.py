@@ -10,8 +10,9 @@ from markdown_it import MarkdownIt
 from fuzz import REFUSED, Case
 from rlhf_nb.report import mk_report,read_runs
 from rlhf_nb.run import read_samples
-from rlhf_nb.evaluate import (best_of_n, compare, comparison_table, file_source, holm, mean_ci, paired_test, samples_md, samples_source, split_source,
-                              summarise, summary_table, too_few, win_rate, write_samples)
+from rlhf_nb.stats import holm,mean_ci,paired_test,too_few,win_rate
+from rlhf_nb.evaluate import best_of_n,compare,comparison_table,summarise,summary_table
+from rlhf_nb.records import file_source,samples_md,samples_source,split_source,write_samples
 from rlhf_nb.failures import examples_md,failure_analysis,failures_md
 from rlhf_nb.judge import judge_run
 

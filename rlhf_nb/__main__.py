@@ -1,0 +1,55 @@
+"""The `rlhf_nb` command, and `python -m rlhf_nb`. Written by hand: no notebook makes this file.
+
+It starts before anything heavy is imported, so that Ctrl-C is quiet from the first moment, and starts the app without
+what the other commands need, so that the page is there quickly."""
+import gc
+import importlib
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+from rlhf_nb import __version__
+
+# commands with flags of their own, which start without what the others need
+own = {'app':('rlhf_nb.app', 'app_main'), 'bench':('rlhf_nb.benchmark', 'main')}
+
+
+def _interrupted(*_):
+    "Ctrl-C while modules are imported: nothing has begun that must be ended"
+    os.write(2, b'\nrlhf_nb: interrupted\n')
+    os._exit(130)
+
+
+def _quiet_interrupt():
+    "Until the imports are done, which take seconds, Ctrl-C ends the process in one line"
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler: return
+    try: signal.signal(signal.SIGINT, _interrupted)
+    except ValueError: pass                            # not the main thread: Ctrl-C is not ours
+
+
+def _start(name, args):
+    "Import what the command needs, and nothing else, and run it"
+    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')     # a page for this machine reports to nobody
+    # gradio asks for the backend at each event; where none is set that imports pyplot
+    if name=='app': os.environ.setdefault('MPLBACKEND', 'agg')
+    from rlhf_nb.core import no_gc
+    module,function = own.get(name, ('rlhf_nb.cli', 'main'))
+    with no_gc(): main = getattr(importlib.import_module(module), function)
+    gc.freeze()                                                    # what was imported stays: nobody shall look for garbage there
+    if signal.getsignal(signal.SIGINT) is _interrupted: signal.signal(signal.SIGINT, signal.default_int_handler)
+    if name=='bench': return main(SimpleNamespace(args=args[1:]))
+    return main(args[1:] if name in own else args)
+
+
+def command():
+    "Entry point of the `rlhf_nb` command"
+    if sys.argv[1:]==['--version']:
+        print(f'rlhf_nb {__version__}')
+        return
+    _quiet_interrupt()
+    from rlhf_nb.core import in_one_line
+    return in_one_line(_start, sys.argv[1] if sys.argv[1:] else '', sys.argv[1:])
+
+
+if __name__=='__main__': sys.exit(command())
