@@ -31,6 +31,7 @@ from .load import *
 from .train import *
 from .sft import *
 from .reward import *
+from .sampling import *
 from .rollout import *
 from .ppo import *
 from .grpo import *
