@@ -24,6 +24,7 @@ from .run import *
 from .text import *
 from .stats import *
 from .world import *
+from .tokens import *
 from .data import *
 from .forward import *
 from .models import *
