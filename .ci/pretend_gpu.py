@@ -351,7 +351,7 @@ def stages(a):
                 from accelerate import Accelerator
                 from rlhf_nb.core import read_rows
                 line2 = pipeline.Line(Run(d+'/run', line.config, True))
-                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or line2.do('ppo')
+                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or pipeline.run_stage(line2, 'ppo')
             _attempt('ppo again, from its checkpoint', resume, faults)
         finally: shutil.rmtree(d)
     print(f'{len(faults)} faults: {", ".join(faults) or "none"}')
