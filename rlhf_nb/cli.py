@@ -26,6 +26,7 @@ from .load import *
 from .records import *
 from .llm import *
 from .judge import *
+from .line import *
 from .pipeline import *
 
 # %% ../nbs/30_cli.ipynb #bc2ec4f4
@@ -199,7 +200,7 @@ def cmd_failures(a):
     line = Line(Run(a.out), _said(a))
     if not line.done('evaluate'):
         raise FileNotFoundError(f"{line.run.made('evaluate')}: no such file; run the stage 'evaluate' first (rlhf_nb run --stages evaluate --out {a.out})")
-    with _writing(a.out): line.do('failures')
+    with _writing(a.out): run_stage(line, 'failures')
     print(read_text(line.run.failures_md))
 
 def cmd_analyze(a):

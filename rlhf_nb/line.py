@@ -15,6 +15,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .tokens import *
 from .data import *
 from .forward import *
 from .load import *
