@@ -205,7 +205,7 @@ def ask(self:Desk,
 @patch
 def _encode(self:Desk, c):
     "Token ids of the prompt, for each model"
-    from rlhf_nb.data import encode_prompt
+    from rlhf_nb.tokens import encode_prompt
     most,ids = self.config.data.max_prompt,{}
     for k in c['models']:
         ids[k],cut = encode_prompt(c['prompt'], self.players[k].tok, most)

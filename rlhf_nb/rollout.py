@@ -15,7 +15,7 @@ from torch import nn
 
 from .core import *
 from .config import *
-from .data import *
+from .tokens import *
 from .forward import *
 from .models import *
 from .train import *
