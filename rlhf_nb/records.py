@@ -27,10 +27,20 @@ def file_source(
     path # A file of prompts
 )->dict:
     "Prompts of a file, as it is now"
-    return dict(file=Path(path).name, sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16])
+    path = Path(path)
+    return dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
 
-def _sha(o): return hashlib.sha256(json.dumps(o).encode()).hexdigest()[:16]
-def _prompts(records): return [r['prompt'] for r in next(iter(records.values()))]
+def _sha(o):
+    "A hash of anything that JSON can hold"
+    return hashlib.sha256(json.dumps(o).encode()).hexdigest()[:16]
+
+def _prompts(records):
+    "The prompt of each record; they are the same for all models"
+    return [r['prompt'] for r in next(iter(records.values()))]
+
+def _answers_sha(records):
+    "A hash of each model's answers"
+    return {k:_sha([r['response'] for r in rs]) for k,rs in records.items()}
 
 def write_samples(
     folder,           # Of the samples
@@ -42,9 +52,9 @@ def write_samples(
     "Write samples, one file to read (samples.md), and what they are: samples.json says whose prompts these are, and can be held against them"
     folder,ps = Path(folder),_prompts(records)
     for name,rs in records.items(): write_json(folder/f'{name}_samples.json', rs)
-    what = dict(source=source, command=command, prompts=len(set(ps)), samples=len(ps)//len(set(ps)), prompts_sha256=_sha(ps), **more,
-                answers_sha256={k:_sha([r['response'] for r in rs]) for k,rs in records.items()})
-    write_json(folder/'samples.json', what)
+    n = len(set(ps))
+    what = dict(source=source, command=command, prompts=n, samples=len(ps)//n, prompts_sha256=_sha(ps), **more)
+    write_json(folder/'samples.json', what | dict(answers_sha256=_answers_sha(records)))
     about = samples_source(folder, records)
     write_text(folder/'samples.md', samples_md(records, about=f"{about['md']}."))
 
@@ -53,42 +63,63 @@ def samples_source(
     records:dict # From `read_samples` of it
 )->dict: # name: short, for a table; text and md: in words; split: where the samples are shown to be of one; seed
     "Whose prompts are these? What samples.json says, if it speaks of these very prompts; else what summary.json proves; else nobody knows"
-    folder = Path(getattr(folder, 'path', folder))
-    at = folder/'output_samples' if (folder/'output_samples').is_dir() else folder
-    ps,what,src,off = _prompts(records),{},None,[]
-    why = 'nothing beside them says which'
-    if (at/'samples.json').exists():
-        try: what = read_json(at/'samples.json')
-        except (ValueError,OSError): why = 'samples.json is damaged'
-        if not isinstance(what, dict): what,why = {},'samples.json is damaged'
-        if what and what.get('prompts_sha256')!=_sha(ps): what,why = {},'samples.json speaks of others'
-        src,sha = what.get('source'),what.get('answers_sha256')
-        off = [k for k,rs in records.items() if what and (sha if isinstance(sha, dict) else {}).get(k)!=_sha([r['response'] for r in rs])]
-    elif (src := _proven(folder, records)): what = dict(seed=src.pop('seed'))
-    src = src if isinstance(src, dict) and all(isinstance(v, (str,int)) for v in src.values()) and all(isinstance(src.get(k, ''), str) for k in ('file','split','data')) else {}
-    n,each = len(set(ps)),len(ps)//len(set(ps))
-    def words(f):
-        out = f"the first {n} of {src['of']}" if 'of' in src else f'{n}'
-        out += f" prompt{'s' if n!=1 else ''}, {each} sample{'s' if each!=1 else ''} each, "
-        if 'file' in src: out += f"prompts of {f(src['file'])} (sha256 {f(str(src.get('sha256', 'unknown')))})"
-        elif 'split' in src: out += f"{f(src['split'])} split of {f(src.get('data', 'unknown data'))}"
-        else: out += f'unknown prompts ({why})'
-        if isinstance(what.get('seed'), int): out += f", one training seed ({what['seed']})"
-        if off: out += f"; the answers of {', '.join(map(f, off))} are not those that samples.json describes"
-        return out
-    name = f"prompts of {src['file']}" if 'file' in src else src['split'] if 'split' in src else 'unknown prompts'
-    return dict(name=name, text=words(str), md=words(md_inline), split=None if 'file' in src else src.get('split'), seed=what.get('seed'))
+    places = Places(folder)
+    about = (places.samples if places.samples.is_dir() else places.path)/'samples.json'
+    if about.exists(): what,why = _described(about, records)
+    else: what,why = _proven(places, records),'nothing beside them says which'
+    source = _source_or_none(what.get('source'))
+    def words(f): return _in_words(records, what, source, why, f)
+    of_file = 'file' in source
+    name = f"prompts of {source['file']}" if of_file else source.get('split', 'unknown prompts')
+    split = None if of_file else source.get('split')
+    return dict(name=name, text=words(str), md=words(md_inline), split=split, seed=what.get('seed'))
 
-def _proven(folder, records):
+def _described(path, records):
+    "What samples.json says of these very prompts; else nothing, and why"
+    try: what = read_json(path)
+    except (ValueError,OSError): what = None
+    if not isinstance(what, dict): return {},'samples.json is damaged'
+    if what and what.get('prompts_sha256')!=_sha(_prompts(records)): return {},'samples.json speaks of others'
+    return what,'nothing beside them says which'
+
+def _source_or_none(source):
+    "A source that can be read; an empty one, where it can't"
+    if not isinstance(source, dict) or not all(isinstance(v, (str,int)) for v in source.values()): return {}
+    return source if all(isinstance(source.get(k, ''), str) for k in ('file','split','data')) else {}
+
+def _in_words(records, what, source, why, name):
+    "What is known about the prompts; `name(s)` writes a name"
+    ps = _prompts(records)
+    n,each = len(set(ps)),len(ps)//len(set(ps))
+    of = f"the first {n} of {source['of']}" if 'of' in source else n
+    out = f"{of} prompt{'s'*(n!=1)}, {each} sample{'s'*(each!=1)} each, "
+    if 'file' in source:
+        out += f"prompts of {name(source['file'])} (sha256 {name(str(source.get('sha256', 'unknown')))})"
+    elif 'split' in source: out += f"{name(source['split'])} split of {name(source.get('data', 'unknown data'))}"
+    else: out += f'unknown prompts ({why})'
+    if isinstance(what.get('seed'), int): out += f", one training seed ({what['seed']})"
+    off = _other_answers(records, what)
+    if off: out += f"; the answers of {', '.join(map(name, off))} are not those that samples.json describes"
+    return out
+
+def _other_answers(records, what):
+    "The models whose answers samples.json does not describe"
+    if 'prompts_sha256' not in what: return []
+    sha = what.get('answers_sha256')
+    known = sha if isinstance(sha, dict) else {}
+    return [k for k,v in _answers_sha(records).items() if known.get(k)!=v]
+
+def _proven(places, records):
     "The split that summary.json names, where its numbers are those of these very records"
     try:
-        d = read_json(folder/'results'/'summary.json')
+        d = read_json(places.summary)
         for m,rs in records.items():
             for k in ('reward','kl','n_tokens'):
                 now,then = mean_ci(column(rs, k)),d['models'][m][k]
-                if now['n']!=then['n'] or not math.isclose(now['mean'], then['mean'], rel_tol=1e-9, abs_tol=1e-12): return None
-        return dict(split_source(d['split'], d['config']['data']['name']), seed=d['seeds'][0])
-    except (OSError,ValueError,KeyError,TypeError,IndexError): return None          # no proof
+                same = math.isclose(now['mean'], then['mean'], rel_tol=1e-9, abs_tol=1e-12)
+                if now['n']!=then['n'] or not same: return {}
+        return dict(source=split_source(d['split'], d['config']['data']['name']), seed=d['seeds'][0])
+    except (OSError,ValueError,KeyError,TypeError,IndexError): return {}          # no proof
 
 # %% ../nbs/17_records.ipynb #3cf95e28
 def write_results(
@@ -100,21 +131,25 @@ def write_results(
 ):
     "Write samples and results of a run in the files of the contract"
     c = run.config
-    write_samples(run/'output_samples', records, split_source(more['split'], c.data.name) if more.get('split') else None, command,
+    source = split_source(more['split'], c.data.name) if more.get('split') else None
+    write_samples(run.samples, records, source, command,
                   seed=c.seed, temperature=c.eval.temperature, max_new_tokens=c.eval.max_new_tokens)
     rates = {k:v['win_rate'] for k,v in summary.items() if 'win_rate' in v}
-    if rates: write_json(run/'results'/'win_rates.json', {next(iter(rates.values()))['by'].removesuffix('_reward'):rates})   # {judge: {model: win rate}}
-    write_json(run/'results'/'summary.json', dict(models=summary, comparisons=compare(records), **more))                     # last: with it the stage is done
+    if rates:
+        judge = next(iter(rates.values()))['by']   # the same for all
+        write_json(run.win_rates, {judge.removesuffix('_reward'):rates})
+    write_json(run.summary, dict(models=summary, comparisons=compare(records), **more))   # last: with it the stage is done
 
 def read_results(
     path # A JSON file with intervals
 ):
     "What `write_json` wrote: an end of an interval that is null was infinite"
-    def ends(o):
-        if isinstance(o, list): return [ends(v) for v in o]
+    def end(k): return dict(low=-math.inf, high=math.inf).get(k.rsplit('_', 1)[-1])
+    def read(o):
+        if isinstance(o, list): return [read(v) for v in o]
         if not isinstance(o, dict): return o
-        return {k:{'low':-math.inf,'high':math.inf}.get(k.rsplit('_', 1)[-1]) if v is None else ends(v) for k,v in o.items()}
-    return ends(read_json(path))
+        return {k:end(k) if v is None else read(v) for k,v in o.items()}
+    return read(read_json(path))
 
 def samples_md(
     records:dict,
@@ -122,16 +157,22 @@ def samples_md(
     about:str=''  # Where the prompts come from, in Markdown
 )->str:
     "The answers side by side, to read: prompts and answers are shown as they were written and do nothing"
-    ps = list(dict.fromkeys(r['prompt'] for r in records['reference']))[:n]
-    by = {k:{} for k in records}
+    first = {k:{} for k in records}   # of each model, {prompt: record}
     for k,rs in records.items():
-        for r in rs: by[k].setdefault(r['prompt'], r)
-    out = ['# Samples', '', *([about,''] if about else []), 'Reward and exact KL(policy ‖ reference) in nats behind each answer; the first answer of each model.']
-    for i,p in enumerate(ps):
-        out += ['', f'## {i+1}', '', md_text(p)]
-        for k in records:
-            r = by[k][p]
-            g = f", gold {r['gold_reward']:.2f}" if r.get('gold_reward') is not None else ''
-            worth = f"reward {r['reward']:.2f}" if r.get('reward') is not None else 'no reward'
-            out += ['', f"**{md_inline(k)}** ({worth}{g}, KL {r['kl']:.2f}{'' if r['finished'] else ', cut'})", '', md_text(r['response'])]
+        for r in rs: first[k].setdefault(r['prompt'], r)
+    out = ['# Samples', '']
+    if about: out += [about, '']
+    out += ['Reward and exact KL(policy ‖ reference) in nats behind each answer; the first answer of each model.']
+    for i,p in enumerate(list(first['reference'])[:n], 1):
+        out += ['', f'## {i}', '', md_text(p)]
+        for k in records: out += ['', f'**{md_inline(k)}** ({_worth(first[k][p])})', '', md_text(first[k][p]['response'])]
     return '\n'.join(out)+'\n'
+
+def _worth(r):
+    "What a record's answer is worth"
+    known = {k:r[k] for k in ('reward','gold_reward') if r.get(k) is not None}
+    out = [f"reward {known['reward']:.2f}" if 'reward' in known else 'no reward']
+    if 'gold_reward' in known: out.append(f"gold {known['gold_reward']:.2f}")
+    out.append(f"KL {r['kl']:.2f}")
+    if not r['finished']: out.append('cut')
+    return ', '.join(out)

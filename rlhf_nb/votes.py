@@ -7,15 +7,34 @@ __all__ = ['agreement', 'Votes', 'read_votes', 'vote_pairs', 'human_agreement']
 
 # %% ../nbs/19_votes.ipynb #voteh003
 import json,math
+from itertools import combinations
 from pathlib import Path
 
 import torch
 
 from .core import *
 from .verdicts import *
-from .verdicts import _swap
 
 # %% ../nbs/19_votes.ipynb #8bb0e7f9
+_places = {'a':0, 'tie':1, 'b':2}   # of a verdict in a table of two judges
+
+def _kappa(m):
+    "Cohen's kappa of tables (...,3,3) of counts; nan where both judges only ever say one thing"
+    m = m/m.sum((-1,-2), keepdim=True)
+    chance = (m.sum(-1)*m.sum(-2)).sum(-1)
+    return (m.diagonal(dim1=-1, dim2=-2).sum(-1)-chance)/(1-chance)
+
+def _resampled(tables, resamples, seed):
+    "Ends of the 95% interval of kappa, over resamples of the clusters; `tables` (clusters,3,3)"
+    n = len(tables)
+    pick = torch.randint(n, (resamples,n), generator=generator(seed, 'kappa'))
+    ones = torch.ones(pick.shape, dtype=torch.float64)
+    times = torch.zeros_like(ones).scatter_add_(1, pick, ones)         # (resamples,clusters): how often each is drawn
+    ks = _kappa((times@tables.flatten(1)).view(-1,3,3))
+    ks = ks[ks.isfinite()]
+    if len(ks)<=resamples//2: return None,None
+    return ks.quantile(torch.tensor([.025,.975], dtype=torch.float64)).tolist()
+
 def agreement(
     x:list,             # Verdicts: 'a', 'b', 'tie'; None is left out
     y:list,             # The other judge's, of the same pairs
@@ -25,50 +44,55 @@ def agreement(
 )->dict: # kappa, low, high, agree: dict(mean, low, high, n), opposite: share of plain contradictions, n (verdicts)
     "Cohen's kappa of two judges, with its 95% interval"
     if len(x)!=len(y): raise ValueError(f'verdicts of the same pairs are needed, got {len(x)} and {len(y)}')
-    odd = next((o for o in (*x,*y) if not isinstance(o, (str,type(None))) or o not in _swap), None)
-    if odd is not None: raise ValueError(f"verdicts are 'a', 'b', 'tie' or None, got {str(odd)[:40]!r}")
+    for o in (*x,*y):
+        if not is_verdict(o): raise ValueError(f"verdicts are 'a', 'b', 'tie' or None, got {str(o)[:40]!r}")
     rows = [(u,v,c) for u,v,c in zip(x, y, clusters or range(len(x))) if u and v]
     if not rows: return dict(kappa=None, low=None, high=None, agree=None, opposite=None, n=0)
-    at = {k:i for i,k in enumerate(dict.fromkeys(c for *_,c in rows))}
-    t = torch.zeros(len(at), 3, 3, dtype=torch.float64)
-    for u,v,c in rows: t[at[c],'a tie b'.split().index(u),'a tie b'.split().index(v)] += 1
-    def kappa(m): # (...,3,3)
-        m = m/m.sum((-1,-2), keepdim=True)
-        chance = (m.sum(-1)*m.sum(-2)).sum(-1)
-        return (m.diagonal(dim1=-1, dim2=-2).sum(-1)-chance)/(1-chance)  # nan where both only ever say one thing
-    pick = torch.randint(len(at), (resamples,len(at)), generator=generator(seed, 'kappa'))
-    w = torch.zeros(resamples, len(at), dtype=torch.float64).scatter_add_(1, pick, torch.ones(pick.shape, dtype=torch.float64))
-    ks = kappa((w@t.flatten(1)).view(-1,3,3)); ks = ks[ks.isfinite()]
-    k = kappa(t.sum(0)).item()
-    lo,hi = ks.quantile(torch.tensor([.025,.975], dtype=torch.float64)).tolist() if len(ks)>resamples//2 else (None,None)
-    return dict(kappa=k if math.isfinite(k) else None, low=lo, high=hi, agree=share_by([u==v for u,v,_ in rows], [c for *_,c in rows]),
+    keys = [c for *_,c in rows]
+    at = {c:i for i,c in enumerate(dict.fromkeys(keys))}
+    tables = torch.zeros(len(at), 3, 3, dtype=torch.float64)
+    for u,v,c in rows: tables[at[c],_places[u],_places[v]] += 1
+    low,high = _resampled(tables, resamples, seed)
+    k = _kappa(tables.sum(0)).item()
+    return dict(kappa=k if math.isfinite(k) else None, low=low, high=high,
+                agree=share_by([u==v for u,v,_ in rows], keys),
                 opposite=sum({u,v}=={'a','b'} for u,v,_ in rows)/len(rows), n=len(rows))
 
 # %% ../nbs/19_votes.ipynb #54ff9a8c
 class Votes(list):
     "Votes; `bad`: the lines of the file that are none, in words"
-    def __init__(self, rows=(), bad=()): super().__init__(rows); self.bad = list(bad)
+    def __init__(self, rows=(), bad=()):
+        super().__init__(rows)
+        self.bad = list(bad)
+
+_form = dict(prompt=str, answers=dict, order=list, vote=str)
+_undecided = 'tie','bad'
 
 def _no_vote(r):
     "What is wrong with a vote; None where it is one"
     if not isinstance(r, dict): return 'expected an object with prompt, answers, order, vote'
-    for k,t in (('prompt',str),('answers',dict),('order',list),('vote',str)):
+    for k,t in _form.items():
         if not isinstance(r.get(k), t): return f"'{k}' is missing or not a {t.__name__}"
-    texts = lambda o: all(isinstance(x, str) for x in o)
-    if not texts(r['order']) or not texts(r['answers'].values()): return "'order' and 'answers' must hold texts"
-    if len(r['order'])<2 or sorted(r['order'])!=sorted(r['answers']): return f"'order' {str(r['order'])[:80]} does not list the models of 'answers', two or more"
-    if {'tie','bad'}&{*r['order']}: return "a model can't be called tie or bad"
-    if r['vote'] not in (*r['order'],'tie','bad'): return f"vote '{r['vote'][:80]}' is none of {', '.join(r['order'])[:80]}, tie, bad"
+    models,answers,vote = r['order'],r['answers'],r['vote']
+    if not all(isinstance(o, str) for o in (*models,*answers.values())): return "'order' and 'answers' must hold texts"
+    if len(models)<2 or sorted(models)!=sorted(answers):
+        return f"'order' {str(models)[:80]} does not list the models of 'answers', two or more"
+    if {*_undecided} & {*models}: return "a model can't be called tie or bad"
+    if vote not in (*models,*_undecided): return f"vote '{vote[:80]}' is none of {', '.join(models)[:80]}, tie, bad"
     for k in ('reward','gold_reward'):      # where they stand, they are read
         o = r.get(k) or {}
-        if not isinstance(o, dict) or not {*o}<={*r['answers']} or not all(x is None or type(x) in (int,float) and abs(x)<1e100 for x in o.values()):
+        if not isinstance(o, dict) or not {*o}<={*answers} or not all(map(_score, o.values())):
             return f"'{k}': expected a number for a model of 'answers', got {o!r:.80}"
+
+def _score(x):
+    "Is it a score, or none?"
+    return x is None or type(x) in (int,float) and abs(x)<1e100
 
 def _strict_json(s):
     "JSON in which no key stands twice; ValueError says what is wrong"
-    def once(ps):
-        if len(dict(ps))<len(ps): raise ValueError('a key twice')
-        return dict(ps)
+    def once(pairs):
+        if len(dict(pairs))<len(pairs): raise ValueError('a key twice')
+        return dict(pairs)
     try: r = json.loads(s, object_pairs_hook=once)
     except RecursionError: raise ValueError('nested too deeply') from None
     except json.JSONDecodeError: raise ValueError('not valid JSON') from None
@@ -80,12 +104,12 @@ def read_votes(
     path # Lines of JSON: prompt, answers {model: text}, order [models], vote (a model, 'tie' or 'bad'), time
 )->Votes:
     "The votes of a file; a line that is none is left out and named in `bad`"
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no such file')
-    out = Votes()
-    for i,l in enumerate(Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
-        if not l.strip(): continue
+    path,out = Path(path),Votes()
+    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
+    for i,line in enumerate(path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
+        if not line.strip(): continue
         try:
-            r = _strict_json(l.decode())
+            r = _strict_json(line.decode())
             why = _no_vote(r)
         except UnicodeDecodeError: why = 'not UTF-8'
         except ValueError as e: why = str(e)
@@ -99,10 +123,13 @@ def vote_pairs(
     "The comparisons that votes contain: the winner with each other answer, and all pairs of a tie"
     out = []
     for v in votes:
-        none = v['vote'] in ('tie','bad')
-        for i,x in enumerate(v['order']):
-            out += [dict(prompt=v['prompt'], a=v['answers'][x], b=v['answers'][y], model=x, against=y, human='tie' if none else 'a' if v['vote']==x else 'b')
-                    for y in v['order'][i+1:] if (none or v['vote'] in (x,y)) and v['answers'][x]!=v['answers'][y]]
+        winner,answers = v['vote'],v['answers']
+        for x,y in combinations(v['order'], 2):
+            if answers[x]==answers[y]: continue                        # nobody loses to the same text
+            if winner in _undecided: human = 'tie'
+            elif winner in (x,y): human = 'a' if winner==x else 'b'
+            else: continue
+            out.append(dict(prompt=v['prompt'], a=answers[x], b=answers[y], model=x, against=y, human=human))
     return out
 
 def human_agreement(
@@ -111,9 +138,10 @@ def human_agreement(
     seed:int=0
 )->dict: # As `agreement`, with votes, unreadable (lines) and, for stored scores, unknown: comparisons of answers that have none
     "Does the judge agree with people?"
-    ps = vote_pairs(votes)
-    knows = getattr(judge, 'knows', lambda p,a: True)
-    known = [p for p in ps if knows(p['prompt'], p['a']) and knows(p['prompt'], p['b'])]
-    vs = judge_pairs(judge, known)
-    return dict(agreement([v['verdict'] for v in vs], [p['human'] for p in known], [p['prompt'] for p in known], seed), votes=len(votes), unreadable=len(getattr(votes, 'bad', ())),
-                unknown=len(ps)-len(known), failed=sum(not v['verdict'] for v in vs))
+    knows = getattr(judge, 'knows', lambda prompt, answer: True)
+    pairs = vote_pairs(votes)
+    known = [p for p in pairs if knows(p['prompt'], p['a']) and knows(p['prompt'], p['b'])]
+    said = [v['verdict'] for v in judge_pairs(judge, known)]
+    k = agreement(said, [p['human'] for p in known], [p['prompt'] for p in known], seed)
+    return k | dict(votes=len(votes), unreadable=len(getattr(votes, 'bad', ())),
+                    unknown=len(pairs)-len(known), failed=sum(v is None for v in said))

@@ -11,7 +11,8 @@ from fuzz import REFUSED, Case
 from rlhf_nb.report import mk_report,read_runs
 from rlhf_nb.run import read_samples
 from rlhf_nb.stats import holm,mean_ci,paired_test,too_few,win_rate
-from rlhf_nb.evaluate import best_of_n,compare,comparison_table,summarise,summary_table
+from rlhf_nb.frontier import best_of_n
+from rlhf_nb.evaluate import compare,comparison_table,summarise,summary_table
 from rlhf_nb.records import file_source,samples_md,samples_source,split_source,write_samples
 from rlhf_nb.failures import examples_md,failure_analysis,failures_md
 from rlhf_nb.judge import judge_run
