@@ -17,7 +17,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
-from .data import *
+from .tokens import *
 from .detect import *
 from .variety import *
 
@@ -361,7 +361,8 @@ def sample_texts(
     seed:int=0
 )->dict: # {name: records} with prompt, response, model, n_tokens, finished, log_prob (of the whole answer)
     "Answers of all models to the same prompts with the same noise"
-    from rlhf_nb.rollout import sample,texts
+    from rlhf_nb.sampling import sample
+    from rlhf_nb.rollout import texts
     o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[] for k in models}
     for name,policy in models.items():
         for i in range(0, len(ids), o.batch_size):

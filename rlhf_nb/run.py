@@ -92,23 +92,23 @@ class Stage(NamedTuple):
     def trains(self)->bool: return bool(self.settings)
 
 _training = [
-    Stage('sft', 'reference', 'pipeline:sft_stage', settings='sft', policy='reference', label='reference', colour='#949494'),
-    Stage('reward', 'reward_model', 'pipeline:reward_stage', ('sft',), settings='reward', held_out=True),
-    Stage('dpo', 'dpo_model', 'pipeline:dpo_stage', ('sft',), settings='dpo', policy='dpo', label='DPO', colour='#029e73'),
-    Stage('ppo', 'ppo_model', 'pipeline:ppo_stage', ('reward',), settings='ppo', policy='ppo', label='PPO', colour='#0173b2'),
-    Stage('grpo', 'grpo_model', 'pipeline:grpo_stage', ('reward',), settings='grpo', policy='grpo', label='GRPO', colour='#de8f05'),
+    Stage('sft', 'reference', 'stages:sft_stage', settings='sft', policy='reference', label='reference', colour='#949494'),
+    Stage('reward', 'reward_model', 'stages:reward_stage', ('sft',), settings='reward', held_out=True),
+    Stage('dpo', 'dpo_model', 'stages:dpo_stage', ('sft',), settings='dpo', policy='dpo', label='DPO', colour='#029e73'),
+    Stage('ppo', 'ppo_model', 'stages:ppo_stage', ('reward',), settings='ppo', policy='ppo', label='PPO', colour='#0173b2'),
+    Stage('grpo', 'grpo_model', 'stages:grpo_stage', ('reward',), settings='grpo', policy='grpo', label='GRPO', colour='#de8f05'),
 ]
 trained = tuple(s.name for s in _training)
 _measuring = [
-    Stage('last_token', 'results/last_token.json', 'pipeline:last_token_stage', ('sft',), usual=False, held_out=True),
-    Stage('frontier', 'results/frontier.json', 'pipeline:frontier_stage', ('reward',), held_out=True),
-    Stage('overoptimise', 'results/overoptimise.json', 'pipeline:overoptimise_stage', ('sft',), usual=False),
-    Stage('evaluate', 'results/summary.json', 'pipeline:evaluate_stage', after=trained, held_out=True),
-    Stage('judge', 'results/WIN_RATES.md', 'pipeline:judge_stage', ('evaluate',), light=True),
-    Stage('failures', 'results/failure_analysis/failures.json', 'pipeline:failures_stage', ('evaluate',), held_out=True),
+    Stage('last_token', 'results/last_token.json', 'stages:last_token_stage', ('sft',), usual=False, held_out=True),
+    Stage('frontier', 'results/frontier.json', 'stages:frontier_stage', ('reward',), held_out=True),
+    Stage('overoptimise', 'results/overoptimise.json', 'stages:overoptimise_stage', ('sft',), usual=False),
+    Stage('evaluate', 'results/summary.json', 'stages:evaluate_stage', after=trained, held_out=True),
+    Stage('judge', 'results/WIN_RATES.md', 'stages:judge_stage', ('evaluate',), light=True),
+    Stage('failures', 'results/failure_analysis/failures.json', 'stages:failures_stage', ('evaluate',), held_out=True),
 ]
 # after everything that runs; of what is not there the report says so
-_report = Stage('analyze', 'results/ANALYSIS.md', 'pipeline:analyze_stage', after=tuple(s.name for s in _training+_measuring), light=True)
+_report = Stage('analyze', 'results/ANALYSIS.md', 'stages:analyze_stage', after=tuple(s.name for s in _training+_measuring), light=True)
 
 stage_table = {s.name:s for s in [*_training, *_measuring, _report]}
 usual_stages = tuple(s.name for s in stage_table.values() if s.usual)
