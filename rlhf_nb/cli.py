@@ -19,6 +19,7 @@ from .config import *
 from .run import *
 from .world import *
 from .formats import *
+from .tokens import *
 from .data import *
 from .forward import *
 from .load import *

@@ -15,10 +15,12 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .tokens import *
 from .data import *
 from .forward import *
 from .load import *
 from .train import *
+from .sampling import *
 from .rollout import *
 from .evaluate import *
 
