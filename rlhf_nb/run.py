@@ -191,6 +191,9 @@ class Places:
     failure_folder = _Place('results/failure_analysis')
     failures = _Place('results/failure_analysis/failures.json')
     failures_md = _Place('results/failure_analysis/FAILURES.md')
+    failure_examples = _Place('results/failure_analysis/examples.md')
+    failure_rates = _Place('results/failure_analysis/rates.csv')
+    failure_samples = _Place('results/failure_analysis/samples.jsonl')
 
     def __init__(self, path): self.path = Path(getattr(path, 'path', path))
     def __truediv__(self, o): return self.path/o
