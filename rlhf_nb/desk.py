@@ -219,7 +219,8 @@ def _record(self:Desk, c, k, ids, steps, seconds):
     "The best answer of model `k`, with all that is known about it"
     from rlhf_nb.models import exact_kl
     from rlhf_nb.load import stop_tokens
-    from rlhf_nb.rollout import from_steps,texts
+    from rlhf_nb.sampling import from_steps
+    from rlhf_nb.rollout import texts
     p,ref,T = self.players[k],self.players.get('reference'),c['temperature'] or 1.
     b = from_steps([ids], steps, stop_tokens(p.policy))
     same = ref and p.tok.get_vocab()==ref.tok.get_vocab()
@@ -243,7 +244,8 @@ def compare(self:Desk,
     every:float=.04        # Seconds between two yields
 ):                         # The comparison, while it grows
     "All models answer, a token each in turn"
-    from rlhf_nb.rollout import decode,written
+    from rlhf_nb.sampling import decode
+    from rlhf_nb.rollout import written
     ids = self._encode(c)
     runs = {k:decode(self.players[k].policy, [ids[k]], c['n'], c['max_new_tokens'], c['temperature'], child_seed(c['seed'], 'eval')) for k in c['models']}
     steps,secs,last = {k:[] for k in runs},dict.fromkeys(runs, 0.),0.

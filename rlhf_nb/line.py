@@ -20,6 +20,7 @@ from .data import *
 from .forward import *
 from .load import *
 from .train import *
+from .sampling import *
 from .rollout import *
 from .evaluate import *
 

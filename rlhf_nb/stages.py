@@ -18,6 +18,7 @@ from .models import *
 from .load import *
 from .sft import *
 from .reward import *
+from .sampling import *
 from .rollout import *
 from .ppo import *
 from .grpo import *
