@@ -264,7 +264,7 @@ def ask(self:Desk,
 @patch
 def _encode(self:Desk, c)->dict:
     "Token ids of the prompt, for each model"
-    from rlhf_nb.data import encode_prompt
+    from rlhf_nb.tokens import encode_prompt
     most,ids = self.config.data.max_prompt,{}
     for k in c['models']:
         tok = self.players[k].tok
@@ -278,7 +278,7 @@ def _encode(self:Desk, c)->dict:
 class _Writer:
     "A model that writes its answers to one prompt, a token of each at a time"
     def __init__(self, player, ids, c):
-        from rlhf_nb.rollout import decode
+        from rlhf_nb.sampling import decode
         self.player,self.ids = player,ids
         self.steps,self.seconds,self.goes_on = [],0.,True
         seed = child_seed(c['seed'], 'eval')     # as for the samples of `rlhf_nb generate`
@@ -301,7 +301,7 @@ class _Writer:
 
     def batch(self)->Batch: # One prompt, n answers
         from rlhf_nb.load import stop_tokens
-        from rlhf_nb.rollout import from_steps
+        from rlhf_nb.sampling import from_steps
         return from_steps([self.ids], self.steps, stop_tokens(self.player.policy))
 
 @patch
