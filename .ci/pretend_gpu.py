@@ -351,7 +351,7 @@ def stages(a):
                 from accelerate import Accelerator
                 from rlhf_nb.core import read_rows
                 line2 = pipeline.Line(Run(d+'/run', line.config, True))
-                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or line2.do('ppo')
+                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or pipeline.run_stage(line2, 'ppo')
             _attempt('ppo again, from its checkpoint', resume, faults)
         finally: shutil.rmtree(d)
     print(f'{len(faults)} faults: {", ".join(faults) or "none"}')
@@ -366,7 +366,8 @@ def library(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
-        from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft
+        from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+        from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import train_dpo
         from rlhf_nb.frontier import best_of_n,gibbs
         from rlhf_nb.evaluate import sample_records
@@ -375,7 +376,8 @@ def library(a):
         from rlhf_nb.load import load_policy,mk_policy,save_model,load_reward_model
         from rlhf_nb.ppo import train_ppo
         from rlhf_nb.reward import accuracy,by_length,calibration,normalise,pair_scores,train_reward
-        from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer,sample,texts
+        from rlhf_nb.sampling import sample
+        from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer,texts
         from rlhf_nb.sft import generate_plain,train_sft
         from rlhf_nb.train import fit,mk_accelerator
         from rlhf_nb.world import make_world,world_tokenizer
@@ -485,7 +487,8 @@ def counts(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig,WorldConfig
-        from rlhf_nb.data import tokenize_pairs,tokenize_prompts,tokenize_sft
+        from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+        from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
@@ -494,7 +497,8 @@ def counts(a):
         from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
         from rlhf_nb.reward import reward_step
-        from rlhf_nb.rollout import decode,mk_scorer,rollouts,sample
+        from rlhf_nb.sampling import decode,sample
+        from rlhf_nb.rollout import mk_scorer,rollouts
         from rlhf_nb.sft import sft_step
         from rlhf_nb.train import mk_accelerator,steps
         from rlhf_nb.world import make_world,world_tokenizer

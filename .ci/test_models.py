@@ -16,7 +16,7 @@ from rlhf_nb.core import Batch,generator,seed_all
 from rlhf_nb.forward import is_padded,max_tokens
 from rlhf_nb.load import load_policy,load_reward_model,save_model
 from rlhf_nb.models import check_forward,check_scores,log_probs,mk_reward_model,scores,values
-from rlhf_nb.rollout import sample
+from rlhf_nb.sampling import sample
 
 vocab = 97
 tokens = dict(vocab_size=vocab, bos_token_id=0, eos_token_id=1, pad_token_id=2)

@@ -18,8 +18,7 @@ from .text import *
 from .cards import *
 from .desk import *
 from .guard import *
-from .cards import _banner,_status
-from .desk import _limit
+from .cards import _limit
 from .guard import _busy,_checked_place,_door,_login_form,_loopback
 
 # %% ../nbs/29_app.ipynb #62965017
@@ -34,7 +33,7 @@ def _follow(desk, prompt, stored, history, models, temperature, length, seed, n,
     try:
         t0 = time.perf_counter()
         while desk.state=='loading' and not stop.is_set():
-            yield None,_status('Loading the models')
+            yield None,status_html('Loading the models')
             time.sleep(.2)
         if not desk.players and not stored: raise ValueError('There are no models here: choose one of the stored prompts')
         c = desk.ask(mk_prompt(prompt, history) if desk.players else stored, models, temperature, length, seed, n)
@@ -42,9 +41,9 @@ def _follow(desk, prompt, stored, history, models, temperature, length, seed, n,
         c['blind'] = bool(blind)
         for o in desk.compare(c, stop) if desk.players else [desk.stored(c)]:
             tokens = max([a['n_tokens'] for a in o['answers'].values()], default=0)
-            yield o,_status({'writing':f'Writing: {tokens} tokens', 'scoring':'Reward and KL', 'stopped':f'Stopped after {tokens} tokens',
+            yield o,status_html({'writing':f'Writing: {tokens} tokens', 'scoring':'Reward and KL', 'stopped':f'Stopped after {tokens} tokens',
                              'done':f'Done in {time.perf_counter()-t0:.1f} s'+('. Which answer is best?' if blind else '')}[o['state']])
-    except (ValueError,OSError,FloatingPointError) as e: yield None,_status(str(e), 'bad')
+    except (ValueError,OSError,FloatingPointError) as e: yield None,status_html(str(e), 'bad')
     finally: desk.running.pop(request.session_hash, None)
 
 def _compare_tab(desk):
@@ -68,7 +67,7 @@ def _compare_tab(desk):
             n = gr.Slider(1, 16, 1, step=1, label='Samples of each model (the best by reward is shown)', elem_id='n')
             seed = gr.Number(0, label='Seed', minimum=0, elem_id='seed')
     examples = gr.Dataset(components=[prompt], samples=[['']], label='Examples', visible=False, elem_id='examples')
-    status,shown = gr.HTML(_status(), elem_id='status'),gr.HTML(elem_id='board')
+    status,shown = gr.HTML(status_html(), elem_id='status'),gr.HTML(elem_id='board')
     with gr.Row(visible=False, elem_id='votes') as voting:
         picks = [gr.Button(f'{x} is best  [{i+1}]', elem_id=f'vote-{i+1}', min_width=100) for i,x in enumerate('ABCD')]
         others = [gr.Button('Tie  [T]', elem_id='vote-tie', min_width=100),gr.Button('All bad  [B]', elem_id='vote-bad', min_width=100)]
@@ -80,7 +79,7 @@ def _compare_tab(desk):
 
     def on_compare(prompt, stored, history, models, temperature, length, seed, n, colour, blind, request:gr.Request):
         hide = {voting:gr.update(visible=False), after:gr.update(visible=False)}
-        yield {status:_status('Starting'), stop:gr.update(interactive=True), **hide}
+        yield {status:status_html('Starting'), stop:gr.update(interactive=True), **hide}
         for c,s in _follow(desk, prompt, stored, history, models, temperature, length, seed, n, colour, blind, request):
             yield {status:s, **({shown:board(c, colour)} if c else {})}
         end = {stop:gr.update(interactive=False)}
@@ -94,16 +93,16 @@ def _compare_tab(desk):
             try:
                 c = desk.comparisons.get(cid) or {}
                 total = desk.vote(cid, c['order'][which] if isinstance(which, int) and c else str(which))
-            except (ValueError,OSError) as e: return {status:_status(f'Not saved: {e}', 'bad')}
-            return {status:_status(f'Saved: vote {total}'), shown:board(c, colour), voting:gr.update(visible=False), **_after(c, True)}
+            except (ValueError,OSError) as e: return {status:status_html(f'Not saved: {e}', 'bad')}
+            return {status:status_html(f'Saved: vote {total}'), shown:board(c, colour), voting:gr.update(visible=False), **_after(c, True)}
         return f
     def on_colour(cid, colour): return board(c, colour) if (c := desk.comparisons.get(cid)) else gr.skip()
     def on_save(cid): return json.dumps(c, ensure_ascii=False, indent=1) if (c := desk.comparisons.get(cid)) else ''
     def on_continue(cid, whose):
-        if not (c := desk.comparisons.get(cid)) or whose not in c['answers']: return {status:_status('Compare first', 'bad')}
+        if not (c := desk.comparisons.get(cid)) or whose not in c['answers']: return {status:status_html('Compare first', 'bad')}
         turns = [[r,t] for r,t in parse_turns(c['prompt']) if t]+[['assistant',c['answers'][whose]['response'].strip()]]
-        return {history:turns, past:gr.update(value=shield('<div class="board"><p><b>The dialogue so far</b></p>'+dialogue(c['prompt']+' '+turns[-1][1])+'</div>'), visible=True), prompt:'', status:_status('Write the next turn')}
-    def on_fresh(): return {history:[], past:gr.update(value='', visible=False), prompt:'', status:_status('A new dialogue')}
+        return {history:turns, past:gr.update(value=shield('<div class="board"><p><b>The dialogue so far</b></p>'+dialogue(c['prompt']+' '+turns[-1][1])+'</div>'), visible=True), prompt:'', status:status_html('Write the next turn')}
+    def on_fresh(): return {history:[], past:gr.update(value='', visible=False), prompt:'', status:status_html('A new dialogue')}
     def on_stop(request:gr.Request):
         if (e := desk.running.get(request.session_hash)): e.set()
 
@@ -141,16 +140,16 @@ def _explore_tab(desk):
         with gr.Row(): limits = [gr.Textbox(label=f'{what} at {end}', placeholder='no limit', max_length=20, elem_id=f'x-{key}-{end}', min_width=120) for key,what in (('gap','Reward gap to the reference'),('kl','KL, nats'),('n_tokens','Length, tokens')) for end in ('least','most')]
     with gr.Row():
         back,on = gr.Button('Previous', elem_id='x-back'),gr.Button('Next', elem_id='x-next')
-    where,shown = gr.HTML(_status(), elem_id='x-status'),gr.HTML(elem_id='x-board')
+    where,shown = gr.HTML(status_html(), elem_id='x-status'),gr.HTML(elem_id='x-board')
     def show(hits, at, model):
-        if not hits: return {where:_status('No stored answer is like that' if desk.records else 'There are no stored samples'), shown:''}
+        if not hits: return {where:status_html('No stored answer is like that' if desk.records else 'There are no stored samples'), shown:''}
         at %= len(hits)
         c = desk.stored(dict(prompt=hits[at], models=[k for k in desk.records][:4], n=1, state='done', answers={}), keep=False)
         flags = _flags(c['answers'].get(model))
-        return {where:_status(f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {"; ".join(flags) or "no failure found"}'), shown:board(c), place:at}
+        return {where:status_html(f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {"; ".join(flags) or "no failure found"}'), shown:board(c), place:at}
     def on_find(model, sort, failure, text, *ls):
         try: ls = [_limit(o) for o in ls]
-        except ValueError as e: return {where:_status(str(e), 'bad')}
+        except ValueError as e: return {where:status_html(str(e), 'bad')}
         h = find(desk.records, model, sort, failure or None, text or '', **{k:ls[2*i:2*i+2] for i,k in enumerate(('gap','kl','n_tokens'))})
         return {hits:h, place:0, **show(h, 0, model)}
     def step(d): return lambda hits,at,model: show(hits, at+d, model)
@@ -175,16 +174,16 @@ def _votes_tab(desk):
     "Win rates and export"
     shown = gr.HTML(elem_id='v-board')
     with gr.Row(): again,out = gr.Button('Count again', elem_id='v-again'),gr.Button('Export as preference pairs', variant='primary', elem_id='v-export')
-    status,saved = gr.HTML(_status(), elem_id='v-status'),gr.Textbox(visible='hidden')
+    status,saved = gr.HTML(status_html(), elem_id='v-status'),gr.Textbox(visible='hidden')
     def on_count():
         try: return votes_html(desk.summary())
-        except (ValueError,KeyError,OSError) as e: return _status(str(e), 'bad')
+        except (ValueError,KeyError,OSError) as e: return status_html(str(e), 'bad')
     def on_export():
         try: path = desk.export_votes()
-        except (ValueError,OSError) as e: return _status(str(e), 'bad'),''
+        except (ValueError,OSError) as e: return status_html(str(e), 'bad'),''
         base = desk.path if not desk.shipped else Path('outputs/demo')
         do = f"rlhf_nb run --stages sft dpo --set sft.skip=true --model {shlex.quote(str(base/'reference'))} --data {shlex.quote(str(path))} --out outputs/from_votes"
-        return shield(_status(f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):')+f'<pre><code>{esc(do)}</code></pre>'),path.read_text(encoding='utf-8')
+        return shield(status_html(f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):')+f'<pre><code>{esc(do)}</code></pre>'),path.read_text(encoding='utf-8')
     quick = dict(queue=False, api_visibility='private', show_progress='hidden')
     again.click(on_count, None, shown, **quick)
     out.click(on_export, None, [status,saved], **quick).then(None, saved, None, js="s => rlhf_save(s, 'preferences.jsonl')")
@@ -195,11 +194,11 @@ def _curves_tab(desk):
     shown,drawn,one = gr.HTML(elem_id='curves'),{},threading.Lock()
     def on_open():
         while desk.state=='loading': time.sleep(.1)     # what draws imports transformers, and two threads that import it at once break it
-        if desk.shipped: return _status('The samples of the package come without training logs')
+        if desk.shipped: return status_html('The samples of the package come without training logs')
         with one:
             if desk.path not in drawn:
                 try: drawn[desk.path] = curves_html(desk.path)
-                except (ValueError,OSError,KeyError) as e: return _status(f'{type(e).__name__}: {e}', 'bad')
+                except (ValueError,OSError,KeyError) as e: return status_html(f'{type(e).__name__}: {e}', 'bad')
             return drawn[desk.path]
     return shown,on_open
 
@@ -237,9 +236,9 @@ def mk_app(
     "The page"
     desk.parallel = parallel
     with gr.Blocks(title='rlhf_nb: one prompt, four answers', analytics_enabled=False) as app:
-        top = gr.HTML(_banner(desk), elem_id='top')
+        top = gr.HTML(banner_html(desk), elem_id='top')
         with gr.Row(visible=False, elem_id='demo') as offer:         # only a page without a run makes one
-            make,making = gr.Button("Make the embedded demo's run (minutes)", elem_id='make', scale=1),gr.HTML(_status(), elem_id='making')
+            make,making = gr.Button("Make the embedded demo's run (minutes)", elem_id='make', scale=1),gr.HTML(status_html(), elem_id='making')
         with gr.Tab('Compare', id='compare'): outs,fill = _compare_tab(desk)
         with gr.Tab('Explore', id='explore'): x_outs,x_fill = _explore_tab(desk)
         with gr.Tab('Votes', id='votes') as v_tab: v_shown,on_count = _votes_tab(desk)
@@ -251,17 +250,17 @@ def mk_app(
         def on_load():
             desk.ready.wait()
             page = {offer:gr.update(visible=desk.shipped), **fill(), **x_fill()}
-            yield {top:_banner(desk), **page}
+            yield {top:banner_html(desk), **page}
             desk.seen.set()
             if desk.state=='loading':
                 while desk.state=='loading': time.sleep(.1)
-                yield {top:_banner(desk), **fill()}
+                yield {top:banner_html(desk), **fill()}
         app.load(on_load, None, [top,offer,*outs,*x_outs], concurrency_limit=None, **quick)
         def on_make():
-            if not desk.shipped: return (yield _status(f'Done: {desk.path}'))      # another visitor has made it
+            if not desk.shipped: return (yield status_html(f'Done: {desk.path}'))      # another visitor has made it
             try:
-                for o in desk.make_demo(*demo): yield _status(o['text'], share=o['share'])
-            except (ValueError,OSError) as e: yield _status(str(e), 'bad')
+                for o in desk.make_demo(*demo): yield status_html(o['text'], share=o['share'])
+            except (ValueError,OSError) as e: yield status_html(str(e), 'bad')
         if desk.shipped: make.click(on_make, None, making, concurrency_limit=None, **quick).then(None, None, None, js="() => { if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload() }")
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
 

@@ -29,6 +29,7 @@ from .models import *
 from .load import *
 from .train import *
 from .reward import *
+from .sampling import *
 from .rollout import *
 from .ppo import *
 from .grpo import *

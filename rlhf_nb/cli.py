@@ -19,12 +19,14 @@ from .config import *
 from .run import *
 from .world import *
 from .formats import *
+from .tokens import *
 from .data import *
 from .forward import *
 from .load import *
 from .records import *
 from .llm import *
 from .judge import *
+from .line import *
 from .pipeline import *
 
 # %% ../nbs/30_cli.ipynb #bc2ec4f4
@@ -198,7 +200,7 @@ def cmd_failures(a):
     line = Line(Run(a.out), _said(a))
     if not line.done('evaluate'):
         raise FileNotFoundError(f"{line.run.made('evaluate')}: no such file; run the stage 'evaluate' first (rlhf_nb run --stages evaluate --out {a.out})")
-    with _writing(a.out): line.do('failures')
+    with _writing(a.out): run_stage(line, 'failures')
     print(read_text(line.run.failures_md))
 
 def cmd_analyze(a):

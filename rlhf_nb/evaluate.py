@@ -18,6 +18,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
+from .tokens import *
 from .data import *
 
 # %% ../nbs/17_evaluate.ipynb #0ec88fa9
@@ -48,7 +49,7 @@ def sample_with_kl(
     memory:int=None        # Bytes at once, as for `sample` (None: as much as there)
 )->dict: # {name: batch (B,n,R) as from `sample`, with `kl` (B,n,R), nats, as `exact_kl` of it}
     "Samples of all models, written in step: the reference reads what the others write while they write it"
-    from rlhf_nb.rollout import MEMORY,decode_bytes,in_memory,joined
+    from rlhf_nb.sampling import MEMORY,decode_bytes,in_memory,joined
     def cost(k): # bytes that a prompt of `k` tokens takes: the reference reads the answers of all
         read = {name:n*len(models) if name=='reference' else n for name in models}
         return sum(decode_bytes(m, k, read[name], max_new_tokens, n) for name,m in models.items())
@@ -71,7 +72,7 @@ def _silence(B, n, device):
 def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
     "Samples of all models for prompts that fit into memory together"
     from rlhf_nb.load import stop_tokens
-    from rlhf_nb.rollout import decode,from_steps
+    from rlhf_nb.sampling import decode,from_steps
     names = ['reference',*(k for k in models if k!='reference')]
     _one_vocabulary({k:models[k] for k in names})
     stops,home = {k:stop_tokens(models[k]) for k in names},models['reference'].device

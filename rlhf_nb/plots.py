@@ -185,9 +185,9 @@ def token_views(
     n = int(batch.lengths[i,g]); ids = batch.responses[i,g,:n].tolist()
     texts = [tok.decode([t]) for t in ids]
     f = {k:v[i,g] for k,v in batch.fields.items() if v.shape[:2]==batch.shape[:2]}
-    if 'kl' not in f and 'log_probs' in f and 'ref_log_probs' in f: f['KL (k1)'] = f['log_probs']-f['ref_log_probs']
-    names = dict(log_probs='log-probability', kl='KL (exact)', rewards='reward', advantages='advantage', values='value')
-    out = [token_html(texts, (f[k][:n] if f[k].ndim else f[k].expand(n)).tolist(), names.get(k, k), 0.) for k in ('log_probs','kl','KL (k1)','rewards','advantages','values') if k in f]
+    if 'kl' not in f and 'old_log_probs' in f and 'ref_log_probs' in f: f['KL (k1)'] = f['old_log_probs']-f['ref_log_probs']
+    names = dict(old_log_probs='log-probability', kl='KL (exact)', rewards='reward', advantages='advantage', values='value')
+    out = [token_html(texts, (f[k][:n] if f[k].ndim else f[k].expand(n)).tolist(), names.get(k, k), 0.) for k in ('old_log_probs','kl','KL (k1)','rewards','advantages','values') if k in f]
     if not out: raise ValueError(f"token_views: the batch has none of log_probs, kl, rewards, advantages, values; it has {', '.join(batch.fields) or 'no fields'}")
     head = f'<div style="white-space:pre-wrap;color:#555">{html.escape(tok.decode(batch.prompts[i]).strip())}</div>' if prompt else ''
     return head+''.join(out)

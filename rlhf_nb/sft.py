@@ -17,7 +17,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
-from .data import *
+from .tokens import *
 from .models import *
 from .load import *
 from .train import *

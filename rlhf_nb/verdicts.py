@@ -15,7 +15,7 @@ import torch
 from .core import *
 from .run import *
 from .stats import *
-from .data import *
+from .tokens import *
 
 # %% ../nbs/17_verdicts.ipynb #f6e4d3f7
 def _higher(x, y):
