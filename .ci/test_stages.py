@@ -42,9 +42,8 @@ def package(tmp_path):
     shutil.copytree(root/"rlhf_nb", tmp_path/"rlhf_nb", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path/"rlhf_nb"/"rloo.py").write_text(module, "utf-8")
     table = tmp_path/"rlhf_nb"/"run.py"
-    before, grpo, after = table.read_text("utf-8").partition("    Stage('grpo', ")
-    line, end, after = after.partition("\n")
-    table.write_text(before+grpo+line+end+row+after, "utf-8")
+    rows, end, after = table.read_text("utf-8").partition("]\ntrained = ")
+    table.write_text(rows+row+end+after, "utf-8")
     return tmp_path
 
 

@@ -7,8 +7,9 @@ __all__ = ['known_errors', 'child_seed', 'generator', 'seed_all', 'pass_order', 
            'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import gc,hashlib,json,math,os,random,re,reprlib,shutil,sys,threading
+import gc,hashlib,json,math,os,random,reprlib,shutil,sys,threading
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ class Batch:
                              f'got responses {tuple(responses.shape)} and mask {tuple(mask.shape)}')
         if not all(map(len, prompts)):
             raise ValueError('A prompt is empty: give it at least one token (BOS, for a document without a prompt)')
-        if rows is not None and len(rows)!=len(prompts): raise ValueError(f'{len(prompts)} prompts, but {len(rows)} rows')
+        if rows is not None and len(rows)!=len(prompts):
+            raise ValueError(f'{len(prompts)} prompts, but {len(rows)} rows')
         self.prompts,self.responses,self.mask,self.rows,self.fields = prompts,responses,mask.bool(),rows,fields
 
     @classmethod
@@ -87,7 +89,8 @@ class Batch:
 
     def __getattr__(self, k):
         if k!='fields' and k in self.fields: return self.fields[k]
-        raise AttributeError(f"a batch without `{k}`: it has {', '.join(self.__dict__.get('fields', {})) or 'no more fields'}")
+        has = ', '.join(self.__dict__.get('fields', {})) or 'no more fields'
+        raise AttributeError(f'a batch without `{k}`: it has {has}')
 
     def __len__(self): return len(self.prompts)
     @property
@@ -139,26 +142,54 @@ class Batch:
         return f"Batch({B} prompts x {G} responses, longest {R}; {', '.join(more) or 'no more fields'})"
 
 # %% ../nbs/00_core.ipynb #ba8ee13f
-_model_file = re.compile(r'.*\.safetensors(\.index\.json)?|.*config\.json|tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.jinja')
+# what a model's folder may hold: only such files are lost when another model takes its place
+_model_files = ['*.safetensors','*.safetensors.index.json','*config.json','tokenizer*','vocab.*','merges.txt',
+                'special_tokens_map.json','added_tokens.json','*.jinja']
+# how the system and the libraries that write files tell of a full disk
+_full_disk = ['No space left','file write failed','failed writing','iostream error','unexpected pos',
+              'os error 27','os error 28','os error 122']
 
-def _remove(o): shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink(missing_ok=True)
+def _remove(o):
+    "Remove a file, a link or a whole folder"
+    if o.is_dir() and not o.is_symlink(): shutil.rmtree(o)
+    else: o.unlink(missing_ok=True)
 
 def _not_written(path, e):
-    "The error of a write that failed, with the name of the file: a full disk is told in several ways"
+    "Raise the error of a write that failed, with the name of the file: a full disk is told in several ways"
     mine = isinstance(e, OSError) and e.strerror and (not e.filename or str(e.filename).endswith('.part'))
-    if mine or re.search('No space left|file write failed|failed writing|iostream error|unexpected pos|os error (27|28|122)', str(e)):
-        raise OSError(f"{path}: not written: {e.strerror if mine else 'no space left on the disk'}; what was there is still there") from e
-    raise e
+    if not mine and not any(o in str(e) for o in _full_disk): raise e
+    why = e.strerror if mine else 'no space left on the disk'
+    raise OSError(f'{path}: not written: {why}; what was there is still there') from e
 
 def read_text(path)->str:
     "The text of a file; an error names it"
     b = Path(path).read_bytes()
-    try: return (b.decode('utf-16') if b[:2] in (b'\xff\xfe',b'\xfe\xff') else b.decode('utf-8-sig')).replace('\r\n', '\n').replace('\r', '\n')
-    except UnicodeDecodeError as e: raise ValueError(f'{path}: not UTF-8 text (byte {e.start+1}); save it as UTF-8') from None
+    encoding = 'utf-16' if b[:2] in (b'\xff\xfe',b'\xfe\xff') else 'utf-8-sig'
+    try: text = b.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path}: not UTF-8 text (byte {e.start+1}); save it as UTF-8') from None
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
-def _shown(v):
-    r = reprlib.Repr(); r.maxstring = r.maxother = 100
-    return str.__repr__(v) if isinstance(v, str) and len(v)<100 else r.repr(str(v) if isinstance(v, str) else v)
+def _shown(v)->str:
+    "A value as an error shows it: cut, where it is long"
+    r = reprlib.Repr()
+    r.maxstring = r.maxother = 100
+    if not isinstance(v, str): return r.repr(v)
+    return str.__repr__(v) if len(v)<100 else r.repr(str(v))
+
+def _check_place(path, tmp):
+    "An error where something would be lost that nobody asked to replace: a file's place is a file, a model's a model"
+    if not path.exists(): return
+    if not path.is_dir():
+        if tmp.is_dir(): raise FileExistsError(f'{path}: a file; expected the name of a folder')
+        return
+    if not tmp.is_dir(): raise IsADirectoryError(f'{path}: a folder; expected the name of a file')
+    new = {o.name for o in tmp.iterdir()}
+    def lost(name): return name not in new and not any(fnmatchcase(name, o) for o in _model_files)
+    other = sorted(o.name for o in path.iterdir() if lost(o.name))
+    if other:
+        raise FileExistsError(f'{path}: a folder that holds {other[0]!r}, which would be lost; '
+                              'choose another, or remove it')
 
 @contextmanager
 def replacing(
@@ -173,13 +204,10 @@ def replacing(
     _remove(tmp)
     try:
         yield tmp
-        if path.is_dir():                                                          # never a folder that holds anything else
-            if not tmp.is_dir(): raise IsADirectoryError(f'{path}: a folder; expected the name of a file')
-            new = {o.name for o in tmp.iterdir()}
-            if (other := sorted(o.name for o in path.iterdir() if o.name not in new and not _model_file.fullmatch(o.name))):
-                raise FileExistsError(f'{path}: a folder that holds {other[0]!r}, which would be lost; choose another, or remove it')
-            _remove(old); os.replace(path, old)
-        elif path.exists() and tmp.is_dir(): raise FileExistsError(f'{path}: a file; expected the name of a folder')
+        _check_place(path, tmp)
+        if path.is_dir():                    # a folder is not replaced at once: the old one steps aside
+            _remove(old)
+            os.replace(path, old)
         os.replace(tmp, path)
     except BaseException as e:
         _remove(tmp)
@@ -197,6 +225,7 @@ def write_json(path, o):
     write_text(path, json.dumps(_strict(o), ensure_ascii=False, indent=1)+'\n')
 
 def _strict(o):
+    "The same with None for every number that JSON does not have"
     if isinstance(o, dict): return {k:_strict(v) for k,v in o.items()}
     if isinstance(o, (list,tuple)): return [_strict(v) for v in o]
     return None if isinstance(o, float) and not math.isfinite(o) else o
@@ -207,12 +236,13 @@ def read_json(
     objects=None  # What to make of the list of keys and values of an object (None: a dictionary)
 ):
     "Read a JSON file; an error names the file"
-    try: o = json.loads(read_text(path), object_pairs_hook=objects)
+    try: text = read_text(path)
     except FileNotFoundError: raise FileNotFoundError(f'{path}: no such file') from None
+    try: o = json.loads(text, object_pairs_hook=objects)
     except RecursionError: raise ValueError(f'{path}: not valid JSON: nested too deeply') from None
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith(f'{path}: not UTF-8') else f'{path}: not valid JSON: {e}') from None
-    if not isinstance(o, kind): raise ValueError(f"{path}: expected {'a JSON object' if kind is dict else 'a JSON list'}, got {_shown(o)}")
-    return o
+    except ValueError as e: raise ValueError(f'{path}: not valid JSON: {e}') from None
+    if isinstance(o, kind): return o
+    raise ValueError(f"{path}: expected {'a JSON object' if kind is dict else 'a JSON list'}, got {_shown(o)}")
 
 def append_row(path, row:dict):
     "Add one metrics row to a JSON-lines file"
@@ -227,11 +257,12 @@ def read_rows(path)->list:
     rows = []
     for i,l in enumerate(lines):
         if not l.strip(): continue
+        where = f'{path}, line {i+1}'
         try: row = json.loads(l)
         except (ValueError,RecursionError):
             if i==len(lines)-1 and l[0]=='{': break
-            raise ValueError(f'{path}, line {i+1}: not valid JSON: {l[:80]!r}') from None
-        if not isinstance(row, dict): raise ValueError(f'{path}, line {i+1}: expected a JSON object, got {l[:80]!r}')
+            raise ValueError(f'{where}: not valid JSON: {l[:80]!r}') from None
+        if not isinstance(row, dict): raise ValueError(f'{where}: expected a JSON object, got {l[:80]!r}')
         rows.append(row)
     return rows
 
@@ -246,10 +277,18 @@ def no_gc():
         if on: gc.enable()
 
 known_errors = ValueError,OSError,FloatingPointError   # what a user can do something about
+_too_little = ['not enough memory',"can't allocate memory",'Cannot allocate memory']   # how torch tells of memory
 
 def no_memory(e)->bool:
     "Is it an error of too little memory?"
-    return isinstance(e, (MemoryError,torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and bool(re.search("not enough memory|can't allocate memory|Cannot allocate memory", str(e)))
+    if isinstance(e, (MemoryError,torch.OutOfMemoryError)): return True
+    return isinstance(e, RuntimeError) and any(o in str(e) for o in _too_little)
+
+def _in_words(e)->str:
+    "What a user reads of an error"
+    if not no_memory(e): return str(e)
+    first = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+    return f'not enough memory: smaller micro_tokens or batches, or a smaller model, need less ({first})'
 
 def in_one_line(
     f,       # A command
@@ -261,15 +300,17 @@ def in_one_line(
     except BrokenPipeError: return 0
     except KeyboardInterrupt: code,said = 130,f'interrupted{hint}'
     except Exception as e:
-        if os.environ.get('RLHF_NB_TRACEBACK') or not isinstance(e, known_errors) and not no_memory(e): raise
-        code,said = 2,f"not enough memory: smaller micro_tokens or batches, or a smaller model, need less ({(str(e).strip() or type(e).__name__).splitlines()[0][:200]})" if no_memory(e) else str(e)
+        known = isinstance(e, known_errors) or no_memory(e)
+        if os.environ.get('RLHF_NB_TRACEBACK') or not known: raise
+        code,said = 2,_in_words(e)
     sys.stdout.flush()
     print(f'rlhf_nb: {said}', file=sys.stderr)
     sys.exit(code)
 
 # %% ../nbs/00_core.ipynb #46e780b6
 def _own_lock():
-    "The lock of all progress bars is this process's own: tqdm's is shared with forks, and one that is killed while it writes would stop the others"
+    "Let the lock of all progress bars be this process's own"
+    # tqdm's is shared with forks, and one that is killed while it writes would stop the others
     std.tqdm.set_lock(threading.RLock())
 
 _own_lock()
@@ -282,7 +323,8 @@ def progress(
     keys:tuple=('loss','reward','gold','kl','accuracy') # Shown behind, where a row has them
 ):
     "Pass `rows` on, with a progress bar"
-    with tqdm(total=total, desc=desc, mininterval=1, position=int(os.environ.get('RLHF_NB_BAR', 0)), file=sys.stderr) as bar:
+    line = int(os.environ.get('RLHF_NB_BAR', 0))       # of the terminal: stages that run side by side have one each
+    with tqdm(total=total, desc=desc, mininterval=1, position=line, file=sys.stderr) as bar:
         for r in rows:
             bar.set_postfix({k:f'{r[k]:.3g}' for k in keys if k in r}, refresh=False)
             bar.update()

@@ -22,20 +22,51 @@ except ImportError: fcntl = None              # Windows
 _held = set()                                 # folders that this process writes in; its forks belong to it
 
 def _lock(f):
-    "Lock an open file, or raise BlockingIOError. The system lets go of it when the last process that has it ends, however that ends"
-    if fcntl: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB); return
-    import msvcrt
-    f.seek(1<<20)                             # behind what says who has it
-    try: msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError: raise BlockingIOError from None
+    "Lock an open file, or raise BlockingIOError"
+    # the system lets go of it when the last process that has it ends, however that ends
+    if fcntl: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    else:
+        import msvcrt
+        f.seek(1<<20)                         # behind what says who has it
+        try: msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError: raise BlockingIOError from None
 
-def _who(path):
+def _age(seconds:float)->str:
+    "A time in words"
+    if seconds<100: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds<6000 else f'{seconds/3600:.0f} h'
+
+def _who(path)->str:
     "Who has the lock, in words"
     try: o = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError,ValueError): return 'another process'
-    n = max(0, time.time()-o['began'])
-    age = f'{n:.0f} s' if n<100 else f'{n/60:.0f} min' if n<6000 else f'{n/3600:.0f} h'
+    age = _age(max(0, time.time()-o['began']))
     return f"process {o['pid']} of {o['host']} ({o['command']}), which began {age} ago"
+
+def _is_at(f, path)->bool:
+    "Is the open file the one at this path? Not where its owner has just removed it"
+    try: return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError: return False
+
+def _locked(folder, path, patience):
+    "The lock file of a folder, open and locked; a BlockingIOError where another process keeps it longer than `patience`"
+    late = time.monotonic()+patience
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(path, 'a+', encoding='utf-8')
+        try: _lock(f)
+        except BlockingIOError:
+            f.close()
+            if time.monotonic()>late:
+                raise BlockingIOError(f'{folder} is being written by {_who(path)}. '
+                                      'Wait until it ends, or choose another --out') from None
+            time.sleep(.05)
+            continue
+        except OSError as e:
+            print(f'rlhf_nb: {folder}: a file system without locks ({e.strerror}): nothing keeps a second process away',
+                  file=sys.stderr)
+        if _is_at(f, path): return f
+        f.close()
 
 @contextmanager
 def only_writer(
@@ -45,33 +76,27 @@ def only_writer(
     "Nobody else writes in the folder meanwhile: a second process is refused, a dead one's lock is taken over"
     folder,pid = Path(folder),os.getpid()
     key = os.path.realpath(folder)
-    if key in _held or os.environ.get('RANK', '0')!='0': yield; return     # the other processes of a distributed run belong to the first
+    # the other processes of a distributed run belong to the first
+    if key in _held or os.environ.get('RANK', '0')!='0':
+        yield
+        return
     if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; expected a folder')
-    new,path,late = not folder.exists(),folder/'.lock',time.monotonic()+patience
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        f = open(path, 'a+', encoding='utf-8')
-        try: _lock(f)
-        except BlockingIOError:
-            f.close()
-            if time.monotonic()>late: raise BlockingIOError(f'{folder} is being written by {_who(path)}. Wait until it ends, or choose another --out') from None
-            time.sleep(.05); continue
-        except OSError as e: print(f'rlhf_nb: {folder}: a file system without locks ({e.strerror}): nothing keeps a second process away', file=sys.stderr)
-        try: mine = os.path.samestat(os.fstat(f.fileno()), os.stat(path))   # not one that its owner has just removed
-        except FileNotFoundError: mine = False
-        if mine: break
-        f.close()
+    is_new,path = not folder.exists(),folder/'.lock'
+    f = _locked(folder, path, patience)
     try:
-        f.seek(0); f.truncate()
-        f.write(json.dumps(dict(pid=pid, host=socket.gethostname(), began=time.time(), command=' '.join(['rlhf_nb',*sys.argv[1:2]])))); f.flush()
+        who = dict(pid=pid, host=socket.gethostname(), began=time.time(), command=' '.join(['rlhf_nb',*sys.argv[1:2]]))
+        f.seek(0)
+        f.truncate()
+        f.write(json.dumps(who))
+        f.flush()
         _held.add(key)
         yield
     finally:
-        if os.getpid()==pid:
+        if os.getpid()==pid:                  # a fork leaves the lock to its parent
             _held.discard(key)
             if fcntl: path.unlink(missing_ok=True)
             f.close()
-            if new and not any(folder.iterdir()): folder.rmdir()
+            if is_new and not any(folder.iterdir()): folder.rmdir()
 
 # %% ../nbs/02_run.ipynb #run0tabl
 class Stage(NamedTuple):
@@ -92,11 +117,15 @@ class Stage(NamedTuple):
     def trains(self)->bool: return bool(self.settings)
 
 _training = [
-    Stage('sft', 'reference', 'stages:sft_stage', settings='sft', policy='reference', label='reference', colour='#949494'),
+    Stage('sft', 'reference', 'stages:sft_stage', settings='sft',
+          policy='reference', label='reference', colour='#949494'),
     Stage('reward', 'reward_model', 'stages:reward_stage', ('sft',), settings='reward', held_out=True),
-    Stage('dpo', 'dpo_model', 'stages:dpo_stage', ('sft',), settings='dpo', policy='dpo', label='DPO', colour='#029e73'),
-    Stage('ppo', 'ppo_model', 'stages:ppo_stage', ('reward',), settings='ppo', policy='ppo', label='PPO', colour='#0173b2'),
-    Stage('grpo', 'grpo_model', 'stages:grpo_stage', ('reward',), settings='grpo', policy='grpo', label='GRPO', colour='#de8f05'),
+    Stage('dpo', 'dpo_model', 'stages:dpo_stage', ('sft',), settings='dpo',
+          policy='dpo', label='DPO', colour='#029e73'),
+    Stage('ppo', 'ppo_model', 'stages:ppo_stage', ('reward',), settings='ppo',
+          policy='ppo', label='PPO', colour='#0173b2'),
+    Stage('grpo', 'grpo_model', 'stages:grpo_stage', ('reward',), settings='grpo',
+          policy='grpo', label='GRPO', colour='#de8f05'),
 ]
 trained = tuple(s.name for s in _training)
 _measuring = [
@@ -108,7 +137,8 @@ _measuring = [
     Stage('failures', 'results/failure_analysis/failures.json', 'stages:failures_stage', ('evaluate',), held_out=True),
 ]
 # after everything that runs; of what is not there the report says so
-_report = Stage('analyze', 'results/ANALYSIS.md', 'stages:analyze_stage', after=tuple(s.name for s in _training+_measuring), light=True)
+_report = Stage('analyze', 'results/ANALYSIS.md', 'stages:analyze_stage', light=True,
+                after=tuple(s.name for s in _training+_measuring))
 
 stage_table = {s.name:s for s in [*_training, *_measuring, _report]}
 usual_stages = tuple(s.name for s in stage_table.values() if s.usual)
@@ -127,7 +157,7 @@ class _Place:
     def __get__(self, o, cls=None): return self if o is None else o.path/self.place
 
 class Places:
-    "What lies where in a run folder, or in a folder that has only some of it. Nothing else of this package joins these paths"
+    "What lies where in a run folder, or in a folder that has only some of it"
     config_file = _Place('config.yaml')
     data_file = _Place('data.json')                      # what the rows were that the run began with
     logs = _Place('logs')
@@ -181,19 +211,22 @@ class Places:
     def samples_of(self, policy:str)->Path: return self.samples/f'{policy}_samples.json'
 
 # %% ../nbs/02_run.ipynb #4505dac4
-def _diff(a, b, where=''):
+def _diff(a:dict, b:dict, where='')->str|None:
     "First key in which two nested dictionaries differ"
     for k in a:
         if isinstance(a[k], dict):
-            if (d := _diff(a[k], b.get(k, {}), f'{where}{k}.')): return d
+            inner = _diff(a[k], b.get(k, {}), f'{where}{k}.')
+            if inner: return inner
         elif a[k]!=b.get(k): return f'{where}{k}: {b.get(k)!r} there, {a[k]!r} now'
 
-_first,_last = '# The configuration of a run, format 2: nothing is missing where the last line is the word end','# end'
+_first = '# The configuration of a run, format 2: nothing is missing where the last line is the word end'
+_last = '# end'
 
-def _saved(path):
+def _saved(path)->Config:
     "The configuration in a run folder; one that was cut short would be filled up from the preset"
     text = read_text(path)
-    if text.startswith(_first[:40]) and text.rstrip().split('\n')[-1]!=_last: raise ValueError(f"{path}: cut short; its last line should be '{_last}'")
+    if text.startswith(_first[:40]) and text.rstrip().split('\n')[-1]!=_last:
+        raise ValueError(f"{path}: cut short; its last line should be '{_last}'")
     if not text.strip(): raise ValueError(f'{path}: empty; expected the configuration of a run')
     return load_config(str(path))
 
@@ -206,22 +239,35 @@ class Run(Places):
         save:bool=True         # Write a new run's configuration now (False: `save` does, after more has been checked)
     ):
         self.path = Path(out)
-        saved = self.path/'config.yaml'
-        there = [o for o in self.path.iterdir() if o.name!='.lock'] if self.path.is_dir() else []
         if config is None:
-            if not saved.exists(): raise FileNotFoundError(f'{saved}: no such file; {out} is not a run folder')
-            config = _saved(saved)
-        elif saved.exists():
-            if (d := _diff(asdict(config), asdict(_saved(saved)))):
-                raise ValueError(f'{self.path} holds a run with another configuration ({d}). Choose another --out, or remove that folder')
-            if not resume and there!=[saved]:                                      # the configuration alone: nothing has run
-                raise ValueError(f'{self.path} already holds this run. Add --resume to go on where it stopped, or choose another --out')
-        elif self.path.is_file() or there: raise ValueError(f'{self.path} exists and is not a run folder; choose another --out')
+            if not self.config_file.exists():
+                raise FileNotFoundError(f'{self.config_file}: no such file; {out} is not a run folder')
+            config = _saved(self.config_file)
+        else: self._check_free(config, resume)
         self.config = config
         if save: self.save()
+
+    def _check_free(self, config, resume):
+        "A ValueError where the folder holds something else than the beginning of this run"
+        there = [o for o in self.path.iterdir() if o.name!='.lock'] if self.path.is_dir() else []
+        if not self.config_file.exists():
+            if self.path.is_file() or there:
+                raise ValueError(f'{self.path} exists and is not a run folder; choose another --out')
+            return
+        differs = _diff(asdict(config), asdict(_saved(self.config_file)))
+        if differs:
+            raise ValueError(f'{self.path} holds a run with another configuration ({differs}). '
+                             'Choose another --out, or remove that folder')
+        began = there!=[self.config_file]                 # the configuration alone: nothing has run
+        if began and not resume:
+            raise ValueError(f'{self.path} already holds this run. '
+                             'Add --resume to go on where it stopped, or choose another --out')
+
     def save(self):
         "Write the configuration, where it is not there yet"
-        if not (self.path/'config.yaml').exists(): write_text(self.path/'config.yaml', f'{_first}\n{config_yaml(self.config)}{_last}\n')
+        if self.config_file.exists(): return
+        write_text(self.config_file, f'{_first}\n{config_yaml(self.config)}{_last}\n')
+
     def __repr__(self): return f'Run({str(self.path)!r})'
 
 # %% ../nbs/02_run.ipynb #fa5faa45
@@ -233,7 +279,8 @@ def groups(
     for r in records: out.setdefault(r['prompt'], []).append(r)
     n = len(next(iter(out.values()))) if out else 0
     if [r['prompt'] for r in records]!=[p for p in out for _ in range(n)]:
-        raise ValueError(f'the same number of answers to each prompt is needed, in a row; got {len(records)} answers to {len(out)} prompts')
+        raise ValueError('the same number of answers to each prompt is needed, in a row; '
+                         f'got {len(records)} answers to {len(out)} prompts')
     return out
 
 def check_prompts(
@@ -241,62 +288,95 @@ def check_prompts(
     need:str=None # A model that must be among them
 ):
     "A ValueError where the models answered different prompts"
-    if need is not None and need not in records: raise ValueError(f"no samples of '{need}', which the others are compared with; there are {', '.join(records) or 'none'}")
-    names = list(records); first = need or names[0]
-    ps = {k:[r['prompt'] for r in rs] for k,rs in records.items()}
-    for k in names:
-        if ps[k]==ps[first]: continue
-        i = next((i for i,(p,q) in enumerate(zip(ps[k], ps[first])) if p!=q), min(len(ps[k]), len(ps[first])))
-        raise ValueError(f"the samples of '{k}' and of '{first}' answer different prompts: {len(ps[k])} and {len(ps[first])} records, which part at record {i+1}")
+    if need is not None and need not in records:
+        raise ValueError(f"no samples of '{need}', which the others are compared with; "
+                         f"there are {', '.join(records) or 'none'}")
+    prompts = {k:[r['prompt'] for r in rs] for k,rs in records.items()}
+    first = need or next(iter(records))
+    want = prompts[first]
+    for k,have in prompts.items():
+        if have==want: continue
+        i = next((i for i,(p,q) in enumerate(zip(have, want)) if p!=q), min(len(have), len(want)))
+        raise ValueError(f"the samples of '{k}' and of '{first}' answer different prompts: "
+                         f'{len(have)} and {len(want)} records, which part at record {i+1}')
 
+# what a record must have
 sample_keys = dict(prompt=str, response=str, model=str, reward=float, kl=float, n_tokens=int, finished=bool)
-_may_have = dict(reward=float, kl_per_token=float, gold_reward=float, log_prob=float)   # checked where a record has them; null: not known
+# what is checked where a record has it; null: not known
+_may_have = dict(reward=float, kl_per_token=float, gold_reward=float, log_prob=float)
 
 def read_samples(
     folder,          # A run, its folder, or a folder with samples
     keys=sample_keys, # What a record must have, and of which type
     only=None        # The name of one file, where the others do not matter
 )->dict: # {name: records}; reference, ppo, grpo, dpo, others
-    "The samples of a folder, checked: complete records, the same prompts, the same number of answers; `kl_per_token` is computed where it is missing"
-    folder = Path(getattr(folder, 'path', folder))
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; expected a run, or a folder with *_samples.json')
-    if (folder/'output_samples').is_dir(): folder = folder/'output_samples'
-    known = ['reference','ppo','grpo','dpo']
-    files = sorted((f for f in folder.glob('*_samples.json') if only in (None,f.name)), key=lambda f: (known.index(k) if (k := f.name.split('_')[0]) in known else 9,f.name))
-    if not files: raise FileNotFoundError(f"{folder}: no *_samples.json there; run the stage 'evaluate' or `rlhf_nb generate` first")
+    "The samples of a folder, checked: complete records, the same prompts, the same number of answers"
+    places = Places(folder)
+    folder = places.samples if places.samples.is_dir() else places.path
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder}: no such folder; expected a run, or a folder with *_samples.json')
+    files = [f for f in folder.glob('*_samples.json') if only in (None,f.name)]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no *_samples.json there; run the stage 'evaluate' or `rlhf_nb generate` first")
     out = {}
-    for f in files:
-        rows,name = read_json(f, objects=_once),f.name.removesuffix('_samples.json')
-        if not name: raise ValueError(f'{f}: the model has no name; expected NAME_samples.json')
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise ValueError(f'{f}: expected a list of sample records')
-        if not rows: raise ValueError(f'{f}: no records in it; write it again with `rlhf_nb generate`, or remove it')
-        for i,r in enumerate(rows): rows[i] = _check_record(r, keys, f'{f}, record {i+1}')
-        other = next((r['model'] for r in rows if r.get('model', name)!=name), None)
-        if other: raise ValueError(f"{f}: holds samples of '{other}', its name says '{name}'")
-        try: groups(rows); check_prompts({**dict(list(out.items())[:1]), name:rows})
+    for f in sorted(files, key=_reading):
+        name = f.name.removesuffix('_samples.json')
+        rows = _read_records(f, name, keys)
+        first = dict(list(out.items())[:1])
+        try:
+            groups(rows)
+            check_prompts({**first, name:rows})
         except ValueError as e: raise ValueError(f'{f}: {e}') from None
         out[name] = rows
     return out
 
-_is_a = {str:('text', lambda v: isinstance(v, str) and not any('\ud800'<=c<='\udfff' for c in v)),   # half a character can't be written
-         bool:('true or false', lambda v: isinstance(v, bool)),
-         float:('a finite number', lambda v: type(v) in (int,float) and abs(v)<1e100),                 # squares and sums of these are finite too
-         int:('a whole number, 0 or more', lambda v: type(v) in (int,float) and 0<=v<1e15 and v==int(v))}
+def _reading(f)->tuple:
+    "Where people read a file of samples: the policies in their order, then others by name"
+    known,name = list(policies),f.name.split('_')[0]
+    return known.index(name) if name in known else len(known),f.name
 
-def _check_record(r, keys, where):
-    "The record, with what follows from it"
+def _read_records(f, name, keys)->list:
+    "The records of one file, checked one by one"
+    rows = read_json(f, objects=_once)
+    if not name: raise ValueError(f'{f}: the model has no name; expected NAME_samples.json')
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f'{f}: expected a list of sample records')
+    if not rows: raise ValueError(f'{f}: no records in it; write it again with `rlhf_nb generate`, or remove it')
+    rows = [_check_record(r, keys, f'{f}, record {i+1}') for i,r in enumerate(rows)]
+    other = next((r['model'] for r in rows if r.get('model', name)!=name), None)
+    if other: raise ValueError(f"{f}: holds samples of '{other}', its name says '{name}'")
+    return rows
+
+def _is_text(v)->bool:
+    "Text that can be written: half a character can't"
+    return isinstance(v, str) and not any('\ud800'<=c<='\udfff' for c in v)
+def _is_bool(v)->bool: return isinstance(v, bool)
+def _is_number(v)->bool:
+    "A number whose square, and sums of it, are finite too"
+    return type(v) in (int,float) and abs(v)<1e100
+def _is_count(v)->bool: return type(v) in (int,float) and 0<=v<1e15 and v==int(v)
+
+# type: what a value must be, in words, and whether it is
+_is_a = {str:('text',_is_text), bool:('true or false',_is_bool), float:('a finite number',_is_number),
+         int:('a whole number, 0 or more',_is_count)}
+
+def _check_record(r:dict, keys, where:str)->dict:
+    "The record, with what follows from it: `kl_per_token` is computed where it is missing"
     r = {k:v for k,v in r.items() if v is not None or k in keys or k not in _may_have}
-    for k,t in {**keys, **{k:t for k,t in _may_have.items() if k in r}}.items():
-        if k not in r: raise ValueError(f"{where}: no '{k}'{' (not applicable, or not known)'*(k=='reward')}; a sample has {', '.join(keys)}")
+    known = {k:t for k,t in _may_have.items() if k in r}
+    for k,t in {**keys, **known}.items():
+        if k not in r:
+            why = ' (not applicable, or not known)' if k=='reward' else ''
+            raise ValueError(f"{where}: no '{k}'{why}; a sample has {', '.join(keys)}")
         want,ok = _is_a[t]
         if not ok(r[k]): raise ValueError(f"{where}: '{k}' must be {want}, got {str(r[k])[:60]!r}")
     if 'kl' in r and 'n_tokens' in r: r.setdefault('kl_per_token', r['kl']/max(1, r['n_tokens']))
     return r
 
-def _once(pairs):
+def _once(pairs)->dict:
     "An object, unless one of its keys stands there twice"
     o = dict(pairs)
     if len(o)==len(pairs): return o
-    seen = set()
-    twice = next(k for k,_ in pairs if k in seen or seen.add(k))
+    keys = [k for k,_ in pairs]
+    twice = next(k for i,k in enumerate(keys) if k in keys[:i])
     raise ValueError(f'the key {twice[:60]!r} stands in one object twice')
