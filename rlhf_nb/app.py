@@ -18,7 +18,7 @@ from .text import *
 from .cards import *
 from .desk import *
 from .guard import *
-from .desk import _limit
+from .cards import _limit
 from .guard import _busy,_checked_place,_door,_login_form,_loopback
 
 # %% ../nbs/29_app.ipynb #62965017
