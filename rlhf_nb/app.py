@@ -6,7 +6,7 @@
 __all__ = ['snippet', 'Question', 'mk_app', 'launch', 'app_main']
 
 # %% ../nbs/29_app.ipynb #5a944806
-import argparse,getpass,json,os,random,shlex,sys,threading,time
+import argparse,functools,getpass,inspect,json,os,random,shlex,sys,threading,time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +51,14 @@ def _asked(desk, q):
 def _state_of(c, seconds):
     "What is going on with a comparison, in words"
     tokens = max([a['n_tokens'] for a in c['answers'].values()], default=0)
-    done = f'Done in {seconds:.1f} s'
-    if c['blind']: done += '. Which answer is best?'
-    return dict(writing=f'Writing: {tokens} tokens', scoring='Reward and KL', stopped=f'Stopped after {tokens} tokens',
-        done=done)[c['state']]
+    done = f'Done in {seconds:.1f} s'+('. Which answer is best?' if c['blind'] else '')
+    words = dict(writing=f'Writing: {tokens} tokens', stopped=f'Stopped after {tokens} tokens', scoring='Reward and KL')
+    return words.get(c['state'], done)
 
 # What a question may be refused for; anything else is a fault of ours
 _refused = ValueError,OSError,FloatingPointError
+
+def _answers(desk, c, stop=None): return desk.compare(c, stop) if desk.players else [desk.stored(c)]
 
 def _follow(desk, q, visitor):
     "Everything that happens after a click on Compare: (comparison or None, status)"
@@ -67,278 +68,274 @@ def _follow(desk, q, visitor):
         while desk.state=='loading' and not stop.is_set():
             yield None,status_html('Loading the models')
             time.sleep(.2)
-        c = _asked(desk, q)
-        for o in desk.compare(c, stop) if desk.players else [desk.stored(c)]:
-            yield o,status_html(_state_of(o, time.perf_counter()-began))
+        for c in _answers(desk, _asked(desk, q), stop):
+            yield c,status_html(_state_of(c, time.perf_counter()-began))
     except _refused as e: yield None,status_html(str(e), 'bad')
     finally: desk.running.pop(visitor, None)
 
+# %% ../nbs/29_app.ipynb #apppage1
+class _Page:
+    "The parts of a page by their names, and the events between them"
+    def __init__(self, desk): self.desk,self.parts = desk,{}
+
+    def __getitem__(self, names:str)->list: return [self.parts[k] for k in names.split()]
+
+    def on(self,
+        events:str,    # Such as 'go.click'
+        f,             # Gets the values of parts and returns, or yields, {name: value} for others
+        takes:str='',  # Names of parts
+        fills:str='',
+        **kw           # More for gradio; a handler is the page's own, and waits for nobody, if nothing else is said
+    ):
+        "At each of `events` call `f`"
+        def named(values): return values and {self.parts[k]:v for k,v in values.items()}
+        @functools.wraps(f)
+        def once(*values): return named(f(*values))
+        @functools.wraps(f)
+        def often(*values): yield from map(named, f(*values))
+        events = [getattr(self.parts[part], event) for part,event in (o.split('.') for o in events.split())]
+        kw = dict(dict(queue=False, api_visibility='private', show_progress='hidden'), **kw)
+        return gr.on(events, often if inspect.isgeneratorfunction(f) else once, self[takes], self[fills], **kw)
+
+    def saves(self, event, part:str, name:str):
+        "Then the browser saves the text of a part as a file"
+        event.then(None, self[part], None, js=f"s => rlhf_save(s, '{name}')")
+
+def _seen(yes=True, **kw): return gr.update(visible=yes, **kw)
+
+def _choices(models): return [(title(k),k) for k in models]
+
 # %% ../nbs/29_app.ipynb #62965017
-_private = dict(api_visibility='private', show_progress='hidden')   # a handler of the page alone
-_quick = dict(_private, queue=False)                                # and one that waits for nobody
+def _lay_out_question(desk):
+    gr.HTML(visible=False, elem_id='past')
+    with gr.Row(equal_height=False, elem_id='ask'):
+        prompt = gr.Textbox(label='Prompt', elem_id='prompt', autofocus=True, submit_btn=False, scale=5, lines=2,
+            placeholder='Ask something, or paste a dialogue with Human: and Assistant: before its turns',
+            max_lines=12, max_length=desk.max_chars)
+        gr.Dropdown(label='Stored prompt', elem_id='stored', visible=False, scale=5, filterable=True)
+        with gr.Column(min_width=150, scale=1):
+            gr.Button('Compare', variant='primary', elem_id='go')
+            gr.Button('Stop', elem_id='stop', interactive=False)
+    with gr.Row(elem_id='how'):
+        gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind', scale=2, min_width=260)
+        gr.Radio([('KL to the reference','kl'),('log-probability','log_prob'),('nothing','none')], value='kl',
+            label='Colour of the tokens', elem_id='colour', scale=3, min_width=260)
+    with gr.Accordion('Settings', open=False, elem_id='settings'):
+        gr.CheckboxGroup(label='Models, one to four', elem_id='models')
+        with gr.Row():
+            gr.Slider(0, 2, 1., step=.05, label='Temperature (0: the most likely token)', elem_id='temperature')
+            gr.Slider(1, 256, 48, step=1, label='Longest answer, tokens', elem_id='length')
+            gr.Slider(1, 16, 1, step=1, label='Samples of each model (the best by reward is shown)', elem_id='n')
+            gr.Number(0, label='Seed', minimum=0, elem_id='seed')
+    gr.Dataset(components=[prompt], samples=[['']], label='Examples', visible=False, elem_id='examples')
 
-def _names(models):
-    "Choices of a field: models, as people read them"
-    return [(title(k),k) for k in models]
+def _lay_out_answers():
+    gr.HTML(status_html(), elem_id='status')
+    gr.HTML(elem_id='board')
+    with gr.Row(visible=False, elem_id='votes'):
+        for i,x in enumerate('ABCD', 1): gr.Button(f'{x} is best  [{i}]', elem_id=f'vote-{i}', min_width=100)
+        gr.Button('Tie  [T]', elem_id='vote-tie', min_width=100)
+        gr.Button('All bad  [B]', elem_id='vote-bad', min_width=100)
+    with gr.Row(visible=False, elem_id='after'):
+        gr.Button('Save this comparison', elem_id='save', min_width=160)
+        gr.Dropdown(label='Go on with the answer of', elem_id='whose', min_width=160)
+        gr.Button('Continue the dialogue', elem_id='continue', min_width=160)
+        gr.Button('New dialogue', elem_id='fresh', min_width=160)
+    gr.Textbox(visible='hidden', elem_id='saved')
 
-def _button(label, id, width=None, **kw): return gr.Button(label, elem_id=id, min_width=width, **kw)
+_picks = tuple(f'vote-{i}' for i in (1,2,3,4))
 
-class _Compare:
-    "The tab where people ask, read and vote"
-    def __init__(self, desk):
-        self.desk = desk
-        self.history,self.id = gr.State([]),gr.State('')      # turns before the question; of the comparison that is shown
-        self.lay_out_question()
-        self.lay_out_settings()
-        self.lay_out_answers()
-        self.wire()
+def _may_vote(c):
+    "The buttons of a blind vote, as many as there are answers"
+    n = len(c['models'])
+    if not c['blind']: return dict(votes=_seen(False))
+    return dict(votes=_seen(n>1), **{button:_seen(i<n) for i,button in enumerate(_picks)})
 
-    def lay_out_question(self):
-        self.past = gr.HTML(visible=False, elem_id='past')
-        with gr.Row(equal_height=False, elem_id='ask'):
-            self.prompt = gr.Textbox(label='Prompt', elem_id='prompt', autofocus=True, submit_btn=False, scale=5,
-                placeholder='Ask something, or paste a dialogue with Human: and Assistant: before its turns',
-                lines=2, max_lines=12, max_length=self.desk.max_chars)
-            self.stored = gr.Dropdown(label='Stored prompt', elem_id='stored', visible=False, scale=5, filterable=True)
-            with gr.Column(min_width=150, scale=1):
-                self.go = gr.Button('Compare', variant='primary', elem_id='go')
-                self.stop = gr.Button('Stop', elem_id='stop', interactive=False)
-        with gr.Row(elem_id='how'):
-            self.blind = gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind', scale=2, min_width=260)
-            self.colour = gr.Radio([('KL to the reference','kl'),('log-probability','log_prob'),('nothing','none')],
-                value='kl', label='Colour of the tokens', elem_id='colour', scale=3, min_width=260)
+def _may_go_on(c, yes=True):
+    "What can be done with a comparison that is no secret"
+    return dict(after=_seen(yes), whose=gr.update(choices=_choices(c['order']), value=c['order'][0]))
 
-    def lay_out_settings(self):
-        with gr.Accordion('Settings', open=False, elem_id='settings'):
-            self.models = gr.CheckboxGroup(label='Models, one to four', elem_id='models')
-            with gr.Row():
-                self.temperature = gr.Slider(0, 2, 1., step=.05, elem_id='temperature',
-                    label='Temperature (0: the most likely token)')
-                self.length = gr.Slider(1, 256, 48, step=1, elem_id='length', label='Longest answer, tokens')
-                self.n = gr.Slider(1, 16, 1, step=1, elem_id='n',
-                    label='Samples of each model (the best by reward is shown)')
-                self.seed = gr.Number(0, minimum=0, elem_id='seed', label='Seed')
-        self.examples = gr.Dataset(components=[self.prompt], samples=[['']], label='Examples', visible=False,
-            elem_id='examples')
-
-    def lay_out_answers(self):
-        self.status,self.shown = gr.HTML(status_html(), elem_id='status'),gr.HTML(elem_id='board')
-        with gr.Row(visible=False, elem_id='votes') as self.voting:
-            self.picks = [gr.Button(f'{x} is best  [{i}]', elem_id=f'vote-{i}', min_width=100) for i,x in enumerate('ABCD', 1)]
-            self.tie = gr.Button('Tie  [T]', elem_id='vote-tie', min_width=100)
-            self.bad = gr.Button('All bad  [B]', elem_id='vote-bad', min_width=100)
-        with gr.Row(visible=False, elem_id='after') as self.after:
-            self.save = gr.Button('Save this comparison', elem_id='save', min_width=160)
-            self.whose = gr.Dropdown(label='Go on with the answer of', elem_id='whose', min_width=160)
-            self.go_on = gr.Button('Continue the dialogue', elem_id='continue', min_width=160)
-            self.fresh = gr.Button('New dialogue', elem_id='fresh', min_width=160)
-        self.saved = gr.Textbox(visible='hidden', elem_id='saved')
-
-    def wire(self):
-        "Which event calls what, with which fields, and what it fills"
-        asks = [self.prompt,self.stored,self.history,self.models,self.temperature,self.length,self.seed,self.n,self.blind]
-        board_of,after = [self.id,self.colour],[self.voting,self.after,self.whose]
-        gr.on([self.go.click,self.prompt.submit], self.on_compare, [*asks,self.colour],
-            [self.status,self.shown,self.id,self.stop,*after,*self.picks],
-            concurrency_limit=self.desk.parallel, concurrency_id='models', **_private)
-        self.stop.click(self.on_stop, None, None, **_quick)
-        for button,which in [*zip(self.picks, range(4)),(self.tie,'tie'),(self.bad,'bad')]:
-            button.click(self.on_vote(which), board_of, [self.status,self.shown,*after], **_quick)
-        self.colour.change(self.on_colour, board_of, self.shown, trigger_mode='always_last', **_quick)
-        self.save.click(self.on_save, self.id, self.saved, **_quick).then(None, self.saved, None,
-            js="s => rlhf_save(s, 'comparison.json')")
-        dialogue = [self.history,self.past,self.prompt,self.status]
-        self.go_on.click(self.on_continue, [self.id,self.whose], dialogue, **_quick)
-        self.fresh.click(self.on_fresh, None, dialogue, **_quick)
-        self.examples.click(lambda row: row[0], self.examples, self.prompt, **_quick)
-
-    def says(self, s, kind=''): return {self.status:status_html(s, kind)}
-
-    def may_go_on(self, c, visible=True):
-        "What can be done with a comparison that is no secret"
-        return {self.after:gr.update(visible=visible),
-            self.whose:gr.update(choices=_names(c['order']), value=c['order'][0])}
-
-    def may_vote(self, c):
-        "The buttons of a blind vote, as many as there are answers"
-        n = len(c['models'])
-        buttons = {b:gr.update(visible=i<n) for i,b in enumerate(self.picks)} if c['blind'] else {}
-        return {self.voting:gr.update(visible=c['blind'] and n>1), **buttons}
-
-    def on_compare(self, prompt, stored, history, models, temperature, length, seed, n, blind, colour, request:gr.Request):
-        q = Question(prompt, stored, history, models, temperature, length, seed, n, blind)
-        hidden = gr.update(visible=False)
-        yield {**self.says('Starting'), self.stop:gr.update(interactive=True), self.voting:hidden, self.after:hidden}
-        for c,status in _follow(self.desk, q, request.session_hash):
-            yield {self.status:status, **({self.shown:board(c, colour)} if c else {})}
-        end = {self.stop:gr.update(interactive=False)}
-        if c and c['state']=='done':
-            end |= {self.id:c['id'], **self.may_vote(c), **self.may_go_on(c, not blind)}
+def _asks(page):
+    "Compare, and stop"
+    desk = page.desk
+    def on_compare(request:gr.Request, *fields):
+        *fields,colour = fields
+        yield dict(status=status_html('Starting'), stop=gr.update(interactive=True), votes=_seen(False), after=_seen(False))
+        for c,status in _follow(desk, Question(*fields), request.session_hash):
+            yield dict(status=status, board=board(c, colour)) if c else dict(status=status)
+        end = dict(stop=gr.update(interactive=False))
+        if c and c['state']=='done': end.update(id=c['id'], **_may_vote(c), **_may_go_on(c, not c['blind']))
         yield end
-
-    def on_stop(self, request:gr.Request):
-        stop = self.desk.running.get(request.session_hash)
+    def on_stop(request:gr.Request):
+        stop = desk.running.get(request.session_hash)
         if stop: stop.set()
+    def on_example(row): return dict(prompt=row[0])
+    page.on('go.click prompt.submit', on_compare,
+        'prompt stored history models temperature length seed n blind colour',
+        'status board id stop votes after whose '+' '.join(_picks),
+        queue=True, concurrency_limit=desk.parallel, concurrency_id='models')
+    page.on('stop.click', on_stop)
+    page.on('examples.click', on_example, 'examples', 'prompt')
 
-    def on_vote(self, which):
-        "What happens after a vote for the answer at a place, or for none"
+def _votes_blind(page):
+    "A vote for the answer at a place, or for none"
+    desk = page.desk
+    def voting(which):
         def on_vote(id, colour):
             try:
-                c = self.desk.comparisons.get(id) or {}
-                total = self.desk.vote(id, c['order'][which] if c and isinstance(which, int) else str(which))
-            except (ValueError,OSError) as e: return self.says(f'Not saved: {e}', 'bad')
-            return {**self.says(f'Saved: vote {total}'), self.shown:board(c, colour),
-                self.voting:gr.update(visible=False), **self.may_go_on(c)}
+                c = desk.comparisons.get(id) or {}
+                total = desk.vote(id, c['order'][which] if c and isinstance(which, int) else str(which))
+            except (ValueError,OSError) as e: return dict(status=status_html(f'Not saved: {e}', 'bad'))
+            return dict(status=status_html(f'Saved: vote {total}'), board=board(c, colour), votes=_seen(False), **_may_go_on(c))
         return on_vote
+    for button,which in (*zip(_picks, range(4)),('vote-tie','tie'),('vote-bad','bad')):
+        page.on(f'{button}.click', voting(which), 'id colour', 'status board votes after whose')
 
-    def on_colour(self, id, colour):
-        c = self.desk.comparisons.get(id)
-        return board(c, colour) if c else gr.skip()
-
-    def on_save(self, id):
-        c = self.desk.comparisons.get(id)
-        return json.dumps(c, ensure_ascii=False, indent=1) if c else ''
-
-    def on_continue(self, id, whose):
-        c = self.desk.comparisons.get(id)
-        if not c or whose not in c['answers']: return self.says('Compare first', 'bad')
+def _goes_on(page):
+    "What can be done with a comparison: colour it, save it, go on with an answer"
+    desk = page.desk
+    def on_colour(id, colour):
+        c = desk.comparisons.get(id)
+        return dict(board=board(c, colour) if c else gr.skip())
+    def on_save(id):
+        c = desk.comparisons.get(id)
+        return dict(saved=json.dumps(c, ensure_ascii=False, indent=1) if c else '')
+    def on_continue(id, whose):
+        c = desk.comparisons.get(id)
+        if not c or whose not in c['answers']: return dict(status=status_html('Compare first', 'bad'))
         answer = c['answers'][whose]['response'].strip()
         turns = [[role,text] for role,text in parse_turns(c['prompt']) if text]+[['assistant',answer]]
-        past = f"<div class=\"board\"><p><b>The dialogue so far</b></p>{dialogue(c['prompt']+' '+answer)}</div>"
-        return {self.history:turns, self.past:gr.update(value=shield(past), visible=True), self.prompt:'',
-            **self.says('Write the next turn')}
+        so_far = f"<div class=\"board\"><p><b>The dialogue so far</b></p>{dialogue(c['prompt']+' '+answer)}</div>"
+        return dict(history=turns, past=_seen(value=shield(so_far)), prompt='', status=status_html('Write the next turn'))
+    def on_fresh(): return dict(history=[], past=_seen(False, value=''), prompt='', status=status_html('A new dialogue'))
+    page.on('colour.change', on_colour, 'id colour', 'board', trigger_mode='always_last')
+    page.saves(page.on('save.click', on_save, 'id', 'saved'), 'saved', 'comparison.json')
+    page.on('continue.click', on_continue, 'id whose', 'history past prompt status')
+    page.on('fresh.click', on_fresh, '', 'history past prompt status')
 
-    def on_fresh(self):
-        return {self.history:[], self.past:gr.update(value='', visible=False), self.prompt:'', **self.says('A new dialogue')}
+# What the tab is filled with once samples or models are read
+_compare_fields = 'prompt colour n seed length temperature stored models examples'
 
-    def fill(self):
-        "What the fields hold at the start: of samples alone there is less to choose"
-        desk = self.desk
-        live = bool(desk.players) or desk.coming()
-        prompts = [(HH.asked(p)[:120],p) for p in desk.prompts]
-        questions = [[short] for short,p in prompts if p.count(HH.mark('user').strip())==1][:6]
-        out = {o:gr.update(visible=live) for o in (self.prompt,self.colour,self.n,self.seed,self.length,self.temperature)}
-        out[self.stored] = gr.update(visible=not live, choices=prompts, value=desk.prompts[0] if desk.prompts else None)
-        out[self.models] = gr.update(choices=_names(desk.names()), value=desk.names()[:4])
-        out[self.examples] = gr.update(visible=live and bool(questions), samples=questions or [['']])
-        if (c := desk.config):
-            for field,value in ((self.seed,c.seed),(self.length,c.eval.max_new_tokens),(self.temperature,c.eval.temperature)):
-                out[field] = gr.update(visible=live, value=value)
-        return out
+def _fill_compare(desk):
+    "Of samples alone there is less to choose"
+    live = bool(desk.players) or desk.coming()
+    prompts = [(HH.asked(p)[:120],p) for p in desk.prompts]
+    questions = [[short] for short,p in prompts if p.count(HH.mark('user').strip())==1][:6]
+    out = dict.fromkeys(('prompt','colour','n','seed','length','temperature'), _seen(live))
+    if (c := desk.config):
+        for k,v in (('seed',c.seed),('length',c.eval.max_new_tokens),('temperature',c.eval.temperature)):
+            out[k] = _seen(live, value=v)
+    return dict(out,
+        stored=_seen(not live, choices=prompts, value=desk.prompts[0] if desk.prompts else None),
+        models=gr.update(choices=_choices(desk.names()), value=desk.names()[:4]),
+        examples=_seen(live and bool(questions), samples=questions or [['']]))
 
 # %% ../nbs/29_app.ipynb #appxcod0
 # What stored answers can be limited by
 _limited = dict(gap='Reward gap to the reference', kl='KL, nats', n_tokens='Length, tokens')
+_bounds = [f'x-{key}-{end}' for key in _limited for end in ('least','most')]
+
+def _lay_out_explore():
+    with gr.Row():
+        gr.Dropdown(label='Whose answers', elem_id='x-model')
+        gr.Dropdown(list(sorts), value='largest loss', label='Order', elem_id='x-sort')
+        gr.Dropdown([('any','')], value='', label='Failure', elem_id='x-failure')
+        gr.Textbox(label='Text in prompt or answer', elem_id='x-text')
+    with gr.Accordion('Limits', open=False, elem_id='x-limits'),gr.Row():
+        for name in _bounds:
+            _,key,end = name.split('-')
+            gr.Textbox(label=f'{_limited[key]} at {end}', placeholder='no limit', max_length=20, elem_id=name, min_width=120)
+    with gr.Row():
+        gr.Button('Previous', elem_id='x-back')
+        gr.Button('Next', elem_id='x-next')
+    gr.HTML(status_html(), elem_id='x-status')
+    gr.HTML(elem_id='x-board')
 
 def _flags(r):
     "What is wrong with a record, in words"
     from rlhf_nb.detect import detect,failure_names
     return [failure_names[k] for k,v in detect(r).items() if v and k!='degenerate'] if r else []
 
-class _Explore:
-    "The tab with the stored samples, filtered"
-    def __init__(self, desk):
-        self.desk = desk
-        self.hits,self.place = gr.State([]),gr.State(0)       # prompts that were found; which of them is shown
-        self.lay_out()
-        self.wire()
+def _show_found(desk, hits, at, model):
+    "One of the prompts that were found, with its answers"
+    if not hits:
+        why = 'No stored answer is like that' if desk.records else 'There are no stored samples'
+        return {'x-status':status_html(why), 'x-board':''}
+    at %= len(hits)
+    c = dict(prompt=hits[at], models=list(desk.records)[:4], n=1, state='done', answers={})
+    c = desk.stored(c, keep=False)
+    flags = '; '.join(_flags(c['answers'].get(model))) or 'no failure found'
+    found = f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {flags}'
+    return {'x-status':status_html(found), 'x-board':board(c), 'place':at}
 
-    def lay_out(self):
-        with gr.Row():
-            self.model = gr.Dropdown(label='Whose answers', elem_id='x-model')
-            self.sort = gr.Dropdown(list(sorts), value='largest loss', label='Order', elem_id='x-sort')
-            self.failure = gr.Dropdown([('any','')], value='', label='Failure', elem_id='x-failure')
-            self.text = gr.Textbox(label='Text in prompt or answer', elem_id='x-text')
-        with gr.Accordion('Limits', open=False, elem_id='x-limits'),gr.Row():
-            self.limits = [gr.Textbox(label=f'{what} at {end}', elem_id=f'x-{key}-{end}', placeholder='no limit',
-                max_length=20, min_width=120) for key,what in _limited.items() for end in ('least','most')]
-        with gr.Row():
-            self.back,self.on = gr.Button('Previous', elem_id='x-back'),gr.Button('Next', elem_id='x-next')
-        self.status,self.shown = gr.HTML(status_html(), elem_id='x-status'),gr.HTML(elem_id='x-board')
-
-    def wire(self):
-        fields = [self.model,self.sort,self.failure,self.text,*self.limits]
-        fills,where = [self.place,self.status,self.shown],[self.hits,self.place,self.model]
-        gr.on([o.change for o in fields], self.on_find, fields, [self.hits,*fills], trigger_mode='always_last', **_quick)
-        self.back.click(self.on_back, where, fills, **_quick)
-        self.on.click(self.on_next, where, fills, **_quick)
-
-    def show(self, hits, at, model):
-        desk = self.desk
-        if not hits:
-            why = 'No stored answer is like that' if desk.records else 'There are no stored samples'
-            return {self.status:status_html(why), self.shown:''}
-        at %= len(hits)
-        c = dict(prompt=hits[at], models=list(desk.records)[:4], n=1, state='done', answers={})
-        c = desk.stored(c, keep=False)
-        flags = '; '.join(_flags(c['answers'].get(model))) or 'no failure found'
-        found = f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {flags}'
-        return {self.status:status_html(found), self.shown:board(c), self.place:at}
-
-    def on_find(self, model, sort, failure, text, *limits):
+def _explores(page):
+    "Find by the fields, and walk through what was found"
+    desk = page.desk
+    def on_find(model, sort, failure, text, *limits):
         try: limits = [_limit(o) for o in limits]
-        except ValueError as e: return {self.status:status_html(str(e), 'bad')}
+        except ValueError as e: return {'x-status':status_html(str(e), 'bad')}
         pairs = dict(zip(_limited, zip(limits[::2], limits[1::2])))       # (least, most) of each
-        hits = find(self.desk.records, model, sort, failure or None, text or '', **pairs)
-        return {self.hits:hits, self.place:0, **self.show(hits, 0, model)}
+        hits = find(desk.records, model, sort, failure or None, text or '', **pairs)
+        return dict(dict(hits=hits, place=0), **_show_found(desk, hits, 0, model))
+    def on_back(hits, at, model): return _show_found(desk, hits, at-1, model)
+    def on_next(hits, at, model): return _show_found(desk, hits, at+1, model)
+    fields = ['x-model','x-sort','x-failure','x-text',*_bounds]
+    shows = 'place x-status x-board'
+    page.on(' '.join(f'{k}.change' for k in fields), on_find, ' '.join(fields), f'hits {shows}', trigger_mode='always_last')
+    page.on('x-back.click', on_back, 'hits place x-model', shows)
+    page.on('x-next.click', on_next, 'hits place x-model', shows)
 
-    def on_back(self, hits, at, model): return self.show(hits, at-1, model)
-    def on_next(self, hits, at, model): return self.show(hits, at+1, model)
-
-    def fill(self):
-        from rlhf_nb.detect import failure_names
-        models = list(self.desk.records)
-        first = next((k for k in models if k!='reference'), None)
-        failures = [('any',''),*((k.replace('_', ' '),k) for k in failure_names)]
-        return {self.model:gr.update(choices=_names(models), value=first), self.failure:gr.update(choices=failures)}
+def _fill_explore(desk):
+    from rlhf_nb.detect import failure_names
+    models = list(desk.records)
+    first = next((k for k in models if k!='reference'), None)
+    failures = [('any',''),*((k.replace('_', ' '),k) for k in failure_names)]
+    return {'x-model':gr.update(choices=_choices(models), value=first), 'x-failure':gr.update(choices=failures)}
 
 # %% ../nbs/29_app.ipynb #30b1126d
+def _lay_out_votes():
+    gr.HTML(elem_id='v-board')
+    with gr.Row():
+        gr.Button('Count again', elem_id='v-again')
+        gr.Button('Export as preference pairs', variant='primary', elem_id='v-export')
+    gr.HTML(status_html(), elem_id='v-status')
+    gr.Textbox(visible='hidden', elem_id='v-saved')
+
 def _train_on(desk, path):
     "The command that trains on exported votes"
     run = Places('outputs/demo') if desk.shipped else desk.places
     model,data = (shlex.quote(str(o)) for o in (run.made('sft'),path))
     return f'rlhf_nb run --stages sft dpo --set sft.skip=true --model {model} --data {data} --out outputs/from_votes'
 
-class _Votes:
-    "The tab with the win rates, and the export"
-    def __init__(self, desk):
-        self.desk = desk
-        self.shown = gr.HTML(elem_id='v-board')
-        with gr.Row():
-            again = gr.Button('Count again', elem_id='v-again')
-            export = gr.Button('Export as preference pairs', variant='primary', elem_id='v-export')
-        status,saved = gr.HTML(status_html(), elem_id='v-status'),gr.Textbox(visible='hidden')
-        again.click(self.on_count, None, self.shown, **_quick)
-        export.click(self.on_export, None, [status,saved], **_quick).then(None, saved, None,
-            js="s => rlhf_save(s, 'preferences.jsonl')")
-
-    def on_count(self):
-        try: return votes_html(self.desk.summary())
-        except (ValueError,KeyError,OSError) as e: return status_html(str(e), 'bad')
-
-    def on_export(self):
-        try: path = self.desk.export_votes()
-        except (ValueError,OSError) as e: return status_html(str(e), 'bad'),''
+def _counts_votes(page):
+    "Win rates, and the export"
+    desk = page.desk
+    def on_count():
+        try: return {'v-board':votes_html(desk.summary())}
+        except (ValueError,KeyError,OSError) as e: return {'v-board':status_html(str(e), 'bad')}
+    def on_export():
+        try: path = desk.export_votes()
+        except (ValueError,OSError) as e: return {'v-status':status_html(str(e), 'bad'), 'v-saved':''}
         said = f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):'
-        command = f'<pre><code>{esc(_train_on(self.desk, path))}</code></pre>'
-        return status_html(said)+shield(command),path.read_text(encoding='utf-8')
+        command = shield(f'<pre><code>{esc(_train_on(desk, path))}</code></pre>')
+        return {'v-status':status_html(said)+command, 'v-saved':path.read_text(encoding='utf-8')}
+    page.on('votes_tab.select v-again.click', on_count, '', 'v-board')
+    page.saves(page.on('v-export.click', on_export, '', 'v-status v-saved'), 'v-saved', 'preferences.jsonl')
 
-class _Curves:
-    "The tab with the pictures of the run, drawn when it is opened"
-    def __init__(self, desk):
-        self.desk,self.drawn,self.one = desk,{},threading.Lock()
-        self.shown = gr.HTML(elem_id='curves')
-
-    def on_open(self):
-        desk,drawn = self.desk,self.drawn
+def _draws(page):
+    "Pictures of the run, drawn when their tab is opened"
+    desk,drawn,one = page.desk,{},threading.Lock()
+    def curves():
         # what draws imports transformers, and two threads that import it at once break it
         while desk.state=='loading': time.sleep(.1)
         if desk.shipped: return status_html('The samples of the package come without training logs')
-        with self.one:
+        with one:
             if desk.path not in drawn:
                 try: drawn[desk.path] = curves_html(desk.path)
                 except (ValueError,OSError,KeyError) as e: return status_html(f'{type(e).__name__}: {e}', 'bad')
             return drawn[desk.path]
+    def on_open(): return dict(curves=curves())
+    page.on('curves_tab.select', on_open, '', 'curves')
 
 snippet = """from gradio_client import Client   # pip install gradio_client
 client = Client('{url}')
@@ -358,8 +355,7 @@ def _api(desk):
         "One prompt (a question, or a dialogue in HH form) to one to four models: the comparison while it grows, at last with records, tokens and values"
         try:
             while desk.state=='loading': time.sleep(.1)
-            c = desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n)
-            yield from desk.compare(c) if desk.players else [desk.stored(c)]
+            yield from _answers(desk, desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n))
         except _refused as e: raise _said(e) from None
     def vote(id:str, choice:str) -> int:
         "A vote on a comparison: a model's name, tie or bad; returns the number of votes"
@@ -369,35 +365,51 @@ def _api(desk):
     gr.api(vote, api_name='vote', queue=False)
 
 # %% ../nbs/29_app.ipynb #65a084ff
-class _Top:
-    "What stands above the tabs; a page without a run offers to make one"
-    def __init__(self, desk, demo):
-        self.desk,self.demo = desk,demo
-        self.banner = gr.HTML(banner_html(desk), elem_id='top')
-        with gr.Row(visible=False, elem_id='demo') as self.offer:
-            make = gr.Button("Make the embedded demo's run (minutes)", elem_id='make', scale=1)
-            making = gr.HTML(status_html(), elem_id='making')
-        reload = "if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload()"
-        if desk.shipped:
-            made = make.click(self.on_make, None, making, concurrency_limit=None, **_private)
-            made.then(None, None, None, js=f'() => {{ {reload} }}')
-
-    def on_make(self):
-        if not self.desk.shipped: return (yield status_html(f'Done: {self.desk.path}'))      # another visitor has made it
+def _makes_demo(page, demo):
+    "A page without a run makes one"
+    desk = page.desk
+    def on_make():
+        if not desk.shipped: return (yield dict(making=status_html(f'Done: {desk.path}')))      # another visitor has made it
         try:
-            for o in self.desk.make_demo(*self.demo): yield status_html(o['text'], share=o['share'])
-        except (ValueError,OSError) as e: yield status_html(str(e), 'bad')
+            for o in desk.make_demo(*demo): yield dict(making=status_html(o['text'], share=o['share']))
+        except (ValueError,OSError) as e: yield dict(making=status_html(str(e), 'bad'))
+    reload = "if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload()"
+    made = page.on('make.click', on_make, '', 'making', queue=True, concurrency_limit=None)
+    made.then(None, None, None, js=f'() => {{ {reload} }}')
 
-def _load(desk, top, compare, explore):
+def _loads(page):
     "What fills the page for a visitor: first what needs no models, then what they add"
+    desk = page.desk
+    def now(): return dict(top=banner_html(desk), **_fill_compare(desk))
     def on_load():
         desk.ready.wait()
-        yield {top.banner:banner_html(desk), top.offer:gr.update(visible=desk.shipped), **compare.fill(), **explore.fill()}
+        yield dict(now(), demo=_seen(desk.shipped), **_fill_explore(desk))
         desk.seen.set()
         if desk.state=='loading':
             while desk.state=='loading': time.sleep(.1)
-            yield {top.banner:banner_html(desk), **compare.fill()}
-    return on_load
+            yield now()
+    page.on('page.load', on_load, '', f'top demo {_compare_fields} x-model x-failure', queue=True, concurrency_limit=None)
+
+def _lay_out(page):
+    "All tabs"
+    desk,parts = page.desk,page.parts
+    gr.HTML(banner_html(desk), elem_id='top')
+    with gr.Row(visible=False, elem_id='demo'):
+        gr.Button("Make the embedded demo's run (minutes)", elem_id='make', scale=1)
+        gr.HTML(status_html(), elem_id='making')
+    with gr.Tab('Compare', id='compare'):
+        # of a visitor: the turns before the question, and the comparison that is shown
+        parts.update(history=gr.State([]), id=gr.State(''))
+        _lay_out_question(desk)
+        _lay_out_answers()
+    with gr.Tab('Explore', id='explore'):
+        parts.update(hits=gr.State([]), place=gr.State(0))     # prompts that were found, and which of them is shown
+        _lay_out_explore()
+    with gr.Tab('Votes', id='votes') as parts['votes_tab']: _lay_out_votes()
+    with gr.Tab('Curves', id='curves') as parts['curves_tab']: gr.HTML(elem_id='curves')
+    with gr.Tab('API', id='api'):
+        gr.Code(snippet.replace('{url}', 'http://127.0.0.1:7860'), language='python', label='The same from a program',
+            interactive=False, elem_id='snippet')
 
 def mk_app(
     desk:Desk,
@@ -406,22 +418,13 @@ def mk_app(
     demo:tuple=('outputs/demo',()) # Where the embedded demo's run is made, and its flags
 )->gr.Blocks:
     "The page"
-    desk.parallel = parallel
-    url = 'http://127.0.0.1:7860'
+    desk.parallel,page = parallel,_Page(desk)
     with gr.Blocks(title='rlhf_nb: one prompt, four answers', analytics_enabled=False) as app:
-        top = _Top(desk, demo)
-        with gr.Tab('Compare', id='compare'): compare = _Compare(desk)
-        with gr.Tab('Explore', id='explore'): explore = _Explore(desk)
-        with gr.Tab('Votes', id='votes') as votes_tab: votes = _Votes(desk)
-        with gr.Tab('Curves', id='curves') as curves_tab: curves = _Curves(desk)
-        with gr.Tab('API', id='api'):
-            gr.Code(snippet.replace('{url}', url), language='python', label='The same from a program', interactive=False,
-                elem_id='snippet')
+        _lay_out(page)
+        page.parts.update({o.elem_id:o for o in app.blocks.values() if o.elem_id}, page=app)
+        for events in (_asks,_votes_blind,_goes_on,_explores,_counts_votes,_draws,_loads): events(page)
+        if desk.shipped: _makes_demo(page, demo)
         _api(desk)
-        votes_tab.select(votes.on_count, None, votes.shown, **_quick)
-        curves_tab.select(curves.on_open, None, curves.shown, **_quick)
-        filled = [top.banner,top.offer,*compare.fill(),*explore.fill()]
-        app.load(_load(desk, top, compare, explore), None, filled, concurrency_limit=None, **_private)
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
 
 # %% ../nbs/29_app.ipynb #07dc5a50
