@@ -118,7 +118,7 @@ class Guard:
     ):
         self.app,self.most,self.hosts,self.page = app,most,hosts,page
         self.told = set()                                            # names that were turned away, and said
-        self.one,self.all = Throttle(5, 1.),Throttle(20, .25)        # wrong passwords of one client, and of all together
+        self.one,self.all = Throttle(5, 1.),Throttle(20, .25)        # wrong passwords: of one client, of all
 
     async def __call__(self, scope, receive, send):
         if scope['type']=='lifespan': return await self.app(scope, receive, send)
@@ -155,8 +155,8 @@ class Guard:
             self.told.add(name)
             print(f"rlhf_nb app: turned away a request for '{name}'. "
                 f'If that is a name of this page, start it with --allow-host {name}', file=sys.stderr, flush=True)
-        whom = repr(name) if name else 'that name'
-        return Refusal(403, f'this page does not answer to {whom}. If it should, start it with --allow-host {name or "NAME"}')
+        whom,flag = repr(name) if name else 'that name',f'--allow-host {name or "NAME"}'
+        return Refusal(403, f'this page does not answer to {whom}. If it should, start it with {flag}')
 
     def _unknown(self, scope):
         if not _known.fullmatch(scope['path']): return Refusal(404, 'not found')
@@ -252,7 +252,7 @@ def _busy(host, port, e):
 
 # %% ../nbs/28_guard.ipynb #grddor01
 def _door(app, guard):
-    "In front of everything: gradio answers a browser's question whether another site may ask (OPTIONS) before a `Guard` within it sees it"
+    "In front of everything: gradio answers whether another site may ask (OPTIONS) before a `Guard` within it sees it"
     async def door(scope, receive, send):
         no = scope['type']=='http' and guard._stranger(scope)
         await (_answer(send, no) if no else app(scope, receive, send))
