@@ -170,6 +170,10 @@ def read_text(path)->str:
         raise ValueError(f'{path}: not UTF-8 text (byte {e.start+1}); save it as UTF-8') from None
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
+def _has_halves(text:str)->bool:
+    "Is there half a character, which no file can hold?"
+    return any('\ud800'<=c<'\ue000' for c in text)
+
 def _shown(v)->str:
     "A value as an error shows it: cut, where it is long"
     r = reprlib.Repr()

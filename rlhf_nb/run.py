@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .core import *
 from .config import *
+from .core import _has_halves
 
 # %% ../nbs/02_run.ipynb #27528a12
 try: import fcntl
@@ -317,7 +318,8 @@ def read_samples(
         raise FileNotFoundError(f'{folder}: no such folder; expected a run, or a folder with *_samples.json')
     files = [f for f in folder.glob('*_samples.json') if only in (None,f.name)]
     if not files:
-        raise FileNotFoundError(f"{folder}: no *_samples.json there; run the stage 'evaluate' or `rlhf_nb generate` first")
+        raise FileNotFoundError(f"{folder}: no *_samples.json there; "
+                                "run the stage 'evaluate' or `rlhf_nb generate` first")
     out = {}
     for f in sorted(files, key=_reading):
         name = f.name.removesuffix('_samples.json')
@@ -349,7 +351,7 @@ def _read_records(f, name, keys)->list:
 
 def _is_text(v)->bool:
     "Text that can be written: half a character can't"
-    return isinstance(v, str) and not any('\ud800'<=c<='\udfff' for c in v)
+    return isinstance(v, str) and not _has_halves(v)
 def _is_bool(v)->bool: return isinstance(v, bool)
 def _is_number(v)->bool:
     "A number whose square, and sums of it, are finite too"
