@@ -22,6 +22,7 @@ from .text import *
 from .world import *
 from .data import *
 from .load import *
+from .plots import *
 from .peers import *
 
 # %% ../nbs/31_benchmark.ipynb #40337df1
