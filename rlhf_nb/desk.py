@@ -106,6 +106,11 @@ class Desk:
         "Models that can be compared"
         return list(self.players or self.records)
 
+    def coming(self)->bool:
+        "Are models on their way?"
+        if not self.live or self.shipped or self.state!='loading': return False
+        return self.places.made('sft').exists()
+
     def __repr__(self):
         what = 'samples of the package' if self.shipped else str(self.path)
         return f"Desk({what!r}, {self.state}: {', '.join(self.names())})"
