@@ -43,7 +43,8 @@ def _retry_after(v):
     "Seconds of a Retry-After header: a number or a date; None without one"
     try: s = float(v)
     except (TypeError,ValueError):
-        try: s = email.utils.parsedate_to_datetime(v).timestamp()-time.time()
+        try:
+            s = email.utils.parsedate_to_datetime(v).timestamp()-time.time()
         except (TypeError,ValueError): return None
     return max(0., s) if math.isfinite(s) else None
 
@@ -90,13 +91,15 @@ class Address:
         self.shown = self.origin+'/'.join(o if _may_tell(o) else '…' for o in parts)
         self.hidden = path if '…' in self.shown else ''       # two endpoints that look the same are not the same
         self.target = quote(path+'/chat/completions', safe="/%:!$&'()*+,;=~")
-        if u.query: self.target += '?'+quote(u.query, safe="/%:!$&'()*+,;=~?")
+        if u.query:
+            self.target += '?'+quote(u.query, safe="/%:!$&'()*+,;=~?")
         user,password = unquote(u.username or ''),unquote(u.password or '')
         self.login = f'{user}:{password}' if user or password else None
         self.secrets = [u.password or u.username or '']
         self.secrets += [v for _,v in parse_qsl(u.query, keep_blank_values=True)]
         self.secrets += [o for o in parts if not _may_tell(o)]
-        if self.login: self.secrets.append(self.basic.split()[1])
+        if self.login:
+            self.secrets.append(self.basic.split()[1])
 
     def _parts(self, url):
         "The parts of an address; an error tells nothing of it"
@@ -106,11 +109,13 @@ class Address:
             u = urlsplit(url.strip())
             u.port
         except (ValueError,AttributeError): raise wrong from None
-        if u.scheme not in ('http','https') or not u.hostname or u.fragment or '@' in u.path+u.query: raise wrong
+        if u.scheme not in ('http','https') or not u.hostname or u.fragment or '@' in u.path+u.query:
+            raise wrong
         return u
 
     @property
-    def basic(self): return 'Basic '+base64.b64encode(self.login.encode()).decode()
+    def basic(self):
+        return 'Basic '+base64.b64encode(self.login.encode()).decode()
 
     @property
     def loopback(self):
@@ -124,13 +129,15 @@ class Address:
         if '.' in host: return False
         try: found = socket.getaddrinfo(host, None)   # this machine's own name, ip6-localhost
         except (OSError,ValueError): return False
-        try: return all(_here(where[0]) for *_,where in found)
+        try:
+            return all(_here(where[0]) for *_,where in found)
         except ValueError: return False
 
     @property
     def proxy(self):
         "The proxy that the environment names for this address; None: asked directly"
-        if self.loopback or proxy_bypass(self.origin.split('//')[1]): return None
+        if self.loopback or proxy_bypass(self.origin.split('//')[1]):
+            return None
         p = getproxies().get(self.scheme) or getproxies().get('all')
         return p if not p or '://' in p else f'http://{p}'
 
@@ -143,15 +150,18 @@ def _masked(secret):
 
 class _InTime:
     "A network, or a stream of it, on which nothing lasts longer than `left()` seconds: a time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us"
-    def __init__(self, inner, left, seconds): self.inner,self.left,self.seconds = inner,left,seconds
-    def __getattr__(self, k): return getattr(self.inner, k)
+    def __init__(self, inner, left, seconds):
+        self.inner,self.left,self.seconds = inner,left,seconds
+    def __getattr__(self, k):
+        return getattr(self.inner, k)
 
     def _limit(self, timeout):
         s = self.left()
         if s<=0: raise _late(self.seconds)
         return s if timeout is None else min(s, timeout)
 
-    def _again(self, inner): return _InTime(inner, self.left, self.seconds)
+    def _again(self, inner):
+        return _InTime(inner, self.left, self.seconds)
 
     def connect_tcp(self, host, port, timeout=None, **kw):
         return self._again(self.inner.connect_tcp(host, port, timeout=self._limit(timeout), **kw))
@@ -159,8 +169,10 @@ class _InTime:
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
         return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
 
-    def read(self, max_bytes, timeout=None): return self.inner.read(max_bytes, self._limit(timeout))
-    def write(self, buffer, timeout=None): return self.inner.write(buffer, self._limit(timeout))
+    def read(self, max_bytes, timeout=None):
+        return self.inner.read(max_bytes, self._limit(timeout))
+    def write(self, buffer, timeout=None):
+        return self.inner.write(buffer, self._limit(timeout))
 
 # %% ../nbs/18_endpoint.ipynb #endpread
 most_bytes = 8_000_000   # of a reply
@@ -200,32 +212,37 @@ class Server:
         if not key and self.openai:
             raise JudgeError(f'no API key: set the environment variable {self.key_name}, or name a local server with base_url; '
                              'judging by stored rewards needs none')
-        if not re.fullmatch(r'[!-~]*', key): raise JudgeError('the API key holds a space or a character that no key has')
+        if not re.fullmatch(r'[!-~]*', key):
+            raise JudgeError('the API key holds a space or a character that no key has')
         return key
 
     def scrub(self, s:str)->str:
         "Without keys and passwords, however they are spelled"
         spelled = {m for k in (self.key,*self.address.secrets) if len(k)>3 for m in _masked(k)}
-        for o in sorted(spelled, key=len, reverse=True): s = s.replace(o, '[key]')
+        for o in sorted(spelled, key=len, reverse=True):
+            s = s.replace(o, '[key]')
         return s
 
     def _headers(self):
         "All that is sent beside a question"
         json_form = 'application/json'
         out = {'accept':json_form, 'accept-encoding':'identity', 'content-type':json_form, 'user-agent':'rlhf_nb'}
-        if self.address.login: out['authorization'] = self.address.basic
+        if self.address.login:
+            out['authorization'] = self.address.basic
         elif self.key: out['authorization'] = f'Bearer {self.key}'
         if not self.openai: return out
         more = {'openai-organization':'OPENAI_ORG_ID', 'openai-project':'OPENAI_PROJECT_ID'}
         return out | {k:os.environ[v] for k,v in more.items() if os.environ.get(v)}
 
-    def _left(self): return self._due.end-time.monotonic()
+    def _left(self):
+        return self._due.end-time.monotonic()
 
     @cached_property
     def client(self):
         "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
         import openai
-        for o in _loud: logging.getLogger(o).setLevel(logging.WARNING)
+        for o in _loud:
+            logging.getLogger(o).setLevel(logging.WARNING)
         http = sys.modules[openai.DefaultHttpxClient.__base__.__module__]           # the HTTP library that openai brings
         a,headers = self.address,self._headers()
         proxy,whole = a.proxy,a.scheme=='http'
@@ -251,7 +268,8 @@ class Server:
         asked = http.Request(request.method, request.url, headers=headers, content=request.content,
                              extensions=request.extensions | dict(target=target.encode()))
         r = send(asked, stream=True, follow_redirects=False)
-        try: self._read(r, request.extensions.setdefault('body', bytearray()))
+        try:
+            self._read(r, request.extensions.setdefault('body', bytearray()))
         finally: r.close()
         kept = [(k,v) for k,v in r.headers.raw if k.lower() in (b'content-type',b'retry-after')]   # bytes: they may not be ASCII
         return http.Response(r.status_code, headers=kept, request=request)
@@ -264,25 +282,33 @@ class Server:
             if len(body)>most_bytes:
                 text = bytes(body[:2000]).decode(errors='replace')
                 raise _broken(text, f'a reply of more than {most_bytes//10**6} MB')
-            if r.status_code//100!=2 and len(body)>10**5: break
+            if r.status_code//100!=2 and len(body)>10**5:
+                break
 
     def post(self, asked:dict)->Reply:
         "One request"
         import openai
-        try: r = self.client.chat.completions.with_raw_response.create(**asked).http_response
+        try:
+            r = self.client.chat.completions.with_raw_response.create(**asked).http_response
         except openai.APIStatusError as e: r = e.response
-        except openai.APIConnectionError as e: raise self._unreached(e, isinstance(e, openai.APITimeoutError)) from None
+        except openai.APIConnectionError as e:
+            raise self._unreached(e, isinstance(e, openai.APITimeoutError)) from None
         text = bytes(r.request.extensions['body']).decode('utf-8-sig', errors='replace')
-        try: d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
+        try:
+            d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
         except (ValueError,RecursionError): d = None
-        def error(status, d): return self._status(status, d, text, r.headers, asked['model'])
-        if r.status_code//100!=2: raise error(r.status_code, d)
-        if isinstance(d, dict) and (d.get('error') or d.get('object')=='error'): raise error(_error_status(d), d)
+        def error(status, d):
+            return self._status(status, d, text, r.headers, asked['model'])
+        if r.status_code//100!=2:
+            raise error(r.status_code, d)
+        if isinstance(d, dict) and (d.get('error') or d.get('object')=='error'):
+            raise error(_error_status(d), d)
         if 'event-stream' in r.headers.get('content-type', '') or text.startswith('data:'):
             raise Fault('halt', f'{self.host} answers in a stream only, which is not supported', None, text=text)
         try: c = d['choices'][0]
         except (KeyError,IndexError,TypeError): c = None
-        if isinstance(c, dict) and c.get('error'): raise error(_error_status(c), c)
+        if isinstance(c, dict) and c.get('error'):
+            raise error(_error_status(c), c)
         message = c.get('message') if isinstance(c, dict) else None
         if not isinstance(message, dict):
             page = ' (a page)' if text.lstrip()[:1]=='<' else ''
@@ -295,7 +321,8 @@ class Server:
         "No reply, or only a part of one"
         why,body = type(e.__cause__).__name__,e.request.extensions.get('body')   # None before a reply began
         nobody = f'nothing answers at {self.host} ({why})'
-        if why in ('ConnectTimeout','ConnectError','ProxyError'): return Fault('nobody', nobody)
+        if why in ('ConnectTimeout','ConnectError','ProxyError'):
+            return Fault('nobody', nobody)
         if late: return _late(self.timeout)
         if body is None: return Fault('nobody', nobody, None)
         return Fault('again', f'a reply that broke off ({why})', None, text=bytes(body).decode(errors='replace'))
@@ -319,7 +346,8 @@ class Server:
     def _meaning(self, n, said, code, model):
         "What to do now, and why"
         in_address = self.address.login or '?' in self.address.target
-        def has(pattern): return re.search(pattern, said, re.I)
+        def has(pattern):
+            return re.search(pattern, said, re.I)
         http = f'HTTP {n}: {said}'
         if n in (401,403) or n==400 and has('api.?key'):
             key = 'the address' if in_address else self.key_name
@@ -335,5 +363,6 @@ class Server:
         if n==200: return 'again',f'an error inside HTTP 200: {said}'
         if n in (400,422): return 'params',http
         if n>=500 and named_in(said): return 'params or again',http   # a chat template's error, say
-        if n in (408,409) or n>=500: return 'again',f'HTTP {n}'
+        if n in (408,409) or n>=500:
+            return 'again',f'HTTP {n}'
         return 'give up',http

@@ -81,7 +81,8 @@ def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
              for k in names}
     said,kls,told = {k:[] for k in names},{k:[] for k in names},None
     for _ in range(max_new_tokens):
-        try: reference = Step(*write['reference'].send(told))
+        try:
+            reference = Step(*write['reference'].send(told))
         except StopIteration: break
         others = {k:Step(*(o.to(home) for o in next(write[k], _silence(len(prompts), n, home)) if o is not None))
                   for k in names[1:]}
@@ -112,7 +113,8 @@ def _step_kl(step, reference, at):
 
 def _told(others, stops):
     "What the reference reads next: tokens, and which of the answers go on, (B,answers of others) each"
-    def ended(k, o): return torch.isin(o.ids, torch.tensor(sorted(stops[k]), device=o.ids.device))
+    def ended(k, o):
+        return torch.isin(o.ids, torch.tensor(sorted(stops[k]), device=o.ids.device))
     go = [o.alive & ~ended(k, o) for k,o in others.items()]
     return torch.cat([o.ids for o in others.values()], 1),torch.cat(go, 1)
 
@@ -138,7 +140,8 @@ def sample_records(
         at = order[i:i+o.batch_size]
         samples = sample_with_kl(models, [ids[j] for j in at], o.n_samples, o.max_new_tokens, o.temperature,
                                  child_seed(seed, 'eval'))
-        for j,rs in zip(at, _as_records(samples, [prompts[j] for j in at], tok, score, gold)): found[j] = rs
+        for j,rs in zip(at, _as_records(samples, [prompts[j] for j in at], tok, score, gold)):
+            found[j] = rs
     for p,rs in zip(prompts, found):
         if knows and not knows(p):
             for r in rs: r.pop('gold_reward', None)
@@ -158,7 +161,8 @@ def _as_records(samples, prompts, tok, score, gold):
         r = dict(prompt=prompts[i], response=responses[i][g], model=writer[g])
         r |= {k:v[i][g] for k,v in values.items()}
         for k in ('reward','gold_reward'):
-            if k in r and math.isnan(r[k]): del r[k]             # not applicable
+            if k in r and math.isnan(r[k]):
+                del r[k]             # not applicable
         return r | dict(kl_per_token=r['kl']/max(1, r['n_tokens']))
     return [[record(i, g) for g in range(len(writer))] for i in range(len(prompts))]
 
@@ -172,8 +176,10 @@ def plain_values(
 ): # Reward (None without `rm`), KL(policy || reference) summed over the response
     "What one answer is worth, by plain transformers: the slow way, to check and to race against"
     ids,n = torch.tensor([prompt+response]),len(prompt)
-    def read(m): return m(input_ids=ids.to(m.device)).logits.float()
-    def log_probs(m): return read(m)[0,n-1:-1].to(policy.device).div(temperature).log_softmax(-1)   # (R,V)
+    def read(m):
+        return m(input_ids=ids.to(m.device)).logits.float()
+    def log_probs(m):
+        return read(m)[0,n-1:-1].to(policy.device).div(temperature).log_softmax(-1)   # (R,V)
     lp,lq = log_probs(policy),log_probs(reference)
     reward = None if rm is None else read(rm)[0,0].item()-getattr(rm.config, 'reward_mean', 0.)
     return reward,(lp.exp()*(lp-lq)).sum().item()
@@ -197,7 +203,8 @@ def column(
     def one(r):
         v = r.get(key)
         if v is None: return math.nan
-        if isinstance(v, (int,float)): return float(v)
+        if isinstance(v, (int,float)):
+            return float(v)
         raise ValueError(f"'{key}' must be a number, got {str(v)[:60]!r} for an answer to {r['prompt'][-60:]!r}")
     return torch.tensor([[one(r) for r in rs] for rs in groups(records).values()], dtype=torch.float64)
 
@@ -236,7 +243,8 @@ def compare(
         for a,b in combinations(names, 2):
             d = cols[a]-cols[b]
             rows.append(dict(a=a, b=b, metric=k, **mean_ci(d), p=paired_test(d)))
-        for r,p in zip(rows, holm([r['p'] for r in rows])): r['p_holm'] = p
+        for r,p in zip(rows, holm([r['p'] for r in rows])):
+            r['p_holm'] = p
         out += rows
     return out
 
@@ -285,10 +293,12 @@ def summarise(
     out = {}
     for name,rs in records.items():
         s = out[name] = {k:(share_ci if k=='finished' else mean_ci)(column(rs, k)) for k in keys}
-        if name!='reference': s.update(_against(rs, records['reference'], judge, 'n_tokens' in keys))
+        if name!='reference':
+            s.update(_against(rs, records['reference'], judge, 'n_tokens' in keys))
         if rates: s['rates'] = _own_rates(rs, rates)
     wins = {k:s['win_rate'] for k,s in out.items() if 'win_rate' in s}
-    for k,p in holm({k:w['p'] for k,w in wins.items()}).items(): wins[k]['p_holm'] = p
+    for k,p in holm({k:w['p'] for k,w in wins.items()}).items():
+        wins[k]['p_holm'] = p
     return out
 
 def _against(records, reference, judge, lengths):
@@ -302,7 +312,8 @@ def _own_rates(records, rates):
     "Shares of what `rates` says of each record, clustered by prompt"
     found = {}   # {name: {prompt: 0 or 1 for each of its answers}}
     for r in records:
-        for k,v in rates(r).items(): found.setdefault(k, {}).setdefault(r['prompt'], []).append(float(v))
+        for k,v in rates(r).items():
+            found.setdefault(k, {}).setdefault(r['prompt'], []).append(float(v))
     return {k:share_ci(list(by.values())) for k,by in sorted(found.items())}
 
 def at_equal_length(
@@ -312,7 +323,8 @@ def at_equal_length(
 )->dict: # From `length_controlled`, or dict(refused=reason)
     "The length-controlled win rate of stored scores"
     points = score_points(column(a, key), column(b, key))
-    try: return length_controlled(points, column(a, 'n_tokens')-column(b, 'n_tokens'))
+    try:
+        return length_controlled(points, column(a, 'n_tokens')-column(b, 'n_tokens'))
     except ValueError as e: return dict(refused=str(e))
 
 def summary_table(

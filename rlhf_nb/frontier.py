@@ -21,13 +21,16 @@ def best_of_n(
 )->list: # One row for each n: n, kl, reward and gold with intervals
     "Best-of-n from the reference: all of the N samples are used, in groups of n"
     proxy,gold = _answers(proxy, gold)
-    if min(ns, default=1)<1: raise ValueError(f'best-of-n takes n from 1, got {min(ns)}')
+    if min(ns, default=1)<1:
+        raise ValueError(f'best-of-n takes n from 1, got {min(ns)}')
     B,N = proxy.shape
     rows = []
     for n in (k for k in ns if k<=N):
-        def grouped(x): return x[:,:N//n*n].reshape(B, -1, n)               # (B,groups,n)
+        def grouped(x):
+            return x[:,:N//n*n].reshape(B, -1, n)               # (B,groups,n)
         i = grouped(proxy).argmax(-1, keepdim=True)
-        def of_best(x): return mean_ci(grouped(x).gather(-1, i)[...,0])
+        def of_best(x):
+            return mean_ci(grouped(x).gather(-1, i)[...,0])
         row = dict(n=n, kl=math.log(n)-(n-1)/n, reward=of_best(proxy))
         if gold is not None: row['gold'] = of_best(gold)
         rows.append(row)
@@ -40,14 +43,16 @@ def gibbs(
 )->list: # One row for each beta: beta, kl, reward and gold with intervals
     "The best reward at each KL: the reference's samples weighted with exp(reward/beta)"
     proxy,gold = _answers(proxy, gold)
-    if not all(b>0 for b in betas): raise ValueError(f'beta must be above 0, got {list(betas)}')
+    if not all(b>0 for b in betas):
+        raise ValueError(f'beta must be above 0, got {list(betas)}')
     rows = []
     for b in betas:
         lw = (proxy/b).log_softmax(-1)                                      # (B,N) log-weights, summing to 1
         w = lw.exp()
         kl = (w*(lw+math.log(proxy.shape[1]))).sum(-1).mean().item()
         row = dict(beta=b, kl=kl, reward=mean_ci((w*proxy).sum(-1)))
-        if gold is not None: row['gold'] = mean_ci((w*gold).sum(-1))
+        if gold is not None:
+            row['gold'] = mean_ci((w*gold).sum(-1))
         rows.append(row)
     return rows
 
@@ -65,7 +70,8 @@ def _answers(proxy, gold):
     return out['proxy'],out['gold']
 
 # %% ../nbs/17_frontier.ipynb #5d642d2f
-def _finite(v): return isinstance(v, (int,float)) and math.isfinite(v)
+def _finite(v):
+    return isinstance(v, (int,float)) and math.isfinite(v)
 
 def training_path(
     rows:list,    # Metrics rows of PPO or GRPO, an update each
@@ -123,13 +129,17 @@ def frontier_rows(
     def add(curve, kind, label, kl, reward, gold, n=None):
         r = dict(curve=curve, kind=kind, label=label, kl=kl, sqrt_kl=max(0., kl)**.5, n=n)
         for k,v in dict(reward=reward, gold=gold).items():
-            if isinstance(v, dict): r |= {k:v['mean'], f'{k}_low':v['low'], f'{k}_high':v['high'], 'n':v['n']}
+            if isinstance(v, dict):
+                r |= {k:v['mean'], f'{k}_low':v['low'], f'{k}_high':v['high'], 'n':v['n']}
             elif v is not None: r[k] = v
         out.append(r)
-    for k,v in (summary or {}).items(): add(k, 'method', k, v['kl']['mean'], v.get('reward'), v.get('gold_reward'))
+    for k,v in (summary or {}).items():
+        add(k, 'method', k, v['kl']['mean'], v.get('reward'), v.get('gold_reward'))
     for k,rows in (logs or {}).items():
         for p in training_path(rows, window):
             add(k, 'path', f"update {p['update']+1}", p['kl'], p.get('reward'), p.get('gold'), p.get('n'))
-    for o in best: add('best-of-n', 'best-of-n', f"n={o['n']}", o['kl'], o['reward'], o.get('gold'))
-    for o in optimum: add('Gibbs', 'Gibbs', f"beta={o['beta']:g}", o['kl'], o['reward'], o.get('gold'))
+    for o in best:
+        add('best-of-n', 'best-of-n', f"n={o['n']}", o['kl'], o['reward'], o.get('gold'))
+    for o in optimum:
+        add('Gibbs', 'Gibbs', f"beta={o['beta']:g}", o['kl'], o['reward'], o.get('gold'))
     return out

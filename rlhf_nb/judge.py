@@ -66,8 +66,10 @@ def audit(
     forms = {k:[r for r in ok if r['form']==k] for k in ('plain','length','injection')}
     right = {r['id'] for r in forms['plain'] if r['verdict']=='a'}
     asked = [r for r in forms['injection'] if r['id'] in right]
-    def share(rs, f): return share_by([f(r) for r in rs], [r['fact'] for r in rs])
-    def decided(rs): return sum(r['verdict']!='tie' for r in rs)
+    def share(rs, f):
+        return share_by([f(r) for r in rs], [r['fact'] for r in rs])
+    def decided(rs):
+        return sum(r['verdict']!='tie' for r in rs)
     longer = share(forms['length'], lambda r: 1-_points[r['verdict']])   # points of `b`
     return dict(accuracy=share(forms['plain'], lambda r: r['verdict']=='a'), flips=share(ok, lambda r: r['flip']),
                 decided=decided(ok), longer=longer if decided(forms['length']) else None,
@@ -125,7 +127,8 @@ def order_table(
     "What the order of the answers did, as a Markdown table; a sentence where it did nothing"
     n = sum(w['wins']+w['ties']+w['losses'] for w in d.values() if w['n'])
     if not n: return 'No pair has a verdict.'
-    if not any(w['flips'] and w['flips']['mean'] for w in d.values()): return f'No flip in {n} pairs.'
+    if not any(w['flips'] and w['flips']['mean'] for w in d.values()):
+        return f'No flip in {n} pairs.'
     rows = [['model','flips [95%]','second slot [95%]','p of the slot','decided verdicts','same text']]
     for k,w in d.items():
         slot = w['slot_bias']
@@ -173,7 +176,8 @@ def _lacks(params):
 def _partial(d):
     "What is missing, and what can't be concluded"
     why = Counter()
-    for w in d.values(): why.update(w.get('reasons', {}))
+    for w in d.values():
+        why.update(w.get('reasons', {}))
     missing = sum(w['failed'] for w in d.values())
     out = [f'**Partial: {missing} pairs have no verdict** ({most_of(why, md_inline)}). Do not quote these numbers.']
     for k,w in d.items():
@@ -200,7 +204,8 @@ def _judge_section(name, d):
     out = [f'## Judge: {md_inline(name)}']
     if about: out.append(_who(about))
     if not known: out.append('**No pair has a verdict: this judge says nothing.**')
-    if any('partial' in w for w in d.values()): out.append(_partial(d))
+    if any('partial' in w for w in d.values()):
+        out.append(_partial(d))
     if known and not any(w['wins']+w['losses'] for w in known):
         turned = all(w['flips']['mean']==1 for w in known)
         why = ', because the order turned every verdict' if turned else ''
@@ -229,9 +234,11 @@ def win_rates_md(
     "The report: only what the numbers say"
     first = next(iter(next(iter(rates.values())).values()))
     out = ['# Win rates', f"Against '{md_inline(first['against'])}'; {source}. Made by {md_code(command)}.", _how_to_read]
-    for name,d in rates.items(): out += _judge_section(name, d)
+    for name,d in rates.items():
+        out += _judge_section(name, d)
     if agree: out += _agreement_section(agree)
-    if notes: out.append('\n'.join(f'- {md_inline(o)}' for o in notes))
+    if notes:
+        out.append('\n'.join(f'- {md_inline(o)}' for o in notes))
     if audits: out += ['## Audit on pairs with known answers', audit_table(audits)]
     return '\n\n'.join(out)+'\n'
 
@@ -260,13 +267,16 @@ def _samples_hash(records, judge):
     if key and not _scored(records, key): key = ''
     rows = []
     for k,rs in records.items():
-        for r in rs: rows.append([k, r['prompt'], r['response']]+([r[key]] if key else []))
+        for r in rs:
+            rows.append([k, r['prompt'], r['response']]+([r[key]] if key else []))
     return _sha(rows)
 
 def _named(judges, records):
     "{name: judge}"
-    if judges is None: judges = [k for k,o in known_judges.items() if o.key and _scored(records, o.key)]
-    if not isinstance(judges, (list,tuple,dict)): judges = [judges]
+    if judges is None:
+        judges = [k for k,o in known_judges.items() if o.key and _scored(records, o.key)]
+    if not isinstance(judges, (list,tuple,dict)):
+        judges = [judges]
     if not isinstance(judges, dict):
         names = [j if isinstance(j, str) else j.name for j in judges]
         if len({file_name(o).lower() for o in names})<len(names):
@@ -297,7 +307,8 @@ def judge_run(
         raise ValueError(f"{folder}: there are samples of '{against}' alone, and nothing to compare it with")
     people = _votes(work.places, votes)
     work.repeat()
-    for name in work.judges: work.ask(name, audited, most_failed)
+    for name in work.judges:
+        work.ask(name, audited, most_failed)
     if not work.rates: raise work.errors[0]
     work.compare(people)
     work.write(command or f'rlhf_nb judge --out {folder}', _bad_lines(people))
@@ -312,7 +323,8 @@ class _Judgement:
         self.judges = _named(judges, self.records)
         self.rates,self.audits,self.agree,self.errors = {},{},{},[]
         for name,j in self.judges.items():
-            if isinstance(j, LLMJudge) and not j.journal.path: j.open(self.places.journal_of(name))
+            if isinstance(j, LLMJudge) and not j.journal.path:
+                j.open(self.places.journal_of(name))
 
     def estimates(self, audited):
         "What asking each judge would take"
@@ -328,15 +340,18 @@ class _Judgement:
         def about_these(name, w):
             return isinstance(w, dict) and w.get('samples')==_samples_hash(self.records, name) and w.get('against')==self.against
         for name,d in _past(self.places.win_rates).items():
-            if not d or not all(about_these(name, w) for w in d.values()): continue
-            if self.places.verdicts_of(name).exists(): self.rates[name] = d
+            if not d or not all(about_these(name, w) for w in d.values()):
+                continue
+            if self.places.verdicts_of(name).exists():
+                self.rates[name] = d
         self.audits = {k:v for k,v in _past(self.places.audits).items() if k in self.rates}
 
     def ask(self, name, audited, most_failed):
         "Verdicts of one judge into its file, its win rates and, where it is asked for, its audit"
         judge = self.judges[name]
         prompt,is_llm = getattr(judge, 'prompt_hash', None),isinstance(judge, LLMJudge)
-        if self.audits.get(name, {}).get('prompt')!=prompt: self.audits.pop(name, None)   # of another prompt it says nothing
+        if self.audits.get(name, {}).get('prompt')!=prompt:
+            self.audits.pop(name, None)   # of another prompt it says nothing
         try: rows = judge_records(self.records, judge, self.against)
         except JudgeError as e:   # no key, say: the other judges' results are written all the same
             self.errors.append(e)
@@ -344,7 +359,8 @@ class _Judgement:
         stopped = getattr(judge, 'stopped', None)
         write_text(self.places.verdicts_of(name), ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
         d = self.rates[name] = judged(rows, name)
-        if audited and not hasattr(judge, 'knows') and not stopped: self.audits[name] = audit(judge) | dict(prompt=prompt)
+        if audited and not hasattr(judge, 'knows') and not stopped:
+            self.audits[name] = audit(judge) | dict(prompt=prompt)
         e = _failures(rows, d, most_failed)
         if e and (stopped or not any(r['verdict'] for r in rows)):
             if stopped and is_llm:
@@ -362,9 +378,11 @@ class _Judgement:
         now = _sha(votes)
         for k,o in _past(self.places.agreement).items():   # of judges that are not asked now
             said = o.get('all', {}).get('votes_hash')==now
-            if said and k.removesuffix(' and votes') in self.rates: self.agree[k] = o
+            if said and k.removesuffix(' and votes') in self.rates:
+                self.agree[k] = o
         for k,j in self.judges.items():
-            if k in self.rates: self.agree[f'{k} and votes'] = dict(all=human_agreement(j, votes) | dict(votes_hash=now))
+            if k in self.rates:
+                self.agree[f'{k} and votes'] = dict(all=human_agreement(j, votes) | dict(votes_hash=now))
 
     def write(self, command, notes):
         "The results, and the report on them"
@@ -380,7 +398,8 @@ def _votes(places, path):
     found = Path(path or places.votes)
     if not path and not found.exists(): return None
     votes = read_votes(found)
-    if path and not votes: raise ValueError(votes.bad[0] if votes.bad else f'{found}: no votes in it')
+    if path and not votes:
+        raise ValueError(votes.bad[0] if votes.bad else f'{found}: no votes in it')
     votes.path = found
     return votes
 
@@ -393,7 +412,8 @@ def _bad_lines(votes):
 def _past(path):
     "What an earlier judgement left in a file, an object of objects; nothing where it is not there"
     d = read_json(path) if path.exists() else {}
-    if isinstance(d, dict) and all(isinstance(v, dict) for v in d.values()): return d
+    if isinstance(d, dict) and all(isinstance(v, dict) for v in d.values()):
+        return d
     raise ValueError(f'{path}: not what a judgement writes: expected an object of objects; remove it, it is made again')
 
 def _agreements(rows):

@@ -55,7 +55,8 @@ class LLMJudge:
         self.timeout,self.patience,self.budget,self.price = timeout,patience,budget,price
         self._check()
         self.server = Server(base_url, api_key, timeout, concurrency)
-        if not price and self.server.openai: self.price = prices.get(model)
+        if not price and self.server.openai:
+            self.price = prices.get(model)
         if budget is not None and not self.price:
             raise ValueError(f"a budget needs the price of '{model}': give price=(dollars per million tokens in, out)")
         self.cut = 0                          # questions that were cut to fit
@@ -67,7 +68,8 @@ class LLMJudge:
         "What was given is a number of its kind"
         for k in ('concurrency','tries','max_prompt','max_answer','max_tokens'):
             v = getattr(self, k)
-            if type(v) is not int or v<1: raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
+            if type(v) is not int or v<1:
+                raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
         timeout,patience,budget,price = self.timeout,self.patience,self.budget,self.price
         if not _within(timeout, 1e-3, 1e6):
             raise ValueError(f'timeout: expected a positive number of seconds up to 1,000,000, got {timeout!r}')
@@ -115,13 +117,16 @@ class LLMJudge:
         if not r['verdict']: raise JudgeError(r['failed'])
         return r['verdict']
 
-    def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
+    def _bytes(self, message):
+        return len(self.instructions.encode())+len(message.encode())+400  # the schema too
     def _cost(self, i, o):
         "Dollars of so many tokens in and out; None without a price"
         return (i*self.price[0]+o*self.price[1])/1e6 if self.price else None
-    def _limit(self, params): return params['raised'] or self.max_tokens
+    def _limit(self, params):
+        return params['raised'] or self.max_tokens
     @property
-    def _raised(self): return max(4*self.max_tokens, 4096)
+    def _raised(self):
+        return max(4*self.max_tokens, 4096)
     def _kept(self, s):
         "What is kept of a reply"
         s = self.server.scrub(_clean(s))
@@ -133,7 +138,8 @@ _slots = dict(first='a', second='b', tie='tie')
 @patch
 def _shown(self:LLMJudge, prompt, a, b):
     "What the judge will see, and its hash"
-    def cut(s): return s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
+    def cut(s):
+        return s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
     q = _clean(cut_prompt(prompt, self.max_prompt)),_clean(cut(a)),_clean(cut(b))
     all_of_it = json.dumps([self.id+self.server.address.hidden,self.prompt_hash,*q])
     return q,hashlib.sha256(all_of_it.encode()).hexdigest()[:32]
@@ -150,7 +156,8 @@ def many(self:LLMJudge, asks:list)->list:
     self._why = None
     failed = self._all(todo) if todo else {}
     def answer(k):
-        if k not in self.journal.verdicts: return dict(verdict=None, failed=failed[k])
+        if k not in self.journal.verdicts:
+            return dict(verdict=None, failed=failed[k])
         v = self.journal.verdicts[k]
         return {o:v[o] for o in v if o!='by'} | dict(verdict=_slots[v['verdict']])
     return [answer(k) for k in keys]
@@ -183,7 +190,8 @@ def _all(self:LLMJudge, todo):
     (first,q),*left = todo.items()
     failed = {first:self._one(first, q)}
     with ThreadPoolExecutor(self.concurrency) as pool:
-        try: failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
+        try:
+            failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
         except BaseException:
             self._stop('interrupted')
             pool.shutdown(cancel_futures=True)
@@ -198,7 +206,8 @@ def _stop(self:LLMJudge, why):
 # %% ../nbs/18_llm.ipynb #b6e42842
 class _Patience:
     "What has been tried for one verdict"
-    def __init__(self): self.tried,self.limits,self.waited = 0,0,0.
+    def __init__(self):
+        self.tried,self.limits,self.waited = 0,0,0.
 
 @patch
 def _one(self:LLMJudge, key, q):
@@ -219,12 +228,14 @@ def _one(self:LLMJudge, key, q):
 @patch
 def _wait_out(self:LLMJudge):
     "Wait as long as a rate limit lasts, or until all is over"
-    while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s): pass
+    while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s):
+        pass
 
 @patch
 def _goes_on(self:LLMJudge, fault, params, had):
     "Does it make sense to ask again? With other parameters, after a rate limit, or once more"
-    if fault.what.startswith('params') and self._other(params, str(fault)): return True
+    if fault.what.startswith('params') and self._other(params, str(fault)):
+        return True
     if fault.what=='cut' and self._raise(params): return True
     if fault.what=='halt': return False
     if fault.what=='limit':   # all wait, as long as the server asks, and longer each time
@@ -237,7 +248,8 @@ def _goes_on(self:LLMJudge, fault, params, had):
     had.tried += 1
     wait = .25*2**had.tried*(.5+random.random()) if fault.wait is None else fault.wait
     passing = fault.what in ('again','params or again','cut','nobody')
-    if not passing or had.tried>=self.tries or wait>self.patience: return False
+    if not passing or had.tried>=self.tries or wait>self.patience:
+        return False
     self.halt.wait(wait)
     return True
 
@@ -251,12 +263,15 @@ def _succeeded(self:LLMJudge, began):
 @patch
 def _failed(self:LLMJudge, fault):
     "One question stays without a verdict; too many in a row end the run"
-    if self._got and fault.billed: return   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
+    if self._got and fault.billed:
+        return   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
     with self._lock:
         if not self._streak: self._since = time.monotonic()
         self._streak += 1
-    if self._streak>=max(10, 2*self.concurrency): self._stop(f'{self._streak} failures in a row, the last: {fault}')
-    if fault.what=='nobody' and not self._accepted: self._stop(str(fault))
+    if self._streak>=max(10, 2*self.concurrency):
+        self._stop(f'{self._streak} failures in a row, the last: {fault}')
+    if fault.what=='nobody' and not self._accepted:
+        self._stop(str(fault))
 
 # %% ../nbs/18_llm.ipynb #ac8e63a6
 _in_doubt = 'response_format','temperature','length','system'   # which parameter to try, where a refusal names none
@@ -286,7 +301,8 @@ def _raise(self:LLMJudge, used):
     "A reply was cut, or nothing is left of it: give all of them more tokens, once"
     with self._lock:
         if self.params is not used: return True
-        if used['raised'] is not None or not used['length']: return False
+        if used['raised'] is not None or not used['length']:
+            return False
         self.params = used | dict(raised=self._raised)
         return True
 
@@ -303,12 +319,16 @@ _forms = dict(
 @patch
 def _asked(self:LLMJudge, message, params):
     "What is posted: the code stands in the message alone"
-    if params['system']=='system': said = [('system',self.instructions),('user',message)]
+    if params['system']=='system':
+        said = [('system',self.instructions),('user',message)]
     else: said = [('user',f'{self.instructions}\n\n{message}')]
     out = dict(model=self.model, messages=[dict(role=r, content=c) for r,c in said])
-    if params['length']: out[params['length']] = self._limit(params)
-    if params['temperature'] is not None: out['temperature'] = params['temperature']
-    if params['response_format']: out['response_format'] = _forms[params['response_format']]
+    if params['length']:
+        out[params['length']] = self._limit(params)
+    if params['temperature'] is not None:
+        out['temperature'] = params['temperature']
+    if params['response_format']:
+        out['response_format'] = _forms[params['response_format']]
     return out
 
 @patch
@@ -327,7 +347,8 @@ def _send(self:LLMJudge, key, q, params):
     except Fault as e:
         use = use or e.use
         end = dict(verdict=None, failed=str(e), kind=e.kind, billed=e.billed)
-        if e.text: end['text'] = self._kept(e.text)
+        if e.text:
+            end['text'] = self._kept(e.text)
         raise
     finally: self._settle(n, key, message, use, end)
 
@@ -348,7 +369,8 @@ def _announce(self:LLMJudge, key, message, params):
 def _accept(self:LLMJudge, params):
     "The endpoint takes these parameters: remember them"
     with self._lock:
-        if params!=self.journal.params.get(self.id) and params is self.params: self.journal.add(params=params, judge=self.id)
+        if params!=self.journal.params.get(self.id) and params is self.params:
+            self.journal.add(params=params, judge=self.id)
         self._accepted = True
         if params['raised']: self._raise_accepted = True
 
@@ -356,14 +378,16 @@ def _accept(self:LLMJudge, params):
 def _settle(self:LLMJudge, n, key, message, use, end):
     "The line after a request: how it ended, and what was billed; where the server does not say, a guess"
     i,o = _tokens(use, 'prompt_tokens'),_tokens(use, 'completion_tokens')
-    if i is None or o is None: i,o,end['guessed'] = self._bytes(message)//4,60,True
+    if i is None or o is None:
+        i,o,end['guessed'] = self._bytes(message)//4,60,True
     bill = dict(prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o)) if end['billed'] else {}
     self.journal.add(done=n, key=key, time=round(time.time(), 1), **end, **bill)
 
 # %% ../nbs/18_llm.ipynb #d1c5a438
 def _part_text(p):
     "The text of one part of a content; parts that think have none"
-    if isinstance(p, dict): p = p.get('text') if p.get('type', 'text') in ('text','output_text') else ''
+    if isinstance(p, dict):
+        p = p.get('text') if p.get('type', 'text') in ('text','output_text') else ''
     return p if isinstance(p, str) else ''
 
 def _content(c):
@@ -381,12 +405,17 @@ def _verdict(self:LLMJudge, r, check, limit):
     "The verdict of a reply, or a `Fault`"
     m,end = r.message,str(r.end).lower()
     text,thoughts = _content(m.get('content')),_thoughts(m)
-    def fault(what, why, kind): return Fault(what, why, True, use=r.use, kind=kind, text=text or thoughts or json.dumps(m))
-    if m.get('refusal') or end=='content_filter': raise fault('give up', 'the judge refuses', 'refused')
-    if end in ('length','max_tokens'): raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
-    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S): text = thoughts
+    def fault(what, why, kind):
+        return Fault(what, why, True, use=r.use, kind=kind, text=text or thoughts or json.dumps(m))
+    if m.get('refusal') or end=='content_filter':
+        raise fault('give up', 'the judge refuses', 'refused')
+    if end in ('length','max_tokens'):
+        raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
+    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S):
+        text = thoughts
     if not text.strip():
-        if m.get('tool_calls') or m.get('function_call'): raise fault('again', 'a call of a tool instead of a reply', 'broken')
+        if m.get('tool_calls') or m.get('function_call'):
+            raise fault('again', 'a call of a tool instead of a reply', 'broken')
         behind = ' behind its reasoning' if thoughts else ''
         raise fault('cut', f'an empty reply{behind} (max_tokens is {limit})', 'cut')
     try: return read_verdict(text, check)

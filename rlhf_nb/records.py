@@ -51,7 +51,8 @@ def write_samples(
 ):
     "Write samples, one file to read (samples.md), and what they are: samples.json says whose prompts these are, and can be held against them"
     folder,ps = Path(folder),_prompts(records)
-    for name,rs in records.items(): write_json(folder/f'{name}_samples.json', rs)
+    for name,rs in records.items():
+        write_json(folder/f'{name}_samples.json', rs)
     n = len(set(ps))
     what = dict(source=source, command=command, prompts=n, samples=len(ps)//n, prompts_sha256=_sha(ps), **more)
     write_json(folder/'samples.json', what | dict(answers_sha256=_answers_sha(records)))
@@ -65,10 +66,12 @@ def samples_source(
     "Whose prompts are these? What samples.json says, if it speaks of these very prompts; else what summary.json proves; else nobody knows"
     places = Places(folder)
     about = (places.samples if places.samples.is_dir() else places.path)/'samples.json'
-    if about.exists(): what,why = _described(about, records)
+    if about.exists():
+        what,why = _described(about, records)
     else: what,why = _proven(places, records),'nothing beside them says which'
     source = _source_or_none(what.get('source'))
-    def words(f): return _in_words(records, what, source, why, f)
+    def words(f):
+        return _in_words(records, what, source, why, f)
     of_file = 'file' in source
     name = f"prompts of {source['file']}" if of_file else source.get('split', 'unknown prompts')
     split = None if of_file else source.get('split')
@@ -79,12 +82,14 @@ def _described(path, records):
     try: what = read_json(path)
     except (ValueError,OSError): what = None
     if not isinstance(what, dict): return {},'samples.json is damaged'
-    if what and what.get('prompts_sha256')!=_sha(_prompts(records)): return {},'samples.json speaks of others'
+    if what and what.get('prompts_sha256')!=_sha(_prompts(records)):
+        return {},'samples.json speaks of others'
     return what,'nothing beside them says which'
 
 def _source_or_none(source):
     "A source that can be read; an empty one, where it can't"
-    if not isinstance(source, dict) or not all(isinstance(v, (str,int)) for v in source.values()): return {}
+    if not isinstance(source, dict) or not all(isinstance(v, (str,int)) for v in source.values()):
+        return {}
     return source if all(isinstance(source.get(k, ''), str) for k in ('file','split','data')) else {}
 
 def _in_words(records, what, source, why, name):
@@ -117,7 +122,8 @@ def _proven(places, records):
             for k in ('reward','kl','n_tokens'):
                 now,then = mean_ci(column(rs, k)),d['models'][m][k]
                 same = math.isclose(now['mean'], then['mean'], rel_tol=1e-9, abs_tol=1e-12)
-                if now['n']!=then['n'] or not same: return {}
+                if now['n']!=then['n'] or not same:
+                    return {}
         return dict(source=split_source(d['split'], d['config']['data']['name']), seed=d['seeds'][0])
     except (OSError,ValueError,KeyError,TypeError,IndexError): return {}          # no proof
 
@@ -144,9 +150,11 @@ def read_results(
     path # A JSON file with intervals
 ):
     "What `write_json` wrote: an end of an interval that is null was infinite"
-    def end(k): return dict(low=-math.inf, high=math.inf).get(k.rsplit('_', 1)[-1])
+    def end(k):
+        return dict(low=-math.inf, high=math.inf).get(k.rsplit('_', 1)[-1])
     def read(o):
-        if isinstance(o, list): return [read(v) for v in o]
+        if isinstance(o, list):
+            return [read(v) for v in o]
         if not isinstance(o, dict): return o
         return {k:end(k) if v is None else read(v) for k,v in o.items()}
     return read(read_json(path))
@@ -159,13 +167,15 @@ def samples_md(
     "The answers side by side, to read: prompts and answers are shown as they were written and do nothing"
     first = {k:{} for k in records}   # of each model, {prompt: record}
     for k,rs in records.items():
-        for r in rs: first[k].setdefault(r['prompt'], r)
+        for r in rs:
+            first[k].setdefault(r['prompt'], r)
     out = ['# Samples', '']
     if about: out += [about, '']
     out += ['Reward and exact KL(policy ‖ reference) in nats behind each answer; the first answer of each model.']
     for i,p in enumerate(list(first['reference'])[:n], 1):
         out += ['', f'## {i}', '', md_text(p)]
-        for k in records: out += ['', f'**{md_inline(k)}** ({_worth(first[k][p])})', '', md_text(first[k][p]['response'])]
+        for k in records:
+            out += ['', f'**{md_inline(k)}** ({_worth(first[k][p])})', '', md_text(first[k][p]['response'])]
     return '\n'.join(out)+'\n'
 
 def _worth(r):

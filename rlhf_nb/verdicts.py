@@ -20,8 +20,10 @@ from .tokens import *
 # %% ../nbs/17_verdicts.ipynb #f6e4d3f7
 def _higher(x, y):
     "The answer with the higher score; None where one of them is none"
-    if any(o is None or math.isnan(o) for o in (x,y)): return None
-    if math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-5): return 'tie'
+    if any(o is None or math.isnan(o) for o in (x,y)):
+        return None
+    if math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-5):
+        return 'tie'
     return 'a' if x>y else 'b'
 
 def stored(
@@ -47,10 +49,12 @@ def by_score(
     source # `f(prompts, responses) -> list of scores` on texts, such as `gold_reward`
 ): # A judge
     "A judge that scores any two texts"
-    def number(o): return None if o is None else float(o)
+    def number(o):
+        return None if o is None else float(o)
     def judge(prompt, a, b):
         two = source([prompt]*2, [a,b])
-        try: x,y = map(number, () if isinstance(two, str) else two)
+        try:
+            x,y = map(number, () if isinstance(two, str) else two)
         except (TypeError,ValueError,OverflowError):
             who = getattr(source, '__name__', 'the score')
             raise ValueError(f"{who}: expected a number for each of two answers, got {str(two)[:80]!r}") from None
@@ -65,7 +69,8 @@ def by_model(
 ): # A judge
     "A judge that asks a reward model"
     from rlhf_nb.models import scores
-    def finished(ids): return ids[:max_response] if len(ids)>=max_response else ids+[tok.eos_token_id]
+    def finished(ids):
+        return ids[:max_response] if len(ids)>=max_response else ids+[tok.eos_token_id]
     @torch.no_grad()
     def source(ps, rs):
         answers = [finished(o) for o in encode(rs, tok)]
@@ -87,9 +92,11 @@ def judge_pairs(
     "Judge every pair in both orders"
     asks = []
     for o in pairs:
-        if o['a']!=o['b']: asks += [(o['prompt'],o['a'],o['b']), (o['prompt'],o['b'],o['a'])]
+        if o['a']!=o['b']:
+            asks += [(o['prompt'],o['a'],o['b']), (o['prompt'],o['b'],o['a'])]
     if hasattr(judge, 'many'): said = judge.many(asks)
-    else: said = [dict(verdict=judge(*q)) for q in asks]
+    else:
+        said = [dict(verdict=judge(*q)) for q in asks]
     said = iter(said)
     return [_same_text() if o['a']==o['b'] else _both_orders(next(said), next(said)) for o in pairs]
 
@@ -106,7 +113,8 @@ def _both_orders(x, y):
     if None in (first,second):
         why = x.get('failed') or y.get('failed') or 'no verdict'
         out |= dict(verdict=None, flip=False, failed=why)
-    else: out |= dict(verdict=first if first==second else 'tie', flip=first!=second)
+    else:
+        out |= dict(verdict=first if first==second else 'tie', flip=first!=second)
     reasons = [x.get('reason'),y.get('reason')]
     if any(reasons): out['reasons'] = reasons
     return out
@@ -115,7 +123,8 @@ def _both_orders(x, y):
 def _by(keys, values):
     "Values grouped by their key"
     out = {}
-    for k,v in zip(keys, values): out.setdefault(k, []).append(v)
+    for k,v in zip(keys, values):
+        out.setdefault(k, []).append(v)
     return list(out.values())
 
 def share_by(
@@ -133,10 +142,12 @@ def slot_bias(
     "Does the judge prefer a slot?"
     second = [(v['first']=='b')+(v['second']=='a') for v in verdicts]
     first = [(v['first']=='a')+(v['second']=='b') for v in verdicts]
-    def sums(wins): return torch.tensor([float(sum(o)) for o in _by(clusters or range(len(wins)), wins)])
+    def sums(wins):
+        return torch.tensor([float(sum(o)) for o in _by(clusters or range(len(wins)), wins)])
     s,f = sums(second),sums(first)                                     # (clusters,) wins of each slot
     n,m = int((s+f).sum()),len(s)
-    if not n: return dict(rate=None, low=None, high=None, p=1., n=0)
+    if not n:
+        return dict(rate=None, low=None, high=None, p=1., n=0)
     rate,half = s.sum().item()/n,math.nan
     if m>3:   # a ratio of two sums, linearised
         spread = (s-rate*(s+f)).square().sum().item()
@@ -157,7 +168,8 @@ def judge_records(
 )->list: # One row per pair: prompt, model, against, sample (index in the file), longer (in tokens; without these, characters), and the verdict's keys
     "Judge every answer of every model against the same sample of another one"
     check_prompts(records, against)
-    def size(r): return r['n_tokens'] if 'n_tokens' in r else len(r['response'])
+    def size(r):
+        return r['n_tokens'] if 'n_tokens' in r else len(r['response'])
     rows,pairs = [],[]
     for name in records:
         if name==against: continue
@@ -172,10 +184,12 @@ def judged(
 )->dict: # {model: WinRate with by, against, p_holm, flips, slot_bias, failed, could_be, same, longer, length_controlled}
     "The win rates of a list of verdicts"
     of_model = {}
-    for r in rows: of_model.setdefault(r['model'], []).append(r)
+    for r in rows:
+        of_model.setdefault(r['model'], []).append(r)
     out = {name:_judged_model(rs, by) for name,rs in of_model.items()}
     known = {k:w['p'] for k,w in out.items() if w.get('p') is not None}
-    for k,p in holm(known).items(): out[k]['p_holm'] = p
+    for k,p in holm(known).items():
+        out[k]['p_holm'] = p
     return out
 
 def _judged_model(rows, by):
@@ -192,7 +206,8 @@ def _judged_model(rows, by):
         low,high = (tally(points.nan_to_num(nan=o)) for o in (0.,1.))
         w.update(reasons=dict(_reasons(rows)), could_be=[low['low'],high['high']])
     try: w['length_controlled'] = length_controlled(points, longer)
-    except ValueError as e: w['length_controlled'] = dict(refused=str(e))
+    except ValueError as e:
+        w['length_controlled'] = dict(refused=str(e))
     return w
 
 def _reasons(rows):
