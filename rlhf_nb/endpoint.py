@@ -19,7 +19,9 @@ class Fault(Exception):
     "A request that brought no verdict: what now (params, cut, limit, again, nobody, give up, halt); billed: True, False, or None for perhaps; text: what came"
     def __init__(self, what, why, billed=False, wait=None, use=None, kind='error', text=None):
         super().__init__(why)
-        self.what,self.billed,self.wait,self.use,self.kind,self.text = what,billed,wait,use or {},kind,text
+        self.what,self.kind,self.text = what,kind,text
+        self.billed,self.use = billed,use or {}
+        self.wait = wait               # seconds, where the server says so
 
 # By which words a refusal names a parameter
 _names = dict(
@@ -30,14 +32,17 @@ _names = dict(
 
 def named_in(said:str)->list:
     "The parameters that a refusal names, in its order"
-    found = {k:re.search('|'.join(words), said, re.I) for k,words in _names.items()}
+    found = {k:re.search('|'.join(words), said, re.I)
+             for k,words in _names.items()}
     return sorted((k for k,m in found.items() if m), key=lambda k: found[k].start())
 
 def _clean(s:str)->str:
     "Without half characters, which no request and no file can hold"
     return s.encode(errors='replace').decode()
 
-def _late(seconds): return Fault('again', f'no whole reply within {seconds:g} s', None)
+def _late(seconds):
+    "The reply takes too long"
+    return Fault('again', f'no whole reply within {seconds:g} s', None)
 
 def _retry_after(v):
     "Seconds of a Retry-After header: a number or a date; None without one"
@@ -60,18 +65,21 @@ _meant = [
 def _error_status(d):
     "The HTTP status that an error inside HTTP 200 stands for; 200 where it does not say"
     e = d.get('error') if isinstance(d.get('error'), dict) else d
-    words = ' '.join(str(e.get(k) or '') for k in ('code','type','status')).lower()
+    words = ' '.join(str(e.get(k) or '')
+                     for k in ('code','type','status')).lower()
     number = re.search(r'\b[45]\d\d\b', words)
     if number: return int(number[0])
     return next((status for pattern,status in _meant if re.search(pattern, words)), 200)
 
 # %% ../nbs/18_endpoint.ipynb #endpaddr
 # What stands in the paths of such addresses; any other part may be a key
-_plain = ['api','openai','openai-compatible','compatible-mode','compat','chat','completions','paas','inference','llm','ai',
-          'proxy','gateway','models?','engines?','deployments?','serving', r'v\d+(?:beta\d*)?']
+_plain = ['api','openai','openai-compatible','compatible-mode','compat','chat','completions','paas',
+          'inference','llm','ai','proxy','gateway','models?','engines?','deployments?','serving', r'v\d+(?:beta\d*)?']
 _plain = re.compile('|'.join(_plain), re.I)
 
-def _may_tell(part): return not part or _plain.fullmatch(part)
+def _may_tell(part):
+    "Can it be told, or may it be a key?"
+    return not part or _plain.fullmatch(part)
 
 def _here(host):
     "Is it a number of this machine?"
@@ -103,8 +111,8 @@ class Address:
 
     def _parts(self, url):
         "The parts of an address; an error tells nothing of it"
-        wrong = ValueError('base_url: expected something like http://localhost:8000/v1; special characters of a user or '
-                           'a password are written as %40 for @, %2F for /')
+        wrong = ValueError('base_url: expected something like http://localhost:8000/v1; '
+                           'special characters of a user or a password are written as %40 for @, %2F for /')
         try:
             u = urlsplit(url.strip())
             u.port
@@ -115,6 +123,7 @@ class Address:
 
     @property
     def basic(self):
+        "User and password, as HTTP sends them"
         return 'Basic '+base64.b64encode(self.login.encode()).decode()
 
     @property
@@ -156,15 +165,18 @@ class _InTime:
         return getattr(self.inner, k)
 
     def _limit(self, timeout):
+        "What is left of the time, for one step"
         s = self.left()
         if s<=0: raise _late(self.seconds)
         return s if timeout is None else min(s, timeout)
 
     def _again(self, inner):
+        "The same for what comes out of a network: a stream"
         return _InTime(inner, self.left, self.seconds)
 
     def connect_tcp(self, host, port, timeout=None, **kw):
-        return self._again(self.inner.connect_tcp(host, port, timeout=self._limit(timeout), **kw))
+        return self._again(self.inner.connect_tcp(
+            host, port, timeout=self._limit(timeout), **kw))
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
         return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
@@ -186,7 +198,12 @@ class Reply(NamedTuple):
     by:str     # The name that the model calls itself
 
 def _broken(text, why='a reply that is no chat completion'):
+    "A reply that can't be read; it may have been billed"
     return Fault('again', why, None, kind='broken', text=text)
+
+def _whole_number(digits):
+    "A number of any length: one that is too long is nonsense"
+    return int(digits) if len(digits)<20 else math.inf
 
 def _error_of(d):
     "The object that says what is wrong, wherever a server puts it"
@@ -196,7 +213,8 @@ def _error_of(d):
 class Server:
     "Somebody who speaks as OpenAI does: `post` brings a `Reply`, or a `Fault` that says what to do now"
     def __init__(self, base_url=None, api_key=None, timeout=60., connections=8):
-        self.address = Address('https://api.openai.com/v1' if base_url is None else base_url)   # an empty one is a mistake, and not OpenAI
+        # an empty one is a mistake, and not OpenAI
+        self.address = Address('https://api.openai.com/v1' if base_url is None else base_url)
         self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
         self.timeout,self.connections,self._given = timeout,connections,api_key
         self._due = threading.local()                         # each thread reads one reply at a time
@@ -208,17 +226,20 @@ class Server:
 
     @cached_property
     def key(self):
+        "The key that was given, or that the environment holds"
         key = (self._given or os.environ.get(self.key_name, '')).strip()
         if not key and self.openai:
-            raise JudgeError(f'no API key: set the environment variable {self.key_name}, or name a local server with base_url; '
-                             'judging by stored rewards needs none')
+            raise JudgeError(f'no API key: set the environment variable {self.key_name}, '
+                             'or name a local server with base_url; judging by stored rewards needs none')
         if not re.fullmatch(r'[!-~]*', key):
             raise JudgeError('the API key holds a space or a character that no key has')
         return key
 
     def scrub(self, s:str)->str:
         "Without keys and passwords, however they are spelled"
-        spelled = {m for k in (self.key,*self.address.secrets) if len(k)>3 for m in _masked(k)}
+        spelled = set()
+        for k in (self.key,*self.address.secrets):
+            if len(k)>3: spelled |= _masked(k)
         for o in sorted(spelled, key=len, reverse=True):
             s = s.replace(o, '[key]')
         return s
@@ -232,9 +253,11 @@ class Server:
         elif self.key: out['authorization'] = f'Bearer {self.key}'
         if not self.openai: return out
         more = {'openai-organization':'OPENAI_ORG_ID', 'openai-project':'OPENAI_PROJECT_ID'}
-        return out | {k:os.environ[v] for k,v in more.items() if os.environ.get(v)}
+        return out | {k:os.environ[v]
+                      for k,v in more.items() if os.environ.get(v)}
 
     def _left(self):
+        "Seconds that this thread's reply may still take"
         return self._due.end-time.monotonic()
 
     @cached_property
@@ -243,11 +266,14 @@ class Server:
         import openai
         for o in _loud:
             logging.getLogger(o).setLevel(logging.WARNING)
-        http = sys.modules[openai.DefaultHttpxClient.__base__.__module__]           # the HTTP library that openai brings
+        # the HTTP library that openai brings
+        http = sys.modules[openai.DefaultHttpxClient.__base__.__module__]
         a,headers = self.address,self._headers()
-        proxy,whole = a.proxy,a.scheme=='http'
-        target = a.origin+a.target if whole and (proxy or '').startswith('http') else a.target   # such a proxy needs the whole address
+        proxy,target = a.proxy,a.target
+        # a proxy that speaks HTTP needs the whole address, where nothing is encrypted
+        if a.scheme=='http' and proxy and proxy.startswith('http'): target = a.origin+a.target
         class Client(openai.DefaultHttpxClient):
+            "Sends what we say, and nothing that the environment or the library would add"
             def send(client, request, **kw):
                 return self._bounded(http, super().send, request, headers, target)
         limits = http.Limits(max_connections=None, max_keepalive_connections=self.connections)
@@ -260,18 +286,23 @@ class Server:
         for o in filter(None, (client._transport,*client._mounts.values())):
             o._pool._network_backend = _InTime(o._pool._network_backend, self._left, self.timeout)
         # without a key, `headers` has none
-        return openai.OpenAI(base_url=a.origin, api_key=self.key or 'none', max_retries=0, timeout=self.timeout, http_client=client)
+        return openai.OpenAI(
+            base_url=a.origin, api_key=self.key or 'none',
+            max_retries=0, timeout=self.timeout, http_client=client)
 
     def _bounded(self, http, send, request, headers, target):
         "Send a request as ours, and read the reply under our limits; its bytes come back in the request"
         self._due.end = time.monotonic()+self.timeout
-        asked = http.Request(request.method, request.url, headers=headers, content=request.content,
-                             extensions=request.extensions | dict(target=target.encode()))
+        asked = http.Request(
+            request.method, request.url, headers=headers,
+            content=request.content,
+            extensions=request.extensions | dict(target=target.encode()))
         r = send(asked, stream=True, follow_redirects=False)
         try:
             self._read(r, request.extensions.setdefault('body', bytearray()))
         finally: r.close()
-        kept = [(k,v) for k,v in r.headers.raw if k.lower() in (b'content-type',b'retry-after')]   # bytes: they may not be ASCII
+        kept = [(k,v) for k,v in r.headers.raw
+                if k.lower() in (b'content-type',b'retry-after')]   # bytes, which may not be ASCII
         return http.Response(r.status_code, headers=kept, request=request)
 
     def _read(self, r, body):
@@ -294,10 +325,10 @@ class Server:
         except openai.APIConnectionError as e:
             raise self._unreached(e, isinstance(e, openai.APITimeoutError)) from None
         text = bytes(r.request.extensions['body']).decode('utf-8-sig', errors='replace')
-        try:
-            d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
+        try: d = json.loads(text, parse_int=_whole_number)
         except (ValueError,RecursionError): d = None
         def error(status, d):
+            "What an error of this reply means"
             return self._status(status, d, text, r.headers, asked['model'])
         if r.status_code//100!=2:
             raise error(r.status_code, d)
@@ -347,6 +378,7 @@ class Server:
         "What to do now, and why"
         in_address = self.address.login or '?' in self.address.target
         def has(pattern):
+            "Does the server say it?"
             return re.search(pattern, said, re.I)
         http = f'HTTP {n}: {said}'
         if n in (401,403) or n==400 and has('api.?key'):
