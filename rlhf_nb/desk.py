@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from .core import *
 from .run import *
 from .text import *
-from .cards import *
 from .ballots import *
+from .cards import *
 
 # %% ../nbs/27_desk.ipynb #88c5211f
 # A turn within what was typed. Blanks of its own line only: a pattern that runs over empty lines takes their square
