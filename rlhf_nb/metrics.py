@@ -124,7 +124,7 @@ def _band(x:pd.DataFrame, window:int):
     if x.shape[1]>1: return m.mean(axis=1),m.min(axis=1),m.max(axis=1)
     m,at = m.iloc[:,0],x.iloc[:,0].rolling(window, center=True, min_periods=min(4, window))
     n,sd = at.count(),at.std()
-    h = pd.Series([t_quantile(c-1) if c>3 else math.nan for c in n], x.index)*sd/n**.5
+    h = pd.Series([t_quantile(int(c)-1) if c>3 else math.nan for c in n], x.index)*sd/n**.5
     return m,m-h,m+h
 
 def curves(
