@@ -10,7 +10,6 @@ __all__ = ['run_stage', 'run_stages', 'over_seeds', 'seeds_table', 'show_summary
 import ctypes,importlib,multiprocessing,os,platform,re,shutil,signal,statistics,sys,threading,time,traceback
 from dataclasses import asdict
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,32 +29,48 @@ def run_stage(line:Line, stage:str):
     module,function = stage_table[stage].run.split(':')
     getattr(importlib.import_module(f'rlhf_nb.{module}'), function)(line)
 
-def _end_with(parent, alive):
-    "End as soon as the parent ends, whatever ends it: Linux sends a signal, and everywhere a pipe closes that the parent alone holds open"
-    if sys.platform=='linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)       # PR_SET_PDEATHSIG
-    if os.getppid()!=parent: os._exit(1)                                       # it has ended before that
-    def watch():
-        os.read(alive, 1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+def run_stages(
+    line:Line,
+    todo:list,     # Names of stages
+    say=print      # Where a line per finished stage goes
+)->dict:           # Seconds of each stage
+    "Run stages in the order that they need, side by side where the configuration allows it"
+    todo,secs = left_to_do(line, todo),{}
+    # a fork inherits no GPU, and the processes of a distributed run go together
+    can_fork = line.on_cpu and sys.platform=='linux' and 'RANK' not in os.environ
+    jobs = min(line.config.jobs, os.cpu_count() or 1) if can_fork else 1
+    ended = _one_by_one(line, todo) if jobs==1 or len(todo)==1 else _side_by_side(line, todo, jobs)
+    for s,took in ended:
+        secs[s] = took
+        say(f'{s}: {took:.0f} s')
+    return secs
 
-def _told(stage, e):
-    "An error as the parent raises it again: its kind and its text; of one that nobody can mend the traceback too"
-    kind = MemoryError if no_memory(e) else next((k for k in known_errors if isinstance(e, k)), None)
-    if kind: return kind,f'{stage}: {e}'
-    return RuntimeError,f'{stage}: {type(e).__name__}: {e}\n{traceback.format_exc()}'
+def _one_by_one(line, todo):
+    "(stage, seconds) of each stage"
+    for s in todo:
+        began = time.perf_counter()
+        run_stage(line, s)
+        took = time.perf_counter()-began
+        _give_back(line.acc)
+        yield s,took
 
-def _child(line, stage, slot, threads, pipe, parent, alive, held):
-    "What the process of a stage does; through the pipe goes None, or the error"
-    os.close(held)
-    _end_with(parent, alive)
-    os.environ['RLHF_NB_BAR'] = str(slot)
-    torch.set_num_threads(threads)
-    try:
-        run_stage(line, stage)
-        pipe.send(None)
-    except KeyboardInterrupt: pipe.send((KeyboardInterrupt, 'interrupted'))
-    except Exception as e: pipe.send(_told(stage, e))
+def _give_back(acc):
+    "Let go of a stage's models and optimizers, which the accelerator remembers, and return their memory to the system"
+    acc.free_memory()
+    if platform.libc_ver()[0]=='glibc': ctypes.CDLL(None).malloc_trim(0)
+
+def _side_by_side(line, todo, jobs):
+    "(stage, seconds) of each stage as it ends"
+    line.splits,line.tok,line.acc                      # once, for all children
+    left = list(todo)
+    with _Children(line, jobs) as now:
+        while left or now.running:
+            for s in list(left):
+                before = stage_table[s].needs+stage_table[s].after
+                if len(now.running)==jobs or any(n in left or n in now.running for n in before): continue
+                left.remove(s)
+                now.start(s)
+            yield from now.ended()
 
 class _Running(NamedTuple):
     "A stage in a process of its own"
@@ -83,8 +98,8 @@ class _Children:
         slot = min(set(range(self.jobs))-{r.slot for r in self.running.values()})
         threads = max(1, (os.cpu_count() or 1)//self.jobs)
         get,put = self.fork.Pipe(False)
-        args = self.line,stage,slot,threads,put,os.getpid(),self.alive,self.held
-        p = self.fork.Process(target=_child, args=args)
+        alive = os.getpid(),self.alive,self.held
+        p = self.fork.Process(target=_child, args=(self.line, stage, slot, threads, put, *alive))
         p.start()
         put.close()
         if stage=='sft': self.line.forget_first()      # it is the child's now
@@ -95,66 +110,50 @@ class _Children:
         wait([r.pipe for r in self.running.values()])
         for stage,r in list(self.running.items()):
             if not r.pipe.poll(): continue
-            try: err = r.pipe.recv()
+            try: error = r.pipe.recv()
             except EOFError:
                 r.process.join()
-                err = ChildProcessError,(f'{stage}: its process was ended (code {r.process.exitcode}: killed, or out of memory), '
-                                         'and with it the others; --resume goes on')
+                code = r.process.exitcode
+                error = ChildProcessError(f'{stage}: its process was ended (code {code}: killed, or out of memory), '
+                                          'and with it the others; --resume goes on')
             r.process.join()
             del self.running[stage]
-            if err: raise err[0](err[1])
+            if error: raise error
             yield stage,time.perf_counter()-r.began
 
-def _side_by_side(line, todo, jobs):
-    "(stage, seconds) of each stage as it ends"
-    line.splits,line.tok,line.acc                      # once, for all children
-    left = list(todo)
-    with _Children(line, jobs) as now:
-        while left or now.running:
-            for s in list(left):
-                first = stage_table[s].needs+stage_table[s].after
-                if len(now.running)<jobs and not any(n in left or n in now.running for n in first):
-                    left.remove(s)
-                    now.start(s)
-            yield from now.ended()
+def _child(line, stage, slot, threads, pipe, parent, alive, held):
+    "What the process of a stage does; through the pipe goes None, or the error"
+    os.close(held)
+    _end_with(parent, alive)
+    os.environ['RLHF_NB_BAR'] = str(slot)
+    torch.set_num_threads(threads)
+    try:
+        run_stage(line, stage)
+        pipe.send(None)
+    except KeyboardInterrupt: pipe.send(KeyboardInterrupt('interrupted'))
+    except Exception as e: pipe.send(_told(stage, e))
 
-def _one_by_one(line, todo):
-    "(stage, seconds) of each stage"
-    for s in todo:
-        began = time.perf_counter()
-        run_stage(line, s)
-        took = time.perf_counter()-began
-        _give_back(line.acc)
-        yield s,took
+def _end_with(parent, alive):
+    "End as soon as the parent ends, whatever ends it"
+    # Linux sends a signal (PR_SET_PDEATHSIG), and everywhere a pipe closes that the parent alone holds open
+    if sys.platform=='linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid()!=parent: os._exit(1)               # it has ended before that
+    def watch():
+        os.read(alive, 1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
-def _give_back(acc):
-    "Let go of a stage's models and optimizers, which the accelerator remembers, and return their memory to the system"
-    acc.free_memory()
-    if platform.libc_ver()[0]=='glibc': ctypes.CDLL(None).malloc_trim(0)
-
-def run_stages(
-    line:Line,
-    todo:list,     # Names of stages
-    say=print      # Where a line per finished stage goes
-)->dict:           # Seconds of each stage
-    "Run stages in the order that they need, side by side where the configuration allows it"
-    todo,secs = left_to_do(line, todo),{}
-    can_fork = line.on_cpu and sys.platform=='linux' and 'RANK' not in os.environ
-    jobs = min(line.config.jobs, os.cpu_count() or 1) if can_fork else 1
-    alone = jobs==1 or len(todo)==1
-    for s,took in _one_by_one(line, todo) if alone else _side_by_side(line, todo, jobs):
-        secs[s] = took
-        say(f'{s}: {took:.0f} s')
-    return secs
+def _told(stage, e)->Exception:
+    "An error as the parent raises it again; of one that nobody can mend the traceback too"
+    if no_memory(e): return MemoryError(f'{stage}: {e}')
+    for kind in known_errors:
+        if isinstance(e, kind): return kind(f'{stage}: {e}')
+    return RuntimeError(f'{stage}: {type(e).__name__}: {e}\n{traceback.format_exc()}')
 
 # %% ../nbs/26_pipeline.ipynb #4c7798b9
-def _number(d):
-    "The number of an entry of a summary"
-    return d.get('mean', d.get('rate'))
-
-def _spread(entries):
+def _spread(entries)->dict:
     "Mean, lowest and highest of one number over seeds"
-    xs = [_number(o) for o in entries]
+    xs = [o.get('mean', o.get('rate')) for o in entries]
     return dict(mean=statistics.fmean(xs), lowest=min(xs), highest=max(xs), seeds=len(xs))
 
 def over_seeds(
@@ -168,7 +167,7 @@ def over_seeds(
         if 'rates' in first: out[name]['rates'] = {k:_spread([s['rates'][k] for s in each]) for k in first['rates']}
     return out
 
-def _mean_and_ends(o, low='lowest', high='highest')->str:
+def _with_ends(o, low='lowest', high='highest')->str:
     "A mean with its ends in brackets; empty where there is none"
     return f"{o['mean']:.2f} [{o[low]:.2f}, {o[high]:.2f}]" if o else ''
 
@@ -180,36 +179,39 @@ def seeds_table(
     rates = sorted({k for v in d.values() for k in v.get('rates', {})})
     rows = [['model',*(k.replace('_', ' ') for k in keys),*rates]]
     for name,v in d.items():
-        cells = [v.get(k) for k in keys]+[v.get('rates', {}).get(k) for k in rates]
-        rows.append([md_inline(name),*map(_mean_and_ends, cells)])
+        flat = {**v, **v.get('rates', {})}
+        rows.append([md_inline(name),*(_with_ends(flat.get(k)) for k in keys+rates)])
     return md_table(rows)
 
 # %% ../nbs/26_pipeline.ipynb #pipe0sho
-def _accuracy(a)->str: return f"{a['accuracy']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"
+def _accuracy(a:dict)->str: return f"{a['accuracy']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"
 
 def _reward_line(rm:dict)->str:
     "How good the reward model is, in a line"
-    said = (f"Reward model ({rm['head']}): accuracy {_accuracy(rm['accuracy'])} on {rm['accuracy']['n']} held-out pairs; "
-            f"'{rm['rule']}' {_accuracy(rm['rule_accuracy'])}")
-    if rm.get('share_of_possible') is None: return said
-    return f"{said}; best possible {rm['bayes']['accuracy']:.3f}, share of it {rm['share_of_possible']:.2f}"
+    a = rm['accuracy']
+    said = f"Reward model ({rm['head']}): accuracy {_accuracy(a)} on {a['n']} held-out pairs"
+    rule = f"'{rm['rule']}' {_accuracy(rm['rule_accuracy'])}"
+    share = rm.get('share_of_possible')
+    if share is None: return f'{said}; {rule}'
+    return f"{said}; {rule}; best possible {rm['bayes']['accuracy']:.3f}, share of it {share:.2f}"
 
 def _rates_table(models:dict)->str:
     "What the answers did, by family"
     ns = {k:v['n'] for k,v in models['reference']['rates'].items()}
     rows = [['model',*(f'{k} (n={n})' for k,n in ns.items())]]
     for name,v in models.items():
-        rows.append([md_inline(name),*(_mean_and_ends(v['rates'].get(k), 'low', 'high') for k in ns)])
+        rows.append([md_inline(name),*(_with_ends(v['rates'].get(k), 'low', 'high') for k in ns)])
     return md_table(rows)
 
 def show_summary(
     s:dict # What summary.json says
 )->str:
     "The final table of a run"
-    models = s['models']
-    out = [_reward_line(s['reward_model'])] if s.get('reward_model') else []
-    out += ['', f"{s['split']} prompts, 95% intervals, one seed ({s['seeds'][0]})", '', summary_table(models)]
+    models,rm = s['models'],s.get('reward_model')
+    about = f"{s['split']} prompts, 95% intervals, one seed ({s['seeds'][0]})"
     few = too_few(models['reference']['reward']['n'])
+    out = [_reward_line(rm)] if rm else []
+    out += ['', about, '', summary_table(models)]
     if few: out += ['', few]
     if all('rates' in v for v in models.values()): out += ['', _rates_table(models)]
     return '\n'.join(out)+'\n'
@@ -227,8 +229,8 @@ def run_all(
     "Run stages, for one seed or for several, and print what came of it"
     began = time.perf_counter()
     with only_writer(out):
-        if seeds: runs = [Run(Path(out)/f'seed{s}', mk_config({**asdict(config), 'seed':s}), resume, save=False) for s in seeds]
-        else: runs = [Run(out, config, resume, save=False)]
+        # all folders are looked at before anything runs
+        runs = [Run(folder, c, resume, save=False) for folder,c in _folders(out, config, seeds)]
         lines = [run_one(r, todo, command) for r in runs]
         if not all(l.done('evaluate') for l in lines): return
         summaries = [read_results(l.run.summary) for l in lines]
@@ -237,57 +239,68 @@ def run_all(
         for s in summaries:
             seed = f" (seed {s['seeds'][0]})" if seeds else ''
             if s.get('read_first'): print(f"Read this first{seed}: {' '.join(s['read_first'])}\n")
-        u = os.times()
-        cpu = u.user+u.system+u.children_user+u.children_system
+        cpu = sum(os.times()[:4])                      # of this process and its children, their system time too
         print(f'{time.perf_counter()-began:.0f} s in all, {cpu:.0f} CPU-seconds. Everything is in {out}')
         if to: publish(out, lines, to, command)
 
+def _folders(out, config, seeds)->list:
+    "(folder, configuration) of each run"
+    if not seeds: return [(out, config)]
+    return [(Places(out).of_seed(s), mk_config({**asdict(config), 'seed':s})) for s in seeds]
+
 def run_one(run:Run, todo:list, command=None)->Line:
     "Run stages in the run's folder, where nobody else writes meanwhile"
+    def say(s): print(f'[{run.path}] {s}', flush=True)
     with only_writer(run.path):
         line = Line(run, command)
         check_line(line, todo)
         line.begin()
-        say = lambda s: print(f'[{run.path}] {s}', flush=True)
         if not line.world: _say_plan(line, [s for s in todo if not line.done(s)], say)
-        secs = run_stages(line, todo, say)
-        if secs:
-            before = read_json(run.seconds, dict) if run.seconds.exists() else {}
-            write_json(run.seconds, {**before, **{k:round(v, 1) for k,v in secs.items()}})
+        secs = {k:round(v, 1) for k,v in run_stages(line, todo, say).items()}
+        before = read_json(run.seconds, dict) if run.seconds.exists() else {}
+        if secs: write_json(run.seconds, before | secs)
     return line
 
 def _say_plan(line, left, say):
     "What the data are, and how long each stage will train on them"
     if not left: return
     r = line.splits.report
-    say(f'data: {r.kept} pairs kept of {r.read}; '+' '.join([r.reasons()+('.' if r.remarks else ''), *r.remarks]))
+    reasons = r.reasons()+('.' if r.remarks else '')
+    say(f"data: {r.kept} pairs kept of {r.read}; {' '.join([reasons, *r.remarks])}")
     plan = [text for s,text in training_plan(line).items() if s in left]
     if not plan: return
     if line.config.preset=='demo' and line.config.model.name!='scratch':
         plan.append("  the demo's learning rates are those of a small, new model; `--config prototype` has GPT-2's")
     say('\n'.join(['training:', *plan]))
 
+# stages whose result is one file of numbers, which the report over seeds keeps for each
+_experiments = 'last_token','frontier','overoptimise'
+
 def seeds_report(out, lines:list, summaries:list, command=None):
-    "The reports over several seeds: a table, the analysis of all, and the win rates and failures of each, one below the other"
+    "The reports over several seeds: a table, the analysis of all, the win rates and failures of each"
     all_of,c = Places(out),lines[0].config
-    models,seeds = over_seeds([s['models'] for s in summaries]),[l.config.seed for l in lines]
-    more = {k:[read_json(l.run.made(k)) for l in lines] for k in ('last_token','frontier','overoptimise') if all(l.done(k) for l in lines)}
-    write_json(all_of.seeds, dict(seeds=seeds, split=c.eval.split, command=command, models=models,
-                                  reward_model=[s['reward_model'] for s in summaries], runs=[s['models'] for s in summaries], **more))
-    n = summaries[0]['models']['reference']['reward']['n']
-    text = f'Mean over {len(seeds)} seeds [lowest, highest], {c.eval.split} split, {n} prompts each.\n\n{seeds_table(models)}\n'
+    each = [s['models'] for s in summaries]
+    models,seeds = over_seeds(each),[l.config.seed for l in lines]
+    def everywhere(stage): return all(l.done(stage) for l in lines)
+    more = {k:[read_json(l.run.made(k)) for l in lines] for k in _experiments if everywhere(k)}
+    write_json(all_of.seeds, dict(
+        seeds=seeds, split=c.eval.split, command=command, models=models,
+        reward_model=[s['reward_model'] for s in summaries], runs=each, **more))
+    n = each[0]['reference']['reward']['n']
+    about = f'Mean over {len(seeds)} seeds [lowest, highest], {c.eval.split} split, {n} prompts each.'
+    text = f'{about}\n\n{seeds_table(models)}\n'
     write_text(all_of.seeds_md, text)
     print('\n'+text)
-    if not all(l.done('analyze') for l in lines): return
+    if not everywhere('analyze'): return
     from rlhf_nb.report import analyze# it draws, which takes a second to import
-    _one_below_the_other(all_of.win_rates_md, [(l.config.seed,l.run.win_rates_md) for l in lines])
-    _one_below_the_other(all_of.failures_md, [(l.config.seed,l.run.failures_md) for l in lines])
+    _one_below_the_other(all_of.win_rates_md, {l.config.seed:l.run.win_rates_md for l in lines})
+    _one_below_the_other(all_of.failures_md, {l.config.seed:l.run.failures_md for l in lines})
     analyze(out, command)
 
-def _one_below_the_other(path, reports:list):
-    "The reports of several seeds that are there, (seed, path) each, as one"
-    parts = [f"# Seed {seed}\n\n{re.sub('^#', '##', f.read_text(encoding='utf-8'), flags=re.M)}" for seed,f in reports if f.exists()]
-    if parts: write_text(path, '\n'.join(parts))
+def _one_below_the_other(path, reports:dict):
+    "Write those reports of several seeds that are there, {seed: path}, as one: each heading a level lower"
+    there = {seed:re.sub('^#', '##', read_text(f), flags=re.M) for seed,f in reports.items() if f.exists()}
+    if there: write_text(path, '\n'.join(f'# Seed {seed}\n\n{text}' for seed,text in there.items()))
 
 def publish(
     out,          # Folder of the run, or of a run for each seed
@@ -297,16 +310,18 @@ def publish(
     n=100         # Prompts of the first seed
 ):
     "The results of a run, or of several seeds, and the first prompts of the first seed, in a folder to be shown"
-    shown,c = Places(to),lines[0].config
+    shown,run,c = Places(to),lines[0].run,lines[0].config
     private = shutil.ignore_patterns('judgements','samples.jsonl','config.yaml')
     shutil.copytree(Places(out).results, shown.results, dirs_exist_ok=True, ignore=private)
-    recs = read_samples(lines[0].run)
-    src,total = samples_source(lines[0].run, recs),len(groups(recs['reference']))
+    recs = read_samples(run)
+    src,total = samples_source(run, recs),len(groups(recs['reference']))
     first = {k:[r for g in list(groups(rs).values())[:n] for r in g] for k,rs in recs.items()}
-    source = dict(split_source(src['split'], c.data.name), first=n, of=total) if src['split'] else None
+    shows = min(n, total)
+    source,whose = None,f"{shows} of {src['md']}"
+    if src['split']:
+        source = dict(split_source(src['split'], c.data.name), first=n, of=total)
+        whose = f"{shows} of {total} prompts of the {md_inline(src['split'])} split ({md_inline(c.data.name)})"
     write_samples(shown.samples, first, source, command, seed=c.seed)
-    whose = f"{min(n, total)} of {src['md']}"
-    if source: whose = f"{min(n, total)} of {total} prompts of the {md_inline(src['split'])} split ({md_inline(c.data.name)})"
     seeds = ', '.join(str(l.config.seed) for l in lines)
     about = f'Seed {c.seed}, of the seeds {seeds}: the first {whose}, made by {md_code(command)}.'
     write_text(shown.samples_md, samples_md(first, about=about))

@@ -212,6 +212,9 @@ class Places:
     def rows(self, stage:str)->list:
         "Metrics rows of `stage`"
         return read_rows(self.log(stage))
+    def of_seed(self, seed:int)->Path:
+        "The run of one seed, where there are several"
+        return self.path/f'seed{seed}'
     def checkpoint(self, stage:str)->Path: return self.checkpoints/f'{stage}.pt'
     def samples_of(self, policy:str)->Path: return self.samples/f'{policy}_samples.json'
     def verdicts_of(self, judge:str)->Path: return self.judgements/f'{file_name(judge)}.jsonl'
