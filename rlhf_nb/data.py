@@ -107,7 +107,7 @@ class DataReport:
                 for d,c in why[:most]: add('- '+' '.join(d.split()), c)
                 if len(why)>most: rows.append((f'- {len(why)-most} more','',''))
         for k,n in self.splits.items(): rows.append((f'in {k}',n,''))
-        return md_table(rows, 'lrr')
+        return md_table(rows, 'lrl')
     def _length_tables(self):
         "How long the texts are, and what length alone says"
         l = self.lengths
