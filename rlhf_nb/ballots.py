@@ -23,7 +23,8 @@ def whole_text(s:str)->str:
 
 def vote_line(o:dict)->bytes:
     "A line of a JSON-lines file"
-    return whole_text(json.dumps(o, ensure_ascii=False, allow_nan=False)+'\n').encode()
+    line = json.dumps(o, ensure_ascii=False, allow_nan=False)
+    return whole_text(line+'\n').encode()
 
 def append_vote(
     path,     # JSON-lines file
@@ -64,12 +65,17 @@ def _is_half(tail):
 def _write_all(f, line):
     "Write, and wait for the disk"
     left = memoryview(line)
-    while left: left = left[f.write(left):]
+    while left:
+        n = f.write(left)       # a disk may take a part
+        left = left[n:]
     os.fsync(f.fileno())
 
 def _count_lines(f, block=1<<20):
+    "Lines of a file of any size"
     f.seek(0)
-    return sum(part.count(b'\n') for part in iter(lambda: f.read(block), b''))
+    n = 0
+    while (part := f.read(block)): n += part.count(b'\n')
+    return n
 
 # %% ../nbs/25b_ballots.ipynb #fb3b91f1
 def vote_row(

@@ -40,7 +40,8 @@ def _allowed(names):
     out = set()
     for s in [names] if isinstance(names, str) else names:
         dot = '.' if s.startswith('.') else ''         # it stands for all names below it
-        try: name = _address(s) or host_name(s[len(dot):].encode('idna').decode())
+        bare = s[len(dot):]
+        try: name = _address(s) or host_name(bare.encode('idna').decode())
         except UnicodeError: name = None
         if not name:
             raise ValueError('--allow-host: expected a name such as lab.example.org, '
@@ -51,7 +52,9 @@ def _allowed(names):
 def _lent_names(env):
     "The names that Spaces and Colab give to a page"
     out = set()
-    if env.get('SPACE_ID'): out = {'.hf.space',*map(host_name, env.get('SPACE_HOST', '').split(','))}
+    if env.get('SPACE_ID'):
+        lent = env.get('SPACE_HOST', '').split(',')
+        out = {'.hf.space',*map(host_name, lent)}
     if env.get('COLAB_RELEASE_TAG') or 'google.colab' in sys.modules:
         out |= {'.googleusercontent.com','.colab.dev','colab.research.google.com'}
     return out
@@ -63,7 +66,8 @@ def _own_names():
     out = {short,f'{short}.local',name.lower()}
     try: found = socket.getaddrinfo(name, None, flags=socket.AI_CANONNAME)
     except OSError: found = []                # a machine whose own name is not known
-    for *_,canonical,where in found: out |= {_address(where[0]),host_name(canonical)}
+    for *_,canonical,(address,*_) in found:
+        out |= {_address(address),host_name(canonical)}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as o:
         try: o.connect(('192.0.2.1', 9))      # sends nothing: asks which address the machine would send from
         except OSError: return out            # no network
@@ -87,11 +91,14 @@ class Throttle:
         self.free = OrderedDict()      # {key: when all its tries are paid for}, the last ones
     def wait(self, key)->float:
         "Seconds until the next try of `key`"
-        return max(0., self.free.get(key, 0.)-self.clock()-(self.burst-1)*self.every)
+        paid = self.free.get(key, 0.)-self.clock()
+        return max(0., paid-(self.burst-1)*self.every)
     def take(self, key, n=1):
         "A try of `key`, or with -1 one less"
-        self.free[key] = max(self.free.pop(key, 0.), self.clock())+n*self.every
-        while len(self.free)>self.most: self.free.popitem(last=False)
+        paid = max(self.free.pop(key, 0.), self.clock())
+        self.free[key] = paid+n*self.every
+        while len(self.free)>self.most:        # many clients take no more memory
+            self.free.popitem(last=False)
 
 # %% ../nbs/28_guard.ipynb #8bf171f9
 # What the page fetches: its frame and files, and below /gradio_api/ what it asks
@@ -122,21 +129,24 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope['type']=='lifespan': return await self.app(scope, receive, send)
-        if scope['type']!='http': return await send(dict(type='websocket.close', code=1008))      # the page has none
+        if scope['type']!='http':              # a websocket: the page has none
+            return await send(dict(type='websocket.close', code=1008))
         no = self._stranger(scope) or self._unknown(scope) or self._too_large(scope)
         posts,path = scope['method']=='POST',scope['path']
         call = posts and _call.fullmatch(path)
         if call and not no:
             body = await _body(receive)
-            no,receive = self._may_not_call(call['name'], body),_again(body, receive)
-        if no: await _answer(send, no)
+            no = self._may_not_call(call['name'], body)
+            receive = _again(body, receive)
+        if no: await _answer(send, no)          # nothing behind the guard has seen the request
         elif posts and path.startswith('/login'): await self._login(scope, receive, send)
         else: await self.app(scope, receive, send)
 
     def _stranger(self, scope):
         "Is this for another page, or from one? Host and Origin are names, and any name may be made to point here"
         def said(head): return [v.decode('latin-1') for k,v in scope['headers'] if k==head]
-        hosts,origins = said(b'host'),[o.partition('://')[2] for o in said(b'origin')]
+        hosts = said(b'host')
+        origins = [o.partition('://')[2] for o in said(b'origin')]      # without https://
         if len(hosts)!=1: return Refusal(403, 'this page wants one Host header')
         for s in hosts+origins:
             name = host_name(s)
@@ -159,6 +169,7 @@ class Guard:
         return Refusal(403, f'this page does not answer to {whom}. If it should, start it with {flag}')
 
     def _unknown(self, scope):
+        "Is this a path that the page does not have?"
         if not _known.fullmatch(scope['path']): return Refusal(404, 'not found')
 
     def _too_large(self, scope):
@@ -166,7 +177,8 @@ class Guard:
         heads = dict(scope['headers'])
         size = heads.get(b'content-length', b'0')
         chunked = b'chunked' in heads.get(b'transfer-encoding', b'').lower()
-        if not size.isdigit() or int(size)>self.most or chunked: return Refusal(413, 'too large')
+        if not size.isdigit() or int(size)>self.most or chunked:
+            return Refusal(413, 'too large')
 
     def _may_not_call(self, name, body):
         "Is this call none of the page's? What it does itself goes by number, what a program may ask by name"
@@ -246,6 +258,7 @@ def _checked_place(host, port):
     return (f'[{host}]' if ':' in host else host),port
 
 def _busy(host, port, e):
+    "The error of an address where nothing can listen"
     where = f'{host}:{port or "7860 to 7959"}'
     return OSError(f'{where}: busy, or not an address of this machine ({e}). '
         'Choose another --port, or leave it out for the next free one')

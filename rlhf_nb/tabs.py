@@ -41,10 +41,13 @@ def _asked(desk, q):
         raise ValueError('There are no models here: choose one of the stored prompts')
     prompt = mk_prompt(q.prompt, q.history) if desk.players else q.stored
     c = desk.ask(prompt, q.models, q.temperature, q.length, q.seed, q.n)
-    return dict(c, order=_order(c['models'], q.blind), blind=bool(q.blind))
+    return dict(c,
+        order=_order(c['models'], q.blind),
+        blind=bool(q.blind))
 
 def _state_of(c, seconds):
     "What is going on with a comparison, in words"
+    # columns grow together; those that have ended are shorter
     tokens = max([a['n_tokens'] for a in c['answers'].values()], default=0)
     done = f'Done in {seconds:.1f} s'+('. Which answer is best?' if c['blind'] else '')
     words = dict(writing=f'Writing: {tokens} tokens', stopped=f'Stopped after {tokens} tokens', scoring='Reward and KL')
@@ -53,7 +56,9 @@ def _state_of(c, seconds):
 # What a question may be refused for; anything else is a fault of ours
 _refused = ValueError,OSError,FloatingPointError
 
-def _answers(desk, c, stop=None): return desk.compare(c, stop) if desk.players else [desk.stored(c)]
+def _answers(desk, c, stop=None):
+    "The comparison, again and again while it grows; stored answers are there at once"
+    return desk.compare(c, stop) if desk.players else [desk.stored(c)]
 
 def _follow(desk, q, visitor):
     "Everything that happens after a click on Compare: (comparison or None, status)"
@@ -69,66 +74,96 @@ def _follow(desk, q, visitor):
     finally: desk.running.pop(visitor, None)
 
 # %% ../nbs/28a_tabs.ipynb #apppage1
+# A handler is the page's own, and waits for nobody, where nothing else is said
+_usual = dict(queue=False, api_visibility='private', show_progress='hidden')
+
 class _Page:
     "The parts of a page by their names, and the events between them"
     def __init__(self, desk): self.desk,self.parts = desk,{}
 
-    def __getitem__(self, names:str)->list: return [self.parts[k] for k in names.split()]
+    def __getitem__(self, names:str)->list:
+        "Parts by their names, which stand in one text"
+        return [self.parts[k] for k in names.split()]
+
+    def events(self, names:str)->list:
+        "What gradio calls 'go.click' and the like"
+        pairs = [o.split('.') for o in names.split()]
+        return [getattr(self.parts[part], event) for part,event in pairs]
 
     def on(self,
         events:str,    # Such as 'go.click'
         f,             # Gets the values of parts and returns, or yields, {name: value} for others
         takes:str='',  # Names of parts
         fills:str='',
-        **kw           # More for gradio; a handler is the page's own, and waits for nobody, if nothing else is said
+        **kw           # More for gradio
     ):
         "At each of `events` call `f`"
         def named(values): return values and {self.parts[k]:v for k,v in values.items()}
+        # both have the name and the parameters of `f`, where gradio looks for a request to hand over
         @functools.wraps(f)
         def once(*values): return named(f(*values))
         @functools.wraps(f)
         def often(*values): yield from map(named, f(*values))
-        events = [getattr(self.parts[part], event) for part,event in (o.split('.') for o in events.split())]
-        kw = dict(dict(queue=False, api_visibility='private', show_progress='hidden'), **kw)
-        return gr.on(events, often if inspect.isgeneratorfunction(f) else once, self[takes], self[fills], **kw)
+        call = often if inspect.isgeneratorfunction(f) else once      # gradio looks which of the two it is
+        kw = _usual|kw
+        return gr.on(self.events(events), call, self[takes], self[fills], **kw)
 
     def saves(self, event, part:str, name:str):
         "Then the browser saves the text of a part as a file"
         event.then(None, self[part], None, js=f"s => rlhf_save(s, '{name}')")
 
-def _seen(yes=True, **kw): return gr.update(visible=yes, **kw)
+def _seen(yes=True, **kw):
+    "A part is shown, or hidden"
+    return gr.update(visible=yes, **kw)
 
-def _choices(models): return [(title(k),k) for k in models]
+def _choices(models):
+    "Models as choices of a field: what is shown, and what it means"
+    return [(title(k),k) for k in models]
 
 # %% ../nbs/28a_tabs.ipynb #62965017
+# What the colour of the tokens may show, as in `card`
+_colours = [('KL to the reference','kl'),('log-probability','log_prob'),('nothing','none')]
+
 def _lay_out_question(desk):
+    "What somebody fills in"
     gr.HTML(visible=False, elem_id='past')
     with gr.Row(equal_height=False, elem_id='ask'):
-        prompt = gr.Textbox(label='Prompt', elem_id='prompt', autofocus=True, submit_btn=False, scale=5, lines=2,
+        # typed where there are models; else one of the stored prompts is chosen
+        prompt = gr.Textbox(label='Prompt', elem_id='prompt',
             placeholder='Ask something, or paste a dialogue with Human: and Assistant: before its turns',
-            max_lines=12, max_length=desk.max_chars)
-        gr.Dropdown(label='Stored prompt', elem_id='stored', visible=False, scale=5, filterable=True)
+            lines=2, max_lines=12, max_length=desk.max_chars, scale=5,
+            autofocus=True, submit_btn=False)
+        gr.Dropdown(label='Stored prompt', elem_id='stored',
+            visible=False, scale=5, filterable=True)
         with gr.Column(min_width=150, scale=1):
             gr.Button('Compare', variant='primary', elem_id='go')
             gr.Button('Stop', elem_id='stop', interactive=False)
     with gr.Row(elem_id='how'):
-        gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind', scale=2, min_width=260)
-        gr.Radio([('KL to the reference','kl'),('log-probability','log_prob'),('nothing','none')], value='kl',
-            label='Colour of the tokens', elem_id='colour', scale=3, min_width=260)
+        gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind',
+            scale=2, min_width=260)
+        gr.Radio(_colours, value='kl', label='Colour of the tokens', elem_id='colour',
+            scale=3, min_width=260)
     with gr.Accordion('Settings', open=False, elem_id='settings'):
         gr.CheckboxGroup(label='Models, one to four', elem_id='models')
         with gr.Row():
-            gr.Slider(0, 2, 1., step=.05, label='Temperature (0: the most likely token)', elem_id='temperature')
-            gr.Slider(1, 256, 48, step=1, label='Longest answer, tokens', elem_id='length')
-            gr.Slider(1, 16, 1, step=1, label='Samples of each model (the best by reward is shown)', elem_id='n')
+            gr.Slider(0, 2, 1., step=.05, elem_id='temperature',
+                label='Temperature (0: the most likely token)')
+            gr.Slider(1, 256, 48, step=1, elem_id='length',
+                label='Longest answer, tokens')
+            gr.Slider(1, 16, 1, step=1, elem_id='n',
+                label='Samples of each model (the best by reward is shown)')
             gr.Number(0, label='Seed', minimum=0, elem_id='seed')
-    gr.Dataset(components=[prompt], samples=[['']], label='Examples', visible=False, elem_id='examples')
+    gr.Dataset(components=[prompt], samples=[['']], visible=False,
+        label='Examples', elem_id='examples')
 
 def _lay_out_answers():
+    "What is going on, the answers, the buttons of a blind vote, and what can be done afterwards"
     gr.HTML(status_html(), elem_id='status')
     gr.HTML(elem_id='board')
     with gr.Row(visible=False, elem_id='votes'):
-        for i,x in enumerate('ABCD', 1): gr.Button(f'{x} is best  [{i}]', elem_id=f'vote-{i}', min_width=100)
+        # keys in brackets: the script presses the buttons
+        for i,x in enumerate('ABCD', 1):
+            gr.Button(f'{x} is best  [{i}]', elem_id=f'vote-{i}', min_width=100)
         gr.Button('Tie  [T]', elem_id='vote-tie', min_width=100)
         gr.Button('All bad  [B]', elem_id='vote-bad', min_width=100)
     with gr.Row(visible=False, elem_id='after'):
@@ -136,7 +171,7 @@ def _lay_out_answers():
         gr.Dropdown(label='Go on with the answer of', elem_id='whose', min_width=160)
         gr.Button('Continue the dialogue', elem_id='continue', min_width=160)
         gr.Button('New dialogue', elem_id='fresh', min_width=160)
-    gr.Textbox(visible='hidden', elem_id='saved')
+    gr.Textbox(visible='hidden', elem_id='saved')      # a text on its way to a file
 
 _picks = tuple(f'vote-{i}' for i in (1,2,3,4))
 
@@ -144,11 +179,14 @@ def _may_vote(c):
     "The buttons of a blind vote, as many as there are answers"
     n = len(c['models'])
     if not c['blind']: return dict(votes=_seen(False))
-    return dict(votes=_seen(n>1), **{button:_seen(i<n) for i,button in enumerate(_picks)})
+    buttons = {button:_seen(i<n) for i,button in enumerate(_picks)}
+    return dict(buttons, votes=_seen(n>1))
 
 def _may_go_on(c, yes=True):
     "What can be done with a comparison that is no secret"
-    return dict(after=_seen(yes), whose=gr.update(choices=_choices(c['order']), value=c['order'][0]))
+    first,*_ = c['order']
+    whose = gr.update(choices=_choices(c['order']), value=first)
+    return dict(after=_seen(yes), whose=whose)
 
 def _asks(page):
     "Compare, and stop"
@@ -160,7 +198,9 @@ def _asks(page):
         for c,status in _follow(desk, Question(*fields), request.session_hash):
             yield dict(status=status, board=board(c, colour)) if c else dict(status=status)
         end = dict(stop=gr.update(interactive=False))
-        if c and c['state']=='done': end.update(id=c['id'], **_may_vote(c), **_may_go_on(c, not c['blind']))
+        if c and c['state']=='done':
+            shown = not c['blind']           # the menu would name the models
+            end.update(_may_vote(c)|_may_go_on(c, shown), id=c['id'])
         yield end
     def on_stop(request:gr.Request):
         stop = desk.running.get(request.session_hash)
@@ -179,14 +219,18 @@ def _votes_blind(page):
     def voting(which):
         def on_vote(id, colour):
             try:
-                c = desk.comparisons.get(id) or {}
-                total = desk.vote(id, c['order'][which] if c and isinstance(which, int) else str(which))
-            except (ValueError,OSError) as e: return dict(status=status_html(f'Not saved: {e}', 'bad'))
+                c = desk.comparisons.get(id)
+                choice = c['order'][which] if c and isinstance(which, int) else str(which)
+                total = desk.vote(id, choice)
+            except (ValueError,OSError) as e:
+                return dict(status=status_html(f'Not saved: {e}', 'bad'))
             said = status_html(f'Saved: vote {total}')
             return dict(_may_go_on(c), status=said, board=board(c, colour), votes=_seen(False))
         return on_vote
-    for button,which in (*zip(_picks, range(4)),('vote-tie','tie'),('vote-bad','bad')):
-        page.on(f'{button}.click', voting(which), 'id colour', 'status board votes after whose')
+    buttons = {name:place for place,name in enumerate(_picks)}
+    buttons.update({'vote-tie':'tie', 'vote-bad':'bad'})
+    for name,which in buttons.items():
+        page.on(f'{name}.click', voting(which), 'id colour', 'status board votes after whose')
 
 def _goes_on(page):
     "What can be done with a comparison: colour it, save it, go on with an answer"
@@ -199,14 +243,17 @@ def _goes_on(page):
         return dict(saved=json.dumps(c, ensure_ascii=False, indent=1) if c else '')
     def on_continue(id, whose):
         c = desk.comparisons.get(id)
-        if not c or whose not in c['answers']: return dict(status=status_html('Compare first', 'bad'))
+        if not c or whose not in c['answers']:
+            return dict(status=status_html('Compare first', 'bad'))
         answer = c['answers'][whose]['response'].strip()
-        turns = [[role,text] for role,text in parse_turns(c['prompt']) if text]+[['assistant',answer]]
+        turns = [[role,text] for role,text in parse_turns(c['prompt']) if text]
+        turns.append(['assistant',answer])
         so_far = f"<div class=\"board\"><p><b>The dialogue so far</b></p>{dialogue(c['prompt']+' '+answer)}</div>"
         return dict(history=turns, past=_seen(value=shield(so_far)), prompt='',
             status=status_html('Write the next turn'))
     def on_fresh():
-        return dict(history=[], past=_seen(False, value=''), prompt='', status=status_html('A new dialogue'))
+        return dict(history=[], past=_seen(False, value=''), prompt='',
+            status=status_html('A new dialogue'))
     page.on('colour.change', on_colour, 'id colour', 'board', trigger_mode='always_last')
     page.saves(page.on('save.click', on_save, 'id', 'saved'), 'saved', 'comparison.json')
     page.on('continue.click', on_continue, 'id whose', 'history past prompt status')
@@ -218,16 +265,19 @@ _compare_fields = 'prompt colour n seed length temperature stored models example
 def _fill_compare(desk):
     "Of samples alone there is less to choose"
     live = bool(desk.players) or desk.coming()
-    prompts = [(HH.asked(p)[:120],p) for p in desk.prompts]
-    questions = [[short] for short,p in prompts if p.count(HH.mark('user').strip())==1][:6]
+    prompts = [(HH.asked(p)[:120],p) for p in desk.prompts]       # what a person reads, and what it stands for
+    turn = HH.mark('user').strip()
+    questions = [[short] for short,p in prompts if p.count(turn)==1]
     out = dict.fromkeys(('prompt','colour','n','seed','length','temperature'), _seen(live))
     if (c := desk.config):
-        for k,v in (('seed',c.seed),('length',c.eval.max_new_tokens),('temperature',c.eval.temperature)):
-            out[k] = _seen(live, value=v)
+        as_run = dict(seed=c.seed, length=c.eval.max_new_tokens, temperature=c.eval.temperature)
+        out.update({k:_seen(live, value=v) for k,v in as_run.items()})
+    first = next(iter(desk.prompts), None)
+    names = desk.names()
     return dict(out,
-        stored=_seen(not live, choices=prompts, value=desk.prompts[0] if desk.prompts else None),
-        models=gr.update(choices=_choices(desk.names()), value=desk.names()[:4]),
-        examples=_seen(live and bool(questions), samples=questions or [['']]))
+        stored=_seen(not live, choices=prompts, value=first),
+        models=gr.update(choices=_choices(names), value=names[:4]),
+        examples=_seen(live and bool(questions), samples=questions[:6] or [['']]))
 
 # %% ../nbs/28a_tabs.ipynb #appxcod0
 # What stored answers can be limited by
@@ -235,6 +285,7 @@ _limited = dict(gap='Reward gap to the reference', kl='KL, nats', n_tokens='Leng
 _bounds = [f'x-{key}-{end}' for key in _limited for end in ('least','most')]
 
 def _lay_out_explore():
+    "A filter, limits, and one prompt with its stored answers"
     with gr.Row():
         gr.Dropdown(label='Whose answers', elem_id='x-model')
         gr.Dropdown(list(sorts), value='largest loss', label='Order', elem_id='x-sort')
@@ -243,8 +294,8 @@ def _lay_out_explore():
     with gr.Accordion('Limits', open=False, elem_id='x-limits'),gr.Row():
         for name in _bounds:
             _,key,end = name.split('-')
-            gr.Textbox(label=f'{_limited[key]} at {end}', elem_id=name, placeholder='no limit', max_length=20,
-                min_width=120)
+            gr.Textbox(label=f'{_limited[key]} at {end}', elem_id=name,
+                placeholder='no limit', max_length=20, min_width=120)
     with gr.Row():
         gr.Button('Previous', elem_id='x-back')
         gr.Button('Next', elem_id='x-next')
@@ -254,16 +305,18 @@ def _lay_out_explore():
 def _flags(r):
     "What is wrong with a record, in words"
     from rlhf_nb.detect import detect,failure_names
-    return [failure_names[k] for k,v in detect(r).items() if v and k!='degenerate'] if r else []
+    if not r: return []
+    found = [k for k,v in detect(r).items() if v and k!='degenerate']     # which is any of the others
+    return [failure_names[k] for k in found]
 
 def _show_found(desk, hits, at, model):
     "One of the prompts that were found, with its answers"
     if not hits:
         why = 'No stored answer is like that' if desk.records else 'There are no stored samples'
         return {'x-status':status_html(why), 'x-board':''}
-    at %= len(hits)
-    c = dict(prompt=hits[at], models=list(desk.records)[:4], n=1, state='done', answers={})
-    c = desk.stored(c, keep=False)
+    at %= len(hits)                     # behind the last comes the first
+    models = list(desk.records)[:4]
+    c = desk.stored(dict(prompt=hits[at], models=models, n=1), keep=False)
     flags = '; '.join(_flags(c['answers'].get(model))) or 'no failure found'
     found = f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {flags}'
     return {'x-status':status_html(found), 'x-board':board(c), 'place':at}
@@ -273,10 +326,11 @@ def _explores(page):
     desk = page.desk
     def on_find(model, sort, failure, text, *limits):
         try: limits = [_limit(o) for o in limits]
-        except ValueError as e: return {'x-status':status_html(str(e), 'bad')}
+        except ValueError as e:
+            return {'x-status':status_html(str(e), 'bad')}
         pairs = dict(zip(_limited, zip(limits[::2], limits[1::2])))       # (least, most) of each
         hits = find(desk.records, model, sort, failure or None, text or '', **pairs)
-        return dict(dict(hits=hits, place=0), **_show_found(desk, hits, 0, model))
+        return dict(hits=hits, place=0)|_show_found(desk, hits, 0, model)
     def on_back(hits, at, model): return _show_found(desk, hits, at-1, model)
     def on_next(hits, at, model): return _show_found(desk, hits, at+1, model)
     fields = ['x-model','x-sort','x-failure','x-text',*_bounds]
@@ -287,14 +341,17 @@ def _explores(page):
     page.on('x-next.click', on_next, 'hits place x-model', shows)
 
 def _fill_explore(desk):
+    "What can be looked through, once samples are read"
     from rlhf_nb.detect import failure_names
     models = list(desk.records)
     first = next((k for k in models if k!='reference'), None)
-    failures = [('any',''),*((k.replace('_', ' '),k) for k in failure_names)]
-    return {'x-model':gr.update(choices=_choices(models), value=first), 'x-failure':gr.update(choices=failures)}
+    failures = [(k.replace('_', ' '),k) for k in failure_names]
+    return {'x-model':gr.update(choices=_choices(models), value=first),
+        'x-failure':gr.update(choices=[('any',''),*failures])}
 
 # %% ../nbs/28a_tabs.ipynb #30b1126d
 def _lay_out_votes():
+    "What the votes say, and the export"
     gr.HTML(elem_id='v-board')
     with gr.Row():
         gr.Button('Count again', elem_id='v-again')
@@ -313,10 +370,12 @@ def _counts_votes(page):
     desk = page.desk
     def on_count():
         try: return {'v-board':votes_html(desk.summary())}
-        except (ValueError,KeyError,OSError) as e: return {'v-board':status_html(str(e), 'bad')}
+        except (ValueError,KeyError,OSError) as e:
+            return {'v-board':status_html(str(e), 'bad')}
     def on_export():
         try: path = desk.export_votes()
-        except (ValueError,OSError) as e: return {'v-status':status_html(str(e), 'bad'), 'v-saved':''}
+        except (ValueError,OSError) as e:
+            return {'v-status':status_html(str(e), 'bad'), 'v-saved':''}
         said = f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):'
         command = shield(f'<pre><code>{esc(_train_on(desk, path))}</code></pre>')
         return {'v-status':status_html(said)+command, 'v-saved':path.read_text(encoding='utf-8')}
@@ -333,11 +392,11 @@ def _draws(page):
         with one:
             if desk.path not in drawn:
                 try: drawn[desk.path] = curves_html(desk.path)
-                except (ValueError,OSError,KeyError) as e: return status_html(f'{type(e).__name__}: {e}', 'bad')
+                except (ValueError,OSError,KeyError) as e:
+                    return status_html(f'{type(e).__name__}: {e}', 'bad')
             return drawn[desk.path]
     def on_open(): return dict(curves=curves())
     page.on('curves_tab.select', on_open, '', 'curves')
-
 snippet = """from gradio_client import Client   # pip install gradio_client
 client = Client('{url}')
 c = client.predict('What is the colour of coal?', api_name='/compare')
@@ -352,12 +411,18 @@ def _said(e):
 
 def _api(desk):
     "The endpoints that stay as they are"
-    def compare(prompt:str, models:list[str]|None=None, temperature:float=1.0, max_new_tokens:int=48, seed:int=0,
-            n:int=1) -> dict:
+    def compare(prompt:str,
+            models:list[str]|None=None,
+            temperature:float=1.0,
+            max_new_tokens:int=48,
+            seed:int=0,
+            n:int=1
+    ) -> dict:
         "One prompt (a question, or a dialogue in HH form) to one to four models: the comparison while it grows, at last with records, tokens and values"
         try:
             while desk.state=='loading': time.sleep(.1)
-            yield from _answers(desk, desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n))
+            c = desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n)
+            yield from _answers(desk, c)
         except _refused as e: raise _said(e) from None
     def vote(id:str, choice:str) -> int:
         "A vote on a comparison: a model's name, tie or bad; returns the number of votes"
@@ -375,7 +440,8 @@ def _makes_demo(page, demo):
             yield dict(making=status_html(f'Done: {desk.path}'))
             return
         try:
-            for o in desk.make_demo(*demo): yield dict(making=status_html(o['text'], share=o['share']))
+            for o in desk.make_demo(*demo):
+                yield dict(making=status_html(o['text'], share=o['share']))
         except (ValueError,OSError) as e: yield dict(making=status_html(str(e), 'bad'))
     reload = "if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload()"
     made = page.on('make.click', on_make, '', 'making', queue=True, concurrency_limit=None)
@@ -388,7 +454,7 @@ def _loads(page):
     def on_load():
         desk.ready.wait()
         yield dict(now(), demo=_seen(desk.shipped), **_fill_explore(desk))
-        desk.seen.set()
+        desk.seen.set()                        # now the models may be loaded
         if desk.state=='loading':
             while desk.state=='loading': time.sleep(.1)
             yield now()
@@ -426,8 +492,9 @@ def mk_app(
     desk.parallel,page = parallel,_Page(desk)
     with gr.Blocks(title='rlhf_nb: one prompt, four answers', analytics_enabled=False) as app:
         _lay_out(page)
-        page.parts.update({o.elem_id:o for o in app.blocks.values() if o.elem_id}, page=app)
-        for events in (_asks,_votes_blind,_goes_on,_explores,_counts_votes,_draws,_loads): events(page)
+        named = {o.elem_id:o for o in app.blocks.values() if o.elem_id}
+        page.parts.update(named, page=app)
+        for wire in (_asks,_votes_blind,_goes_on,_explores,_counts_votes,_draws,_loads): wire(page)
         if desk.shipped: _makes_demo(page, demo)
         _api(desk)
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
