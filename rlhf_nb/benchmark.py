@@ -7,7 +7,7 @@ __all__ = ['passes', 'token_counts', 'forward_flops', 'step_flops', 'Side', 'rac
            'processor', 'main']
 
 # %% ../nbs/31_benchmark.ipynb #58b1757b
-import argparse,json,os,platform,re,subprocess,sys,tempfile
+import argparse,json,math,os,platform,re,subprocess,sys,tempfile
 from datetime import date
 from pathlib import Path
 
@@ -32,7 +32,8 @@ def token_counts(
     "Tokens that a forward pass reads in three layouts"
     P = torch.tensor(list(map(len, batch.prompts)))            # (B,)
     rows = P[:,None]+batch.lengths.cpu()                       # (B,G) prompt and response
-    return dict(padded=rows.numel()*int(rows.max()), flat=int(rows.sum()), shared=sum(batch.sizes))
+    padded = rows.numel()*int(rows.max())
+    return dict(padded=padded, flat=int(rows.sum()), shared=sum(batch.sizes))
 
 # %% ../nbs/31_benchmark.ipynb #7cf81819
 def forward_flops(
@@ -56,7 +57,9 @@ def _first(batch, g):
 
 def step_flops(what:str, c, batch:Batch)->float:
     "Necessary operations of one step"
-    if what not in evals: return sum(n*f for n,f in zip(passes[what], forward_flops(c, batch)))
+    if what not in evals:
+        parts = zip(passes[what], forward_flops(c, batch))
+        return sum(n*f for n,f in parts)
     k = len(MODELS)
     one,one_words = forward_flops(c, _first(batch, 1))
     all_,all_words = forward_flops(c, _first(batch, k))
@@ -74,8 +77,11 @@ def _env():
 class Side:
     "A program in a process of its own, which does a step when it is told to"
     def __init__(self, name, python, job, folder):
-        self.name,self.python,self.job,self.log,self.rows,self.process = name,python,job,folder/f'{name}.log',[],None
+        self.name,self.python,self.job = name,python,job
+        self.log = folder/f'{name}.log'                       # what it prints
+        self.rows,self.process = [],None                      # its reports; the process when it has begun
     def start(self):
+        "Load, and say so"
         job = json.dumps(dict(self.job, side=self.name))
         argv = [self.python,'-c','from rlhf_nb.peers import worker; worker()',job]
         self.process = subprocess.Popen(argv, env=_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -90,10 +96,12 @@ class Side:
                              'for PPO one with trl 1.12 with --trl-ppo-python')
         self.rows.append(r)
     def step(self):
+        "Its turn"
         self.process.stdin.write('\n')
         self.process.stdin.flush()
         self.listen()
     def end(self):
+        "No more turns"
         self.process.stdin.close()
         self.process.wait()
     def kill(self):
@@ -140,7 +148,8 @@ def prepare(
     "Write models with random weights and the rows that all sides read"
     rows,least = cut_pairs(pairs, tok, *cuts[size]),max(need, 4*PAIRS)
     if len(rows)<least: raise ValueError(f'{least} pairs are needed, {len(rows)} are there')
-    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator(seed, 'bench')).tolist()]
+    order = torch.randperm(len(rows), generator=generator(seed, 'bench'))
+    rows = [rows[i] for i in order.tolist()]
     seed_all(seed)
     c = GPT2Config(**shapes[size], vocab_size=max(len(tok), 50257 if size=='gpt2' else 0),
                    resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
@@ -151,7 +160,8 @@ def prepare(
     GPT2ForSequenceClassification(one_label).save_pretrained(folder/'rm')
     pool = sorted(rows, key=_size)
     write_json(folder/'rows.json', rows[:need])
-    write_json(folder/'sorted.json', [r for b in step_rows(rows, PAIRS, -(-need//PAIRS)) for r in like(b, pool)])
+    batches_ = step_rows(rows, PAIRS, math.ceil(need/PAIRS))
+    write_json(folder/'sorted.json', [r for b in batches_ for r in like(b, pool)])
     return c,rows
 
 def measure(
@@ -184,11 +194,13 @@ def measure(
     speed = {s:speed_of(s) for s in out}
     rate = sum(o['rate'] for o in out['ours'])/len(out['ours'])
     bound = per_step*steps*rate/sum(step_flops(what, c, b) for b in bs)
+    memory = {s:max(o['memory'] for o in v) for s,v in out.items()}
+    ratio = {s:speed['ours']/v for s,v in speed.items() if s!='ours'}
+    versions = {}
+    for first,*_ in out.values(): versions |= {k:v for k,v in first.items() if k in _versions}
     return dict(work=what, unit=unit, per_step=per_step, prompts=prompts, steps=steps, warmup=warmup,
-                speed=speed, cpu=cpu, memory={s:max(o['memory'] for o in v) for s,v in out.items()},
-                ratio={s:speed['ours']/v for s,v in speed.items() if s!='ours'},
-                bound=bound, gflops=rate/1e9, tokens=token_counts(bs[0]),
-                versions={k:v for first,*_ in out.values() for k,v in first.items() if k in _versions})
+                speed=speed, cpu=cpu, memory=memory, ratio=ratio, bound=bound, gflops=rate/1e9,
+                tokens=token_counts(bs[0]), versions=versions)
 
 _versions = 'trl','torch','transformers','python'
 
@@ -242,7 +254,8 @@ def _save(path, size, result):
     before = old.get(size)
     same = before['rows'] if before and before['processor']==result['processor'] else []
     rows = {r['work']:r for r in (*same,*result['rows'])}
-    write_json(path, {**old, size:{**result, 'rows':[rows[k] for k in work if k in rows]}})
+    in_order = [rows[k] for k in work if k in rows]
+    write_json(path, {**old, size:dict(result, rows=in_order)})
 
 def main(a):
     "`rlhf_nb bench`"

@@ -61,7 +61,8 @@ def cut_pairs(
 def as_batch(rows, tok)->Batch:
     "Pairs of token ids as a batch, with EOS"
     eos = [tok.eos_token_id]
-    return Batch.from_tokens([r['prompt'] for r in rows], [[r['chosen']+eos,r['rejected']+eos] for r in rows])
+    groups = [[r['chosen']+eos,r['rejected']+eos] for r in rows]
+    return Batch.from_tokens(prompt_ids(rows), groups)
 
 def step_rows(rows, size, n, first=0):
     "The rows of step `first`, and so on to step n-1"
@@ -73,7 +74,9 @@ def prompt_ids(rows): return [r['prompt'] for r in rows]
 def peak_memory()->float:
     "Most memory this process has held, GB"
     status = Path('/proc/self/status')                       # ru_maxrss would include the parent's
-    if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text(encoding='utf-8'))[1])/2**20
+    if status.exists():
+        found = re.search(r'VmHWM:\s+(\d+)', status.read_text(encoding='utf-8'))
+        return int(found[1])/2**20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**30
 
@@ -112,7 +115,8 @@ def matmul_rate(n=1024, k=6)->float:
 # %% ../nbs/30a_peers.ipynb #3cee44c1
 def _score(prompts, responses, finished):
     "A reward that is cheap on purpose"
-    return [len(set(r.split()))/(len(r.split())+1) for r in responses]
+    def one(words): return len(set(words))/(len(words)+1)
+    return [one(r.split()) for r in responses]
 
 def _our_generation(job, policy, ref, tok, rows):
     "A call of `sample` for each step"
@@ -121,26 +125,33 @@ def _our_generation(job, policy, ref, tok, rows):
 
 def _our_answers(job, policy, ref, tok, rows):
     "A comparison of four models for each step"
-    models = dict(zip(MODELS, [ref,policy,*(deepcopy(ref) for _ in MODELS[2:])]))
-    score = mk_scorer((load_reward_model(f"{job['folder']}/rm")[0],tok), tok)
+    copies = [deepcopy(ref) for _ in MODELS[2:]]
+    models = dict(zip(MODELS, [ref,policy,*copies]))
+    rm,_ = load_reward_model(f"{job['folder']}/rm")
+    score = mk_scorer((rm,tok), tok)
     texts = [tok.decode(p) for p in prompt_ids(rows)]
     longest = max(len(p) for p in texts)
     parts = step_rows(texts, job['prompts'], job['steps'])
-    return (sample_records(models, o, tok, score, None, evals[job['what']], longest, i) for i,o in enumerate(parts))
+    how = evals[job['what']]
+    return (sample_records(models, o, tok, score, None, how, longest, i) for i,o in enumerate(parts))
 
 def _our_rl(job, policy, ref, tok, rows):
     "An update of GRPO or PPO for each step"
     kw = dict(_ours, updates=job['steps'], batch_size=job['prompts'], max_new_tokens=NEW)
     if job['what']=='grpo':
         o = GRPOConfig(**kw, group_size=G, beta=.04)
-        ups = rollouts(policy, ref, mk_scorer(_score, tok), prompt_ids(rows), o, lambda b: grpo_advantages(b, o), G)
-        return steps(policy, ups, lambda net,b,c: grpo_step(net, b, c, o), o, o.updates)
+        def advantages(b): return grpo_advantages(b, o)
+        def step(net, b, counts): return grpo_step(net, b, counts, o)
+        ups = rollouts(policy, ref, mk_scorer(_score, tok), prompt_ids(rows), o, advantages, G)
+        return steps(policy, ups, step, o, o.updates)
     o = PPOConfig(**kw, value_lr=1e-6, epochs=EPOCHS)
     rm,value = mk_reward_model(policy),mk_value_model(policy)
     score = mk_scorer((rm,tok), tok)
-    ups = rollouts(policy, ref, score, prompt_ids(rows), o, lambda b: ppo_advantages(b, value, o), 1, EPOCHS)
+    def advantages(b): return ppo_advantages(b, value, o)
+    def step(net, b, counts): return ppo_step(net, b, counts, o)
+    ups = rollouts(policy, ref, score, prompt_ids(rows), o, advantages, 1, EPOCHS)
     both = nn.ModuleDict(dict(policy=policy, value=value))
-    return steps(both, ups, lambda net,b,c: ppo_step(net, b, c, o), o, o.updates)
+    return steps(both, ups, step, o, o.updates)
 
 def _our_pairs(job, policy, ref, tok, rows):
     "An update of the reward model or of DPO for each step"
@@ -148,10 +159,12 @@ def _our_pairs(job, policy, ref, tok, rows):
     data,o = as_batch(rows, tok),DPOConfig(**_ours, updates=n, beta=.1)
     if what=='dpo_cached': data = data.plus(ref_sums=reference_log_probs(ref, data, o.micro_tokens))
     if what!='dpo': ref = None                                                   # its memory is free again
-    model,step = policy,lambda net,b,c: dpo_step(net, b, c, o, ref)
+    def step(net, b, counts): return dpo_step(net, b, counts, o, ref)
+    model = policy
     if what=='reward': model,step = mk_reward_model(policy),reward_step
     del policy
-    return steps(model, (([b],{}) for b in step_rows(data, PAIRS, n)), step, o, n)
+    ups = (([b],{}) for b in step_rows(data, PAIRS, n))
+    return steps(model, ups, step, o, n)
 
 _ours = dict(lr=1e-6, micro_tokens=4096)
 _our_work = dict(reward=_our_pairs, dpo=_our_pairs, dpo_cached=_our_pairs, grpo=_our_rl, ppo=_our_rl,
@@ -161,7 +174,8 @@ def ours_steps(job, turn):
     "One turn per step of this package"
     folder = Path(job['folder'])
     policy,tok = load_policy(f'{folder}/lm')
-    done = _our_work[job['what']](job, policy, deepcopy(policy), tok, read_json(folder/job['rows']))
+    rows,begin = read_json(folder/job['rows']),_our_work[job['what']]
+    done = begin(job, policy, deepcopy(policy), tok, rows)
     del policy
     turn(rate=matmul_rate, torch=torch.__version__, transformers=version('transformers'),
          python=platform.python_version())
@@ -177,10 +191,12 @@ class _TRL:
             def on_train_begin(self, *args, **kw): turn(trl=trl.__version__)
             def on_step_end(self, *args, **kw): turn()
         datasets.disable_progress_bars()
-        self.trl,self.folder,self.steps,self.what = trl,Path(job['folder']),job['steps'],job['what']
+        self.trl,self.folder = trl,Path(job['folder'])
+        self.steps,self.what = job['steps'],job['what']
         self.tok = AutoTokenizer.from_pretrained(self.folder/'lm', trust_remote_code=False)
         self.ids = read_json(self.folder/job['rows'])
-        self.rows = datasets.Dataset.from_list([{k:self.tok.decode(v) for k,v in r.items()} for r in self.ids])
+        texts = [{k:self.tok.decode(v) for k,v in r.items()} for r in self.ids]
+        self.rows = datasets.Dataset.from_list(texts)
         self.size = dict(grpo=job['prompts']*G, ppo=job['prompts']).get(self.what, PAIRS)       # rows of a step
         self.both = dict(processing_class=self.tok, callbacks=[Turns()])
     def _load(self, cls, name):
@@ -223,8 +239,9 @@ def _trl_ppo(t):
     data = Dataset.from_list([dict(input_ids=r['prompt']) for r in t.ids])
     args = t.args(PPOConfig, num_mini_batches=1, num_ppo_epochs=EPOCHS, total_episodes=t.steps*t.size,
                   response_length=NEW, local_rollout_forward_batch_size=t.size, temperature=1., num_sample_generations=0)
-    return PPOTrainer(model=t.lm(), ref_model=t.lm(), reward_model=t.rm(), value_model=t.rm(), train_dataset=data,
-                      eval_dataset=data.select([0]), data_collator=DataCollatorWithPadding(t.tok), args=args, **t.both)
+    return PPOTrainer(model=t.lm(), ref_model=t.lm(), reward_model=t.rm(), value_model=t.rm(),
+                      train_dataset=data, eval_dataset=data.select([0]),
+                      data_collator=DataCollatorWithPadding(t.tok), args=args, **t.both)
 
 def trl_steps(job, turn):
     "One turn per optimizer step of TRL's trainer (PPO: per update)"

@@ -132,7 +132,9 @@ def paired_test(
     d = d[d!=0]
     n,total = len(d),d.sum()
     seen = total.abs()-1e-9*d.abs().sum()                    # a sum that is as far away, rounding aside, counts
-    if n<=12: return ((2*_bits(n)-1)@d).abs().ge(seen).double().mean().item()
+    if n<=12:
+        every = (2*_bits(n)-1)@d                             # the sum for each choice of signs, (2^n,)
+        return every.abs().ge(seen).double().mean().item()
     g,hits = generator(0, 'sign flips'),0
     for k in range(0, draws, 1000):
         stay = torch.randint(2, (min(1000, draws-k),n), generator=g, dtype=torch.int8).double()
@@ -186,8 +188,9 @@ def tally(
     if wins+ties+losses!=len(known): raise ValueError('points must be 0, .5, 1 or NaN')
     b = by_prompt(x)
     c = _ci(score_interval, b)
-    out = WinRate(rate=c['mean'], low=c['low'], high=c['high'], wins=wins, ties=ties, losses=losses, n=len(b),
-                  samples=x.shape[1], p=paired_test(b-.5), mdd=_mdd(known, b), **_missing(x))
+    out = WinRate(rate=c['mean'], low=c['low'], high=c['high'],
+                  wins=wins, ties=ties, losses=losses, n=len(b), samples=x.shape[1],
+                  p=paired_test(b-.5), mdd=_mdd(known, b), **_missing(x))
     if by is not None: out['by'] = by
     return out
 
@@ -195,7 +198,9 @@ def _mdd(x, b):
     "Detectable from 1/2: the variance of answers `x` around 1/2, times the effect of clustering in prompt means `b`"
     v = x.var(correction=0)
     around,effect = torch.tensor(.25),1.                         # nothing varies: a toss
-    if v>0 and len(b)>1: around,effect = ((x-.5)**2).mean(),b.var()/v
+    if v>0 and len(b)>1:
+        around = ((x-.5)**2).mean()
+        effect = b.var()/v
     errors = sum(map(NormalDist().inv_cdf, (.975,.8))) # of the first and the second kind
     return min(.5, errors*(around*effect/len(b)).sqrt().item())
 
@@ -223,7 +228,8 @@ def _no_rate(why): return ValueError(f'no length-controlled win rate: {why}')
 
 def _check_lengths(y, d):
     "An error that says why, where points `y` and length differences `d` (B,n) do not tell the effect of length"
-    n,more,less = len(y),int((d>0).sum()),int((d<0).sum())
+    n = len(y)
+    more,less = int((d>0).sum()),int((d<0).sum())
     if n<50: raise _no_rate(f'{n} prompts; at least 50 are needed')
     if min(more,less)<5:
         raise _no_rate(f'{more} answers are longer than their opponents and {less} shorter; '
@@ -243,11 +249,13 @@ def length_controlled(
         raise ValueError(f'one length difference for each point is needed, got {tuple(d.shape)} and {tuple(y.shape)}')
     y,d = (o.reshape(len(o), -1) for o in (y,d))
     live = ~(y.isnan()|d.isnan())
+    y,d = y.where(live, math.nan),d.where(live, math.nan)
     some = live.any(1)
-    y,d,live = (o[some] for o in (y.where(live, math.nan),d.where(live, math.nan),live))
+    y,d,live = y[some],d[some],live[some]
     _check_lengths(y, d)
     w,errors,scale = glm(y[None], d[None], live[None])
-    (a,b),(ha,hb) = w[0].tolist(),(t_quantile(len(y)-1)*errors[0]).tolist()
+    half = t_quantile(len(y)-1)*errors[0]
+    (a,b),(ha,hb) = w[0].tolist(),half.tolist()
     def sigmoid(x): return 1/(1+math.exp(-x))
     return dict(rate=sigmoid(a), low=sigmoid(a-ha), high=sigmoid(a+ha),
                 slope=b, slope_low=b-hb, slope_high=b+hb, scale=scale.item(), n=len(y))
