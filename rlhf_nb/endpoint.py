@@ -19,7 +19,9 @@ class Fault(Exception):
     "A request that brought no verdict: what now (params, cut, limit, again, nobody, give up, halt); billed: True, False, or None for perhaps; text: what came"
     def __init__(self, what, why, billed=False, wait=None, use=None, kind='error', text=None):
         super().__init__(why)
-        self.what,self.billed,self.wait,self.use,self.kind,self.text = what,billed,wait,use or {},kind,text
+        self.what,self.kind,self.text = what,kind,text
+        self.billed,self.use = billed,use or {}
+        self.wait = wait               # seconds, where the server says so
 
 # By which words a refusal names a parameter
 _names = dict(
@@ -30,20 +32,24 @@ _names = dict(
 
 def named_in(said:str)->list:
     "The parameters that a refusal names, in its order"
-    found = {k:re.search('|'.join(words), said, re.I) for k,words in _names.items()}
+    found = {k:re.search('|'.join(words), said, re.I)
+             for k,words in _names.items()}
     return sorted((k for k,m in found.items() if m), key=lambda k: found[k].start())
 
 def _clean(s:str)->str:
     "Without half characters, which no request and no file can hold"
     return s.encode(errors='replace').decode()
 
-def _late(seconds): return Fault('again', f'no whole reply within {seconds:g} s', None)
+def _late(seconds):
+    "The reply takes too long"
+    return Fault('again', f'no whole reply within {seconds:g} s', None)
 
 def _retry_after(v):
     "Seconds of a Retry-After header: a number or a date; None without one"
     try: s = float(v)
     except (TypeError,ValueError):
-        try: s = email.utils.parsedate_to_datetime(v).timestamp()-time.time()
+        try:
+            s = email.utils.parsedate_to_datetime(v).timestamp()-time.time()
         except (TypeError,ValueError): return None
     return max(0., s) if math.isfinite(s) else None
 
@@ -59,18 +65,21 @@ _meant = [
 def _error_status(d):
     "The HTTP status that an error inside HTTP 200 stands for; 200 where it does not say"
     e = d.get('error') if isinstance(d.get('error'), dict) else d
-    words = ' '.join(str(e.get(k) or '') for k in ('code','type','status')).lower()
+    words = ' '.join(str(e.get(k) or '')
+                     for k in ('code','type','status')).lower()
     number = re.search(r'\b[45]\d\d\b', words)
     if number: return int(number[0])
     return next((status for pattern,status in _meant if re.search(pattern, words)), 200)
 
 # %% ../nbs/18_endpoint.ipynb #endpaddr
 # What stands in the paths of such addresses; any other part may be a key
-_plain = ['api','openai','openai-compatible','compatible-mode','compat','chat','completions','paas','inference','llm','ai',
-          'proxy','gateway','models?','engines?','deployments?','serving', r'v\d+(?:beta\d*)?']
+_plain = ['api','openai','openai-compatible','compatible-mode','compat','chat','completions','paas',
+          'inference','llm','ai','proxy','gateway','models?','engines?','deployments?','serving', r'v\d+(?:beta\d*)?']
 _plain = re.compile('|'.join(_plain), re.I)
 
-def _may_tell(part): return not part or _plain.fullmatch(part)
+def _may_tell(part):
+    "Can it be told, or may it be a key?"
+    return not part or _plain.fullmatch(part)
 
 def _here(host):
     "Is it a number of this machine?"
@@ -90,27 +99,32 @@ class Address:
         self.shown = self.origin+'/'.join(o if _may_tell(o) else '…' for o in parts)
         self.hidden = path if '…' in self.shown else ''       # two endpoints that look the same are not the same
         self.target = quote(path+'/chat/completions', safe="/%:!$&'()*+,;=~")
-        if u.query: self.target += '?'+quote(u.query, safe="/%:!$&'()*+,;=~?")
+        if u.query:
+            self.target += '?'+quote(u.query, safe="/%:!$&'()*+,;=~?")
         user,password = unquote(u.username or ''),unquote(u.password or '')
         self.login = f'{user}:{password}' if user or password else None
         self.secrets = [u.password or u.username or '']
         self.secrets += [v for _,v in parse_qsl(u.query, keep_blank_values=True)]
         self.secrets += [o for o in parts if not _may_tell(o)]
-        if self.login: self.secrets.append(self.basic.split()[1])
+        if self.login:
+            self.secrets.append(self.basic.split()[1])
 
     def _parts(self, url):
         "The parts of an address; an error tells nothing of it"
-        wrong = ValueError('base_url: expected something like http://localhost:8000/v1; special characters of a user or '
-                           'a password are written as %40 for @, %2F for /')
+        wrong = ValueError('base_url: expected something like http://localhost:8000/v1; '
+                           'special characters of a user or a password are written as %40 for @, %2F for /')
         try:
             u = urlsplit(url.strip())
             u.port
         except (ValueError,AttributeError): raise wrong from None
-        if u.scheme not in ('http','https') or not u.hostname or u.fragment or '@' in u.path+u.query: raise wrong
+        if u.scheme not in ('http','https') or not u.hostname or u.fragment or '@' in u.path+u.query:
+            raise wrong
         return u
 
     @property
-    def basic(self): return 'Basic '+base64.b64encode(self.login.encode()).decode()
+    def basic(self):
+        "User and password, as HTTP sends them"
+        return 'Basic '+base64.b64encode(self.login.encode()).decode()
 
     @property
     def loopback(self):
@@ -124,13 +138,15 @@ class Address:
         if '.' in host: return False
         try: found = socket.getaddrinfo(host, None)   # this machine's own name, ip6-localhost
         except (OSError,ValueError): return False
-        try: return all(_here(where[0]) for *_,where in found)
+        try:
+            return all(_here(where[0]) for *_,where in found)
         except ValueError: return False
 
     @property
     def proxy(self):
         "The proxy that the environment names for this address; None: asked directly"
-        if self.loopback or proxy_bypass(self.origin.split('//')[1]): return None
+        if self.loopback or proxy_bypass(self.origin.split('//')[1]):
+            return None
         p = getproxies().get(self.scheme) or getproxies().get('all')
         return p if not p or '://' in p else f'http://{p}'
 
@@ -143,24 +159,32 @@ def _masked(secret):
 
 class _InTime:
     "A network, or a stream of it, on which nothing lasts longer than `left()` seconds: a time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us"
-    def __init__(self, inner, left, seconds): self.inner,self.left,self.seconds = inner,left,seconds
-    def __getattr__(self, k): return getattr(self.inner, k)
+    def __init__(self, inner, left, seconds):
+        self.inner,self.left,self.seconds = inner,left,seconds
+    def __getattr__(self, k):
+        return getattr(self.inner, k)
 
     def _limit(self, timeout):
+        "What is left of the time, for one step"
         s = self.left()
         if s<=0: raise _late(self.seconds)
         return s if timeout is None else min(s, timeout)
 
-    def _again(self, inner): return _InTime(inner, self.left, self.seconds)
+    def _again(self, inner):
+        "The same for what comes out of a network: a stream"
+        return _InTime(inner, self.left, self.seconds)
 
     def connect_tcp(self, host, port, timeout=None, **kw):
-        return self._again(self.inner.connect_tcp(host, port, timeout=self._limit(timeout), **kw))
+        return self._again(self.inner.connect_tcp(
+            host, port, timeout=self._limit(timeout), **kw))
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
         return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
 
-    def read(self, max_bytes, timeout=None): return self.inner.read(max_bytes, self._limit(timeout))
-    def write(self, buffer, timeout=None): return self.inner.write(buffer, self._limit(timeout))
+    def read(self, max_bytes, timeout=None):
+        return self.inner.read(max_bytes, self._limit(timeout))
+    def write(self, buffer, timeout=None):
+        return self.inner.write(buffer, self._limit(timeout))
 
 # %% ../nbs/18_endpoint.ipynb #endpread
 most_bytes = 8_000_000   # of a reply
@@ -174,7 +198,12 @@ class Reply(NamedTuple):
     by:str     # The name that the model calls itself
 
 def _broken(text, why='a reply that is no chat completion'):
+    "A reply that can't be read; it may have been billed"
     return Fault('again', why, None, kind='broken', text=text)
+
+def _whole_number(digits):
+    "A number of any length: one that is too long is nonsense"
+    return int(digits) if len(digits)<20 else math.inf
 
 def _error_of(d):
     "The object that says what is wrong, wherever a server puts it"
@@ -184,7 +213,8 @@ def _error_of(d):
 class Server:
     "Somebody who speaks as OpenAI does: `post` brings a `Reply`, or a `Fault` that says what to do now"
     def __init__(self, base_url=None, api_key=None, timeout=60., connections=8):
-        self.address = Address('https://api.openai.com/v1' if base_url is None else base_url)   # an empty one is a mistake, and not OpenAI
+        # an empty one is a mistake, and not OpenAI
+        self.address = Address('https://api.openai.com/v1' if base_url is None else base_url)
         self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
         self.timeout,self.connections,self._given = timeout,connections,api_key
         self._due = threading.local()                         # each thread reads one reply at a time
@@ -196,41 +226,54 @@ class Server:
 
     @cached_property
     def key(self):
+        "The key that was given, or that the environment holds"
         key = (self._given or os.environ.get(self.key_name, '')).strip()
         if not key and self.openai:
-            raise JudgeError(f'no API key: set the environment variable {self.key_name}, or name a local server with base_url; '
-                             'judging by stored rewards needs none')
-        if not re.fullmatch(r'[!-~]*', key): raise JudgeError('the API key holds a space or a character that no key has')
+            raise JudgeError(f'no API key: set the environment variable {self.key_name}, '
+                             'or name a local server with base_url; judging by stored rewards needs none')
+        if not re.fullmatch(r'[!-~]*', key):
+            raise JudgeError('the API key holds a space or a character that no key has')
         return key
 
     def scrub(self, s:str)->str:
         "Without keys and passwords, however they are spelled"
-        spelled = {m for k in (self.key,*self.address.secrets) if len(k)>3 for m in _masked(k)}
-        for o in sorted(spelled, key=len, reverse=True): s = s.replace(o, '[key]')
+        spelled = set()
+        for k in (self.key,*self.address.secrets):
+            if len(k)>3: spelled |= _masked(k)
+        for o in sorted(spelled, key=len, reverse=True):
+            s = s.replace(o, '[key]')
         return s
 
     def _headers(self):
         "All that is sent beside a question"
         json_form = 'application/json'
         out = {'accept':json_form, 'accept-encoding':'identity', 'content-type':json_form, 'user-agent':'rlhf_nb'}
-        if self.address.login: out['authorization'] = self.address.basic
+        if self.address.login:
+            out['authorization'] = self.address.basic
         elif self.key: out['authorization'] = f'Bearer {self.key}'
         if not self.openai: return out
         more = {'openai-organization':'OPENAI_ORG_ID', 'openai-project':'OPENAI_PROJECT_ID'}
-        return out | {k:os.environ[v] for k,v in more.items() if os.environ.get(v)}
+        return out | {k:os.environ[v]
+                      for k,v in more.items() if os.environ.get(v)}
 
-    def _left(self): return self._due.end-time.monotonic()
+    def _left(self):
+        "Seconds that this thread's reply may still take"
+        return self._due.end-time.monotonic()
 
     @cached_property
     def client(self):
         "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
         import openai
-        for o in _loud: logging.getLogger(o).setLevel(logging.WARNING)
-        http = sys.modules[openai.DefaultHttpxClient.__base__.__module__]           # the HTTP library that openai brings
+        for o in _loud:
+            logging.getLogger(o).setLevel(logging.WARNING)
+        # the HTTP library that openai brings
+        http = sys.modules[openai.DefaultHttpxClient.__base__.__module__]
         a,headers = self.address,self._headers()
-        proxy,whole = a.proxy,a.scheme=='http'
-        target = a.origin+a.target if whole and (proxy or '').startswith('http') else a.target   # such a proxy needs the whole address
+        proxy,target = a.proxy,a.target
+        # a proxy that speaks HTTP needs the whole address, where nothing is encrypted
+        if a.scheme=='http' and proxy and proxy.startswith('http'): target = a.origin+a.target
         class Client(openai.DefaultHttpxClient):
+            "Sends what we say, and nothing that the environment or the library would add"
             def send(client, request, **kw):
                 return self._bounded(http, super().send, request, headers, target)
         limits = http.Limits(max_connections=None, max_keepalive_connections=self.connections)
@@ -243,17 +286,23 @@ class Server:
         for o in filter(None, (client._transport,*client._mounts.values())):
             o._pool._network_backend = _InTime(o._pool._network_backend, self._left, self.timeout)
         # without a key, `headers` has none
-        return openai.OpenAI(base_url=a.origin, api_key=self.key or 'none', max_retries=0, timeout=self.timeout, http_client=client)
+        return openai.OpenAI(
+            base_url=a.origin, api_key=self.key or 'none',
+            max_retries=0, timeout=self.timeout, http_client=client)
 
     def _bounded(self, http, send, request, headers, target):
         "Send a request as ours, and read the reply under our limits; its bytes come back in the request"
         self._due.end = time.monotonic()+self.timeout
-        asked = http.Request(request.method, request.url, headers=headers, content=request.content,
-                             extensions=request.extensions | dict(target=target.encode()))
+        asked = http.Request(
+            request.method, request.url, headers=headers,
+            content=request.content,
+            extensions=request.extensions | dict(target=target.encode()))
         r = send(asked, stream=True, follow_redirects=False)
-        try: self._read(r, request.extensions.setdefault('body', bytearray()))
+        try:
+            self._read(r, request.extensions.setdefault('body', bytearray()))
         finally: r.close()
-        kept = [(k,v) for k,v in r.headers.raw if k.lower() in (b'content-type',b'retry-after')]   # bytes: they may not be ASCII
+        kept = [(k,v) for k,v in r.headers.raw
+                if k.lower() in (b'content-type',b'retry-after')]   # bytes, which may not be ASCII
         return http.Response(r.status_code, headers=kept, request=request)
 
     def _read(self, r, body):
@@ -264,25 +313,33 @@ class Server:
             if len(body)>most_bytes:
                 text = bytes(body[:2000]).decode(errors='replace')
                 raise _broken(text, f'a reply of more than {most_bytes//10**6} MB')
-            if r.status_code//100!=2 and len(body)>10**5: break
+            if r.status_code//100!=2 and len(body)>10**5:
+                break
 
     def post(self, asked:dict)->Reply:
         "One request"
         import openai
-        try: r = self.client.chat.completions.with_raw_response.create(**asked).http_response
+        try:
+            r = self.client.chat.completions.with_raw_response.create(**asked).http_response
         except openai.APIStatusError as e: r = e.response
-        except openai.APIConnectionError as e: raise self._unreached(e, isinstance(e, openai.APITimeoutError)) from None
+        except openai.APIConnectionError as e:
+            raise self._unreached(e, isinstance(e, openai.APITimeoutError)) from None
         text = bytes(r.request.extensions['body']).decode('utf-8-sig', errors='replace')
-        try: d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
+        try: d = json.loads(text, parse_int=_whole_number)
         except (ValueError,RecursionError): d = None
-        def error(status, d): return self._status(status, d, text, r.headers, asked['model'])
-        if r.status_code//100!=2: raise error(r.status_code, d)
-        if isinstance(d, dict) and (d.get('error') or d.get('object')=='error'): raise error(_error_status(d), d)
+        def error(status, d):
+            "What an error of this reply means"
+            return self._status(status, d, text, r.headers, asked['model'])
+        if r.status_code//100!=2:
+            raise error(r.status_code, d)
+        if isinstance(d, dict) and (d.get('error') or d.get('object')=='error'):
+            raise error(_error_status(d), d)
         if 'event-stream' in r.headers.get('content-type', '') or text.startswith('data:'):
             raise Fault('halt', f'{self.host} answers in a stream only, which is not supported', None, text=text)
         try: c = d['choices'][0]
         except (KeyError,IndexError,TypeError): c = None
-        if isinstance(c, dict) and c.get('error'): raise error(_error_status(c), c)
+        if isinstance(c, dict) and c.get('error'):
+            raise error(_error_status(c), c)
         message = c.get('message') if isinstance(c, dict) else None
         if not isinstance(message, dict):
             page = ' (a page)' if text.lstrip()[:1]=='<' else ''
@@ -295,7 +352,8 @@ class Server:
         "No reply, or only a part of one"
         why,body = type(e.__cause__).__name__,e.request.extensions.get('body')   # None before a reply began
         nobody = f'nothing answers at {self.host} ({why})'
-        if why in ('ConnectTimeout','ConnectError','ProxyError'): return Fault('nobody', nobody)
+        if why in ('ConnectTimeout','ConnectError','ProxyError'):
+            return Fault('nobody', nobody)
         if late: return _late(self.timeout)
         if body is None: return Fault('nobody', nobody, None)
         return Fault('again', f'a reply that broke off ({why})', None, text=bytes(body).decode(errors='replace'))
@@ -319,7 +377,9 @@ class Server:
     def _meaning(self, n, said, code, model):
         "What to do now, and why"
         in_address = self.address.login or '?' in self.address.target
-        def has(pattern): return re.search(pattern, said, re.I)
+        def has(pattern):
+            "Does the server say it?"
+            return re.search(pattern, said, re.I)
         http = f'HTTP {n}: {said}'
         if n in (401,403) or n==400 and has('api.?key'):
             key = 'the address' if in_address else self.key_name
@@ -335,5 +395,6 @@ class Server:
         if n==200: return 'again',f'an error inside HTTP 200: {said}'
         if n in (400,422): return 'params',http
         if n>=500 and named_in(said): return 'params or again',http   # a chat template's error, say
-        if n in (408,409) or n>=500: return 'again',f'HTTP {n}'
+        if n in (408,409) or n>=500:
+            return 'again',f'HTTP {n}'
         return 'give up',http

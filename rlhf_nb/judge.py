@@ -43,13 +43,21 @@ def audit_pairs(
 )->list: # dict(prompt, a, b, form, fact, id): `a` is the right answer
     "Pairs with known answers"
     out,i = [],0
-    def kind(fact): return fact.split()[1]
-    def answer(fact, value): return f' {fact[0].upper()+fact[1:]} is {value}.'
+    def kind(fact):
+        "What kind of thing it is about"
+        return fact.split()[1]
+    def answer(fact, value):
+        "A sentence that states the fact with this value"
+        return f' {fact[0].upper()+fact[1:]} is {value}.'
     for fact,value in list(facts.items())[:n]:
-        others = [v for k,v in facts.items() if kind(k)==kind(fact) and v!=value]
+        others = [v for k,v in facts.items()
+                  if kind(k)==kind(fact) and v!=value]
         for j in range(each):
             right,wrong = answer(fact, value),answer(fact, others[(i+j)%len(others)])
-            worse = dict(plain=wrong, length=right.join(_talk[j%2]), injection=f'{wrong}\n\n{attacks[i%len(attacks)]}')
+            worse = dict(
+                plain=wrong,
+                length=right.join(_talk[j%2]),
+                injection=f'{wrong}\n\n{attacks[i%len(attacks)]}')
             out += [dict(prompt=HH.ask(f'Tell me {fact}.'), a=right, b=b, form=form, fact=fact, id=i)
                     for form,b in worse.items()]
             i += 1
@@ -58,27 +66,38 @@ def audit_pairs(
 def audit(
     judge,
     pairs:list=None # From `audit_pairs`
-)->dict: # accuracy, flips, longer, injection, slot_bias (each with low, high, n: facts; None: can't be told), decided, failed, n (pairs)
-    "What the judge does where the answer is known"
+)->dict: # accuracy, flips, longer, injection, slot_bias; decided, failed, n (pairs)
+    "What the judge does where the answer is known; shares have low, high, n (facts), or are None where they can't be told"
     pairs = audit_pairs() if pairs is None else pairs
     rows = [p|v for p,v in zip(pairs, judge_pairs(judge, pairs))]
     ok = [r for r in rows if r['verdict']]
-    forms = {k:[r for r in ok if r['form']==k] for k in ('plain','length','injection')}
+    forms = {k:[r for r in ok if r['form']==k]
+             for k in ('plain','length','injection')}
     right = {r['id'] for r in forms['plain'] if r['verdict']=='a'}
     asked = [r for r in forms['injection'] if r['id'] in right]
-    def share(rs, f): return share_by([f(r) for r in rs], [r['fact'] for r in rs])
-    def decided(rs): return sum(r['verdict']!='tie' for r in rs)
+    def share(rs, f):
+        "A share of these rows, clustered by fact"
+        return share_by([f(r) for r in rs], [r['fact'] for r in rs])
+    def decided(rs):
+        "How many of these have a winner"
+        return sum(r['verdict']!='tie' for r in rs)
     longer = share(forms['length'], lambda r: 1-_points[r['verdict']])   # points of `b`
-    return dict(accuracy=share(forms['plain'], lambda r: r['verdict']=='a'), flips=share(ok, lambda r: r['flip']),
-                decided=decided(ok), longer=longer if decided(forms['length']) else None,
-                injection=share(asked, lambda r: r['verdict']=='b'), slot_bias=slot_bias(ok, [r['fact'] for r in ok]),
-                failed=len(rows)-len(ok), n=len(rows))
+    return dict(
+        accuracy=share(forms['plain'], lambda r: r['verdict']=='a'),
+        flips=share(ok, lambda r: r['flip']),
+        decided=decided(ok),
+        longer=longer if decided(forms['length']) else None,
+        injection=share(asked, lambda r: r['verdict']=='b'),
+        slot_bias=slot_bias(ok, [r['fact'] for r in ok]),
+        failed=len(rows)-len(ok),
+        n=len(rows))
 
 def _ci(d, f='.2f'):
     "A number with its interval; a dash, where it can't be told"
     return interval(d, f, none='–')
 
 def _p(p):
+    "A p value in a table"
     if p is None: return '–'
     return '< .001' if p<.001 else f'{p:.3f}'
 
@@ -92,8 +111,11 @@ def audit_table(
     rows = [['judge', *_audited.values(), 'p of the slot', 'failed', 'pairs']]
     for k,v in d.items():
         slot = v['slot_bias']
-        rows.append([md_inline(k), *(_ci(v[c]) for c in _audited), _p(slot['p'] if slot['n'] else None), v['failed'], v['n']])
-    silent = [_tells_nothing(k, v) for k,v in d.items() if not v.get('decided', 1)]
+        cells = [_ci(v[c]) for c in _audited]
+        p = _p(slot['p'] if slot['n'] else None)
+        rows.append([md_inline(k), *cells, p, v['failed'], v['n']])
+    silent = [_tells_nothing(k, v)
+              for k,v in d.items() if not v.get('decided', 1)]
     return '\n\n'.join([md_table(rows), *silent])
 
 def _tells_nothing(name, v):
@@ -123,9 +145,12 @@ def order_table(
     d:dict # {model: dict}, from `judged`
 )->str:
     "What the order of the answers did, as a Markdown table; a sentence where it did nothing"
-    n = sum(w['wins']+w['ties']+w['losses'] for w in d.values() if w['n'])
+    n = sum(w['wins']+w['ties']+w['losses']
+            for w in d.values() if w['n'])
     if not n: return 'No pair has a verdict.'
-    if not any(w['flips'] and w['flips']['mean'] for w in d.values()): return f'No flip in {n} pairs.'
+    if not any(w['flips'] and w['flips']['mean']
+               for w in d.values()):
+        return f'No flip in {n} pairs.'
     rows = [['model','flips [95%]','second slot [95%]','p of the slot','decided verdicts','same text']]
     for k,w in d.items():
         slot = w['slot_bias']
@@ -137,7 +162,10 @@ def length_table(d:dict)->str:
     rows = [['model','win rate [95%]','at equal length [95%]','slope [95%]','tokens more than the other [95%]']]
     for k,w in d.items():
         c = w['length_controlled']
-        slope = dict(mean=c.get('slope'), low=c.get('slope_low'), high=c.get('slope_high'))
+        slope = dict(
+            mean=c.get('slope'),
+            low=c.get('slope_low'),
+            high=c.get('slope_high'))
         rows.append([md_inline(k), _ci(w), c.get('refused') or _ci(c), _ci(slope), _ci(w['longer'], '.1f')])
     return md_table(rows)
 
@@ -146,7 +174,8 @@ def _who(a):
     cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
     p = a['params']
     heat = 'of the server' if p['temperature'] is None else p['temperature']
-    out = [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, temperature {heat}.",
+    out = [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, "
+           f"temperature {heat}.",
            f"{a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens billed ({cost}), "
            f"{a['possibly_billed']} more possibly billed; {a['cut']} questions were cut to fit."]
     lacks = _lacks(p)
@@ -158,14 +187,16 @@ def _who(a):
         out.append(f"It calls itself {called}{'.' if len(names)==1 else ': **more than one model answered.**'}")
     if a.get('wrong_code') or a.get('unreadable'):
         where = f" in {md_inline(a['journal'])}" if a.get('journal') else ''
-        out.append(f"Replies with a wrong check code: {a['wrong_code']}; replies that could not be read: {a['unreadable']}. "
+        out.append(f"Replies with a wrong check code: {a['wrong_code']}; "
+                   f"replies that could not be read: {a['unreadable']}. "
                    f'Their text is kept{where}; each was asked again, up to the limit.')
     return ' '.join(out)
 
 def _lacks(params):
     "What an endpoint can't do"
     words = dict(response_format='reply of a fixed form', temperature='temperature', length='limit on the length')
-    out = [name for k,name in words.items() if k in params and params[k] is None]
+    out = [name for k,name in words.items()
+           if k in params and params[k] is None]
     if params.get('response_format')=='json_object': out.append('JSON schema')
     if params.get('system')=='user': out.append('system role')
     return out
@@ -173,7 +204,8 @@ def _lacks(params):
 def _partial(d):
     "What is missing, and what can't be concluded"
     why = Counter()
-    for w in d.values(): why.update(w.get('reasons', {}))
+    for w in d.values():
+        why.update(w.get('reasons', {}))
     missing = sum(w['failed'] for w in d.values())
     out = [f'**Partial: {missing} pairs have no verdict** ({most_of(why, md_inline)}). Do not quote these numbers.']
     for k,w in d.items():
@@ -200,7 +232,8 @@ def _judge_section(name, d):
     out = [f'## Judge: {md_inline(name)}']
     if about: out.append(_who(about))
     if not known: out.append('**No pair has a verdict: this judge says nothing.**')
-    if any('partial' in w for w in d.values()): out.append(_partial(d))
+    if any('partial' in w for w in d.values()):
+        out.append(_partial(d))
     if known and not any(w['wins']+w['losses'] for w in known):
         turned = all(w['flips']['mean']==1 for w in known)
         why = ', because the order turned every verdict' if turned else ''
@@ -214,9 +247,12 @@ def _agreement_section(agree):
     for k,by_model in agree.items():
         for m,v in by_model.items():
             opposite = '–' if v['opposite'] is None else f"{v['opposite']:.2f}"
-            kappa = dict(mean=v['kappa'], low=v['low'], high=v['high'])
+            kappa = dict(
+                mean=v['kappa'], low=v['low'],
+                high=v['high'])
             rows.append([md_inline(k), md_inline(m), _ci(v['agree']), _ci(kappa), opposite, v['n']])
-    return ['## Agreement', "Cohen's kappa: agreement beyond chance. Opposite: one says a, the other b.", md_table(rows)]
+    how_to_read = "Cohen's kappa: agreement beyond chance. Opposite: one says a, the other b."
+    return ['## Agreement', how_to_read, md_table(rows)]
 
 def win_rates_md(
     rates:dict,     # {judge: {model: dict}}
@@ -228,10 +264,13 @@ def win_rates_md(
 )->str:
     "The report: only what the numbers say"
     first = next(iter(next(iter(rates.values())).values()))
-    out = ['# Win rates', f"Against '{md_inline(first['against'])}'; {source}. Made by {md_code(command)}.", _how_to_read]
-    for name,d in rates.items(): out += _judge_section(name, d)
+    about = f"Against '{md_inline(first['against'])}'; {source}. Made by {md_code(command)}."
+    out = ['# Win rates', about, _how_to_read]
+    for name,d in rates.items():
+        out += _judge_section(name, d)
     if agree: out += _agreement_section(agree)
-    if notes: out.append('\n'.join(f'- {md_inline(o)}' for o in notes))
+    if notes:
+        out.append('\n'.join(f'- {md_inline(o)}' for o in notes))
     if audits: out += ['## Audit on pairs with known answers', audit_table(audits)]
     return '\n\n'.join(out)+'\n'
 
@@ -260,13 +299,17 @@ def _samples_hash(records, judge):
     if key and not _scored(records, key): key = ''
     rows = []
     for k,rs in records.items():
-        for r in rs: rows.append([k, r['prompt'], r['response']]+([r[key]] if key else []))
+        for r in rs:
+            rows.append([k, r['prompt'], r['response']]+([r[key]] if key else []))
     return _sha(rows)
 
 def _named(judges, records):
     "{name: judge}"
-    if judges is None: judges = [k for k,o in known_judges.items() if o.key and _scored(records, o.key)]
-    if not isinstance(judges, (list,tuple,dict)): judges = [judges]
+    if judges is None:
+        judges = [k for k,o in known_judges.items()
+                  if o.key and _scored(records, o.key)]
+    if not isinstance(judges, (list,tuple,dict)):
+        judges = [judges]
     if not isinstance(judges, dict):
         names = [j if isinstance(j, str) else j.name for j in judges]
         if len({file_name(o).lower() for o in names})<len(names):
@@ -278,11 +321,12 @@ def _named(judges, records):
             raise ValueError(f"unknown judge '{j}': expected {', '.join(known_judges)}, an LLMJudge or a function")
         if k in known_judges and not isinstance(j, str):
             raise ValueError(f"'{k}' is the name of the stored scores: give this judge another")
-    return {k:known_judges[j].make(records) if isinstance(j, str) else j for k,j in judges.items()}
+    return {k:known_judges[j].make(records) if isinstance(j, str) else j
+            for k,j in judges.items()}
 
 def judge_run(
     folder,                  # A run folder, or one that holds sample files
-    judges=None,             # 'gold', 'reward', an `LLMJudge`, a list of these, or {name: judge} (None: the stored scores there are)
+    judges=None,             # 'gold', 'reward', an `LLMJudge`, a list, or {name: judge} (None: the stored scores)
     against:str='reference',
     votes=None,              # File of human votes (None: `votes.jsonl` of the folder, where there is one)
     audited:bool=False,      # Audit the judges too (those that judge any text)
@@ -297,7 +341,8 @@ def judge_run(
         raise ValueError(f"{folder}: there are samples of '{against}' alone, and nothing to compare it with")
     people = _votes(work.places, votes)
     work.repeat()
-    for name in work.judges: work.ask(name, audited, most_failed)
+    for name in work.judges:
+        work.ask(name, audited, most_failed)
     if not work.rates: raise work.errors[0]
     work.compare(people)
     work.write(command or f'rlhf_nb judge --out {folder}', _bad_lines(people))
@@ -308,11 +353,13 @@ class _Judgement:
     "What judges say about the samples of a folder, step by step: `judge_run` is these steps"
     def __init__(self, folder, judges, against):
         self.places,self.against = Places(folder),against
-        self.records = read_samples(folder, {k:t for k,t in sample_keys.items() if k!='reward'})   # a judge that is asked needs none
+        needed = {k:t for k,t in sample_keys.items() if k!='reward'}   # a judge that is asked needs none
+        self.records = read_samples(folder, needed)
         self.judges = _named(judges, self.records)
         self.rates,self.audits,self.agree,self.errors = {},{},{},[]
         for name,j in self.judges.items():
-            if isinstance(j, LLMJudge) and not j.journal.path: j.open(self.places.journal_of(name))
+            if isinstance(j, LLMJudge) and not j.journal.path:
+                j.open(self.places.journal_of(name))
 
     def estimates(self, audited):
         "What asking each judge would take"
@@ -321,22 +368,29 @@ class _Judgement:
                  for k,rs in self.records.items() if k!=self.against for x,y in zip(rs, ref)]
         more = audit_pairs() if audited else []
         free = dict(pairs=len(pairs), requests=0, cost=0.)
-        return {k:j.estimate(pairs+more) if isinstance(j, LLMJudge) else dict(free) for k,j in self.judges.items()}
+        return {k:j.estimate(pairs+more) if isinstance(j, LLMJudge) else dict(free)
+                for k,j in self.judges.items()}
 
     def repeat(self):
         "What was said earlier about these very samples"
         def about_these(name, w):
-            return isinstance(w, dict) and w.get('samples')==_samples_hash(self.records, name) and w.get('against')==self.against
+            "Does an earlier result speak of the same samples and scores?"
+            if not isinstance(w, dict) or w.get('against')!=self.against: return False
+            return w.get('samples')==_samples_hash(self.records, name)
         for name,d in _past(self.places.win_rates).items():
-            if not d or not all(about_these(name, w) for w in d.values()): continue
-            if self.places.verdicts_of(name).exists(): self.rates[name] = d
-        self.audits = {k:v for k,v in _past(self.places.audits).items() if k in self.rates}
+            if not d or not all(about_these(name, w) for w in d.values()):
+                continue
+            if self.places.verdicts_of(name).exists():
+                self.rates[name] = d
+        self.audits = {k:v for k,v in _past(self.places.audits).items()
+                       if k in self.rates}
 
     def ask(self, name, audited, most_failed):
         "Verdicts of one judge into its file, its win rates and, where it is asked for, its audit"
         judge = self.judges[name]
         prompt,is_llm = getattr(judge, 'prompt_hash', None),isinstance(judge, LLMJudge)
-        if self.audits.get(name, {}).get('prompt')!=prompt: self.audits.pop(name, None)   # of another prompt it says nothing
+        if self.audits.get(name, {}).get('prompt')!=prompt:
+            self.audits.pop(name, None)   # of another prompt it says nothing
         try: rows = judge_records(self.records, judge, self.against)
         except JudgeError as e:   # no key, say: the other judges' results are written all the same
             self.errors.append(e)
@@ -344,27 +398,34 @@ class _Judgement:
         stopped = getattr(judge, 'stopped', None)
         write_text(self.places.verdicts_of(name), ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
         d = self.rates[name] = judged(rows, name)
-        if audited and not hasattr(judge, 'knows') and not stopped: self.audits[name] = audit(judge) | dict(prompt=prompt)
+        if audited and not hasattr(judge, 'knows') and not stopped:
+            self.audits[name] = audit(judge) | dict(prompt=prompt)
         e = _failures(rows, d, most_failed)
         if e and (stopped or not any(r['verdict'] for r in rows)):
             if stopped and is_llm:
-                e.args = (f'{e}. What was judged is kept in {judge.journal.path}: the same command asks only for the rest',)
+                kept = f'What was judged is kept in {judge.journal.path}: the same command asks only for the rest'
+                e.args = (f'{e}. {kept}',)
             self.errors.append(e)
         source = samples_source(self.places, self.records)
-        about = dict(samples=_samples_hash(self.records, name), prompts=source['text'], split=source['split'])
+        about = dict(
+            samples=_samples_hash(self.records, name),
+            prompts=source['text'], split=source['split'])
         if is_llm: about['judge'] = judge.about()
         for w in d.values(): w.update(about)
 
     def compare(self, votes):
         "How far judges agree with each other, and with people"
-        self.agree = _agreements({k:read_rows(self.places.verdicts_of(k)) for k in self.rates})
+        self.agree = _agreements({k:read_rows(self.places.verdicts_of(k))
+                                  for k in self.rates})
         if votes is None: return
         now = _sha(votes)
         for k,o in _past(self.places.agreement).items():   # of judges that are not asked now
             said = o.get('all', {}).get('votes_hash')==now
-            if said and k.removesuffix(' and votes') in self.rates: self.agree[k] = o
+            if said and k.removesuffix(' and votes') in self.rates:
+                self.agree[k] = o
         for k,j in self.judges.items():
-            if k in self.rates: self.agree[f'{k} and votes'] = dict(all=human_agreement(j, votes) | dict(votes_hash=now))
+            if k in self.rates:
+                self.agree[f'{k} and votes'] = dict(all=human_agreement(j, votes) | dict(votes_hash=now))
 
     def write(self, command, notes):
         "The results, and the report on them"
@@ -380,29 +441,35 @@ def _votes(places, path):
     found = Path(path or places.votes)
     if not path and not found.exists(): return None
     votes = read_votes(found)
-    if path and not votes: raise ValueError(votes.bad[0] if votes.bad else f'{found}: no votes in it')
+    if path and not votes:
+        raise ValueError(votes.bad[0] if votes.bad else f'{found}: no votes in it')
     votes.path = found
     return votes
 
 def _bad_lines(votes):
     "What the report says of lines that are no votes"
     if votes is None or not votes.bad: return []
-    first = [o.removeprefix(str(votes.path.parent)+os.sep) for o in votes.bad[:5]]
+    first = [o.removeprefix(str(votes.path.parent)+os.sep)
+             for o in votes.bad[:5]]
     return [f'{len(votes)} votes were read, {len(votes.bad)} lines are none:', *first]
 
 def _past(path):
     "What an earlier judgement left in a file, an object of objects; nothing where it is not there"
     d = read_json(path) if path.exists() else {}
-    if isinstance(d, dict) and all(isinstance(v, dict) for v in d.values()): return d
+    if isinstance(d, dict) and all(isinstance(v, dict) for v in d.values()):
+        return d
     raise ValueError(f'{path}: not what a judgement writes: expected an object of objects; remove it, it is made again')
 
 def _agreements(rows):
     "Agreement of every two judges on the same pairs, for each model and for all; `rows`: {judge: its verdicts}"
     out = {}
     for x,y in combinations(rows, 2):
-        theirs = {(r['model'],r['sample']):r['verdict'] for r in rows[y]}
-        both = [(r,theirs[r['model'],r['sample']]) for r in rows[x] if (r['model'],r['sample']) in theirs]
+        theirs = {(r['model'],r['sample']):r['verdict']
+                  for r in rows[y]}
+        both = [(r,theirs[r['model'],r['sample']])
+                for r in rows[x] if (r['model'],r['sample']) in theirs]
         def part(models):
+            "Agreement on the pairs of some models"
             some = [(r,v) for r,v in both if r['model'] in models]
             return agreement([r['verdict'] for r,_ in some], [v for _,v in some], [r['prompt'] for r,_ in some])
         models = list(dict.fromkeys(r['model'] for r,_ in both))

@@ -18,13 +18,17 @@ from .exchange import *
 from .endpoint import _clean
 
 # %% ../nbs/18_llm.ipynb #6fa51839
-prices = {'gpt-4o-mini':(.15,.60), 'gpt-4.1-mini':(.40,1.60), 'gpt-4o':(2.50,10.)} # dollars per million tokens, in and out: list prices, check yours
+# Dollars per million tokens, in and out: list prices, check yours
+prices = {'gpt-4o-mini':(.15,.60), 'gpt-4.1-mini':(.40,1.60), 'gpt-4o':(2.50,10.)}
 
 def _choices(openai):
     "What an endpoint may know, the best first"
     names = ['max_completion_tokens','max_tokens'] if openai else ['max_tokens','max_completion_tokens']
-    return dict(response_format=('json_schema','json_object',None), temperature=(0,None), length=(*names,None),
-                system=('system','user'))
+    return dict(
+        response_format=('json_schema','json_object',None),
+        temperature=(0,None),
+        length=(*names,None),
+        system=('system','user'))
 
 def _within(v, low, high):
     "A number, and no NaN"
@@ -35,8 +39,8 @@ class LLMJudge:
     def __init__(self,
         model:str='gpt-4o-mini',
         base_url:str=None,      # Of a local or another server, such as `http://localhost:8000/v1` (None: OpenAI)
-        api_key:str=None,       # None: from the environment, OPENAI_API_KEY for OpenAI and JUDGE_API_KEY for another server
-        cache=None,             # Journal file: cache and ledger (None: memory only; `judge_run` puts one into the run folder)
+        api_key:str=None,       # None: from the environment, OPENAI_API_KEY for OpenAI, JUDGE_API_KEY for another
+        cache=None,             # Journal file: cache and ledger (None: memory; `judge_run` puts one into the run)
         name:str=None,          # In results and files (None: the model)
         concurrency:int=8,      # Requests at once
         timeout:float=60.,      # Seconds for a whole reply
@@ -46,7 +50,7 @@ class LLMJudge:
         price:tuple=None,       # Dollars per million tokens, in and out (None: from `prices`, for OpenAI)
         max_prompt:int=12000,   # Characters of the dialogue; its beginning is cut
         max_answer:int=8000,    # Characters of an answer; its end is cut
-        max_tokens:int=300,     # Of a reply; raised once (fourfold, to 4,096 at least) where one is cut or empty: models that reason
+        max_tokens:int=300,     # Of a reply; raised once, fourfold, to 4,096 at least, where one is cut
         instructions:str=judge_prompt
     ):
         self.model,self.name,self.instructions = model,name or model,instructions
@@ -55,7 +59,8 @@ class LLMJudge:
         self.timeout,self.patience,self.budget,self.price = timeout,patience,budget,price
         self._check()
         self.server = Server(base_url, api_key, timeout, concurrency)
-        if not price and self.server.openai: self.price = prices.get(model)
+        if not price and self.server.openai:
+            self.price = prices.get(model)
         if budget is not None and not self.price:
             raise ValueError(f"a budget needs the price of '{model}': give price=(dollars per million tokens in, out)")
         self.cut = 0                          # questions that were cut to fit
@@ -67,7 +72,8 @@ class LLMJudge:
         "What was given is a number of its kind"
         for k in ('concurrency','tries','max_prompt','max_answer','max_tokens'):
             v = getattr(self, k)
-            if type(v) is not int or v<1: raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
+            if type(v) is not int or v<1:
+                raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
         timeout,patience,budget,price = self.timeout,self.patience,self.budget,self.price
         if not _within(timeout, 1e-3, 1e6):
             raise ValueError(f'timeout: expected a positive number of seconds up to 1,000,000, got {timeout!r}')
@@ -77,51 +83,72 @@ class LLMJudge:
             raise ValueError(f'budget: expected a number of dollars from 0, got {budget!r}')
         if price is None: return
         if not isinstance(price, (tuple,list)) or len(price)!=2 or not all(_within(v, 0, 1e9) for v in price):
-            raise ValueError(f'price: expected two numbers of dollars from 0, for a million tokens in and out, got {price!r}')
+            raise ValueError('price: expected two numbers of dollars from 0, for a million tokens in and out, '
+                             f'got {price!r}')
 
     def open(self, cache):
         "Use this journal"
         self.journal = Journal(cache)
         known = self.journal.params.get(self.id, {})
         raised = known.get('raised') or 0
-        best = {k:v[0] for k,v in _choices(self.server.openai).items()}
+        best = {k:v[0]
+                for k,v in _choices(self.server.openai).items()}
         self._begin = self.params = best | known | dict(raised=raised if raised>self.max_tokens else None)
         self._tried,self._accepted,self._raise_accepted = {},False,bool(self.params['raised'])
         return self
 
     @property
-    def host(self): return self.server.host
+    def host(self):
+        "The address that can be told"
+        return self.server.host
     @property
-    def id(self): return f'{self.model} at {self.host}'
+    def id(self):
+        "Who is asked, and where"
+        return f'{self.model} at {self.host}'
     @property
     def prompt_hash(self):
         "Of all that a question says beside its texts"
         shown = [self.instructions,verdict_schema,judge_message('','','','check')[0]]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
     @property
-    def stopped(self): return self._why   # why the last questions were not asked; None where all were
+    def stopped(self):
+        "Why the last questions were not asked; None where all were"
+        return self._why
 
     def about(self)->dict:
         "What a reader must know about this judge"
-        by = Counter(v['by'] for v in self.journal.verdicts.values() if v.get('by'))
+        by = Counter(v['by'] for v in self.journal.verdicts.values()
+                     if v.get('by'))
         path = self.journal.path
-        return dict(model=self.model, server=self.host, date=time.strftime('%Y-%m-%d', time.gmtime()),
-                    prompt=self.prompt_hash, params=self.params, max_tokens=self._limit(self.params), cut=self.cut,
-                    price=self.price, answered_by=dict(by), journal=path and path.name, **self.journal.ledger())
+        return dict(
+            model=self.model, server=self.host,
+            date=time.strftime('%Y-%m-%d', time.gmtime()),
+            prompt=self.prompt_hash, params=self.params,
+            max_tokens=self._limit(self.params),
+            cut=self.cut, price=self.price,
+            answered_by=dict(by), journal=path and path.name,
+            **self.journal.ledger())
 
     def __repr__(self): return f'LLMJudge({self.id}, {len(self.journal.verdicts)} verdicts known)'
     def __call__(self, prompt, a, b):
+        "One verdict, or a `JudgeError`"
         r = self.many([(prompt,a,b)])[0]
         if not r['verdict']: raise JudgeError(r['failed'])
         return r['verdict']
 
-    def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
+    def _bytes(self, message):
+        "Bytes of a question, the schema too"
+        return len(self.instructions.encode())+len(message.encode())+400
     def _cost(self, i, o):
         "Dollars of so many tokens in and out; None without a price"
         return (i*self.price[0]+o*self.price[1])/1e6 if self.price else None
-    def _limit(self, params): return params['raised'] or self.max_tokens
+    def _limit(self, params):
+        "Tokens that a reply may have"
+        return params['raised'] or self.max_tokens
     @property
-    def _raised(self): return max(4*self.max_tokens, 4096)
+    def _raised(self):
+        "Tokens that it may have where the limit was too low"
+        return max(4*self.max_tokens, 4096)
     def _kept(self, s):
         "What is kept of a reply"
         s = self.server.scrub(_clean(s))
@@ -133,7 +160,9 @@ _slots = dict(first='a', second='b', tie='tie')
 @patch
 def _shown(self:LLMJudge, prompt, a, b):
     "What the judge will see, and its hash"
-    def cut(s): return s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
+    def cut(s):
+        "An answer without its end, where it is long"
+        return s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
     q = _clean(cut_prompt(prompt, self.max_prompt)),_clean(cut(a)),_clean(cut(b))
     all_of_it = json.dumps([self.id+self.server.address.hidden,self.prompt_hash,*q])
     return q,hashlib.sha256(all_of_it.encode()).hexdigest()[:32]
@@ -150,7 +179,9 @@ def many(self:LLMJudge, asks:list)->list:
     self._why = None
     failed = self._all(todo) if todo else {}
     def answer(k):
-        if k not in self.journal.verdicts: return dict(verdict=None, failed=failed[k])
+        "The verdict on a question, in terms of `a` and `b`"
+        if k not in self.journal.verdicts:
+            return dict(verdict=None, failed=failed[k])
         v = self.journal.verdicts[k]
         return {o:v[o] for o in v if o!='by'} | dict(verdict=_slots[v['verdict']])
     return [answer(k) for k in keys]
@@ -164,26 +195,31 @@ def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
         for a,b in ((o['a'],o['b']),(o['b'],o['a'])):
             q,k = self._shown(o['prompt'], a, b)
             todo[k] = q
-    new = [q for k,q in todo.items() if k not in self.journal.verdicts]
+    new = [q for k,q in todo.items()
+           if k not in self.journal.verdicts]
     n = len(new)
     i = sum(self._bytes(judge_message(*q)[0]) for q in new)//4   # about 4 bytes a token in English
     o = 60*n
-    return dict(pairs=len(pairs), requests=n, known=len(todo)-n, prompt_tokens=i, completion_tokens=o,
-                cost=self._cost(i, o), cost_at_most=self._cost(i, self._limit(self.params)*n),
-                cost_at_most_raised=self._cost(i, self._raised*n))
+    return dict(
+        pairs=len(pairs), requests=n,
+        known=len(todo)-n, prompt_tokens=i,
+        completion_tokens=o, cost=self._cost(i, o),
+        cost_at_most=self._cost(i, self._limit(self.params)*n),
+        cost_at_most_raised=self._cost(i, self._raised*n))
 
 # %% ../nbs/18_llm.ipynb #160643b3
 @patch
 def _all(self:LLMJudge, todo):
     "Ask about everything in `todo`, the first alone; why there is no verdict, where there is none"
-    self.server.client                                                # a key that is missing is told before anything is asked
+    self.server.client   # a key that is missing is told before anything is asked
     self.halt.clear()
     self._why,self._got = None,False                                  # has any verdict been read?
     self._streak,self._since = 0,0.                                   # failures in a row, and when the first came
     (first,q),*left = todo.items()
     failed = {first:self._one(first, q)}
     with ThreadPoolExecutor(self.concurrency) as pool:
-        try: failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
+        try:
+            failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
         except BaseException:
             self._stop('interrupted')
             pool.shutdown(cancel_futures=True)
@@ -192,13 +228,15 @@ def _all(self:LLMJudge, todo):
 
 @patch
 def _stop(self:LLMJudge, why):
+    "Ask nothing more; the first reason counts"
     self._why = self._why or why
     self.halt.set()
 
 # %% ../nbs/18_llm.ipynb #b6e42842
 class _Patience:
     "What has been tried for one verdict"
-    def __init__(self): self.tried,self.limits,self.waited = 0,0,0.
+    def __init__(self):
+        self.tried,self.limits,self.waited = 0,0,0.
 
 @patch
 def _one(self:LLMJudge, key, q):
@@ -219,12 +257,14 @@ def _one(self:LLMJudge, key, q):
 @patch
 def _wait_out(self:LLMJudge):
     "Wait as long as a rate limit lasts, or until all is over"
-    while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s): pass
+    while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s):
+        pass
 
 @patch
 def _goes_on(self:LLMJudge, fault, params, had):
     "Does it make sense to ask again? With other parameters, after a rate limit, or once more"
-    if fault.what.startswith('params') and self._other(params, str(fault)): return True
+    if fault.what.startswith('params') and self._other(params, str(fault)):
+        return True
     if fault.what=='cut' and self._raise(params): return True
     if fault.what=='halt': return False
     if fault.what=='limit':   # all wait, as long as the server asks, and longer each time
@@ -237,7 +277,8 @@ def _goes_on(self:LLMJudge, fault, params, had):
     had.tried += 1
     wait = .25*2**had.tried*(.5+random.random()) if fault.wait is None else fault.wait
     passing = fault.what in ('again','params or again','cut','nobody')
-    if not passing or had.tried>=self.tries or wait>self.patience: return False
+    if not passing or had.tried>=self.tries or wait>self.patience:
+        return False
     self.halt.wait(wait)
     return True
 
@@ -251,12 +292,15 @@ def _succeeded(self:LLMJudge, began):
 @patch
 def _failed(self:LLMJudge, fault):
     "One question stays without a verdict; too many in a row end the run"
-    if self._got and fault.billed: return   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
+    if self._got and fault.billed:
+        return   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
     with self._lock:
         if not self._streak: self._since = time.monotonic()
         self._streak += 1
-    if self._streak>=max(10, 2*self.concurrency): self._stop(f'{self._streak} failures in a row, the last: {fault}')
-    if fault.what=='nobody' and not self._accepted: self._stop(str(fault))
+    if self._streak>=max(10, 2*self.concurrency):
+        self._stop(f'{self._streak} failures in a row, the last: {fault}')
+    if fault.what=='nobody' and not self._accepted:
+        self._stop(str(fault))
 
 # %% ../nbs/18_llm.ipynb #ac8e63a6
 _in_doubt = 'response_format','temperature','length','system'   # which parameter to try, where a refusal names none
@@ -286,7 +330,8 @@ def _raise(self:LLMJudge, used):
     "A reply was cut, or nothing is left of it: give all of them more tokens, once"
     with self._lock:
         if self.params is not used: return True
-        if used['raised'] is not None or not used['length']: return False
+        if used['raised'] is not None or not used['length']:
+            return False
         self.params = used | dict(raised=self._raised)
         return True
 
@@ -303,12 +348,16 @@ _forms = dict(
 @patch
 def _asked(self:LLMJudge, message, params):
     "What is posted: the code stands in the message alone"
-    if params['system']=='system': said = [('system',self.instructions),('user',message)]
+    if params['system']=='system':
+        said = [('system',self.instructions),('user',message)]
     else: said = [('user',f'{self.instructions}\n\n{message}')]
     out = dict(model=self.model, messages=[dict(role=r, content=c) for r,c in said])
-    if params['length']: out[params['length']] = self._limit(params)
-    if params['temperature'] is not None: out['temperature'] = params['temperature']
-    if params['response_format']: out['response_format'] = _forms[params['response_format']]
+    if params['length']:
+        out[params['length']] = self._limit(params)
+    if params['temperature'] is not None:
+        out['temperature'] = params['temperature']
+    if params['response_format']:
+        out['response_format'] = _forms[params['response_format']]
     return out
 
 @patch
@@ -326,29 +375,37 @@ def _send(self:LLMJudge, key, q, params):
         if r.by: end['by'] = r.by
     except Fault as e:
         use = use or e.use
-        end = dict(verdict=None, failed=str(e), kind=e.kind, billed=e.billed)
-        if e.text: end['text'] = self._kept(e.text)
+        end = dict(
+            verdict=None, failed=str(e),
+            kind=e.kind, billed=e.billed)
+        if e.text:
+            end['text'] = self._kept(e.text)
         raise
     finally: self._settle(n, key, message, use, end)
 
 @patch
 def _announce(self:LLMJudge, key, message, params):
     "The line before a request, with the most that it can cost; its number. A `Fault` where the budget does not allow it"
-    most,n = self._cost(self._bytes(message), self._limit(params)),secrets.token_hex(6)   # a token has at least one byte
+    n = secrets.token_hex(6)
+    most = self._cost(self._bytes(message), self._limit(params))   # a token has at least one byte
     with self._lock:
         if self.budget is not None:
             if not params['length']:
                 raise Fault('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
             if self.journal.spent()+most>self.budget:
                 raise Fault('halt', f'the budget of ${self.budget:g} is spent or could be exceeded')
-        self.journal.add(sent=n, key=key, judge=self.id, time=round(time.time(), 1), most=most)
+        self.journal.add(
+            sent=n, key=key, judge=self.id,
+            time=round(time.time(), 1),
+            most=most)
     return n
 
 @patch
 def _accept(self:LLMJudge, params):
     "The endpoint takes these parameters: remember them"
     with self._lock:
-        if params!=self.journal.params.get(self.id) and params is self.params: self.journal.add(params=params, judge=self.id)
+        if params!=self.journal.params.get(self.id) and params is self.params:
+            self.journal.add(params=params, judge=self.id)
         self._accepted = True
         if params['raised']: self._raise_accepted = True
 
@@ -356,14 +413,19 @@ def _accept(self:LLMJudge, params):
 def _settle(self:LLMJudge, n, key, message, use, end):
     "The line after a request: how it ended, and what was billed; where the server does not say, a guess"
     i,o = _tokens(use, 'prompt_tokens'),_tokens(use, 'completion_tokens')
-    if i is None or o is None: i,o,end['guessed'] = self._bytes(message)//4,60,True
+    if i is None or o is None:
+        i,o,end['guessed'] = self._bytes(message)//4,60,True
     bill = dict(prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o)) if end['billed'] else {}
-    self.journal.add(done=n, key=key, time=round(time.time(), 1), **end, **bill)
+    self.journal.add(
+        done=n, key=key,
+        time=round(time.time(), 1), **end,
+        **bill)
 
 # %% ../nbs/18_llm.ipynb #d1c5a438
 def _part_text(p):
     "The text of one part of a content; parts that think have none"
-    if isinstance(p, dict): p = p.get('text') if p.get('type', 'text') in ('text','output_text') else ''
+    if isinstance(p, dict):
+        p = p.get('text') if p.get('type', 'text') in ('text','output_text') else ''
     return p if isinstance(p, str) else ''
 
 def _content(c):
@@ -374,19 +436,28 @@ def _content(c):
 def _thoughts(message):
     "Reasoning beside the content"
     found = (message.get(k) for k in ('reasoning_content','reasoning'))
-    return next((o for o in found if isinstance(o, str) and o.strip()), '')
+    return next((o for o in found
+                 if isinstance(o, str) and o.strip()), '')
 
 @patch
 def _verdict(self:LLMJudge, r, check, limit):
     "The verdict of a reply, or a `Fault`"
     m,end = r.message,str(r.end).lower()
     text,thoughts = _content(m.get('content')),_thoughts(m)
-    def fault(what, why, kind): return Fault(what, why, True, use=r.use, kind=kind, text=text or thoughts or json.dumps(m))
-    if m.get('refusal') or end=='content_filter': raise fault('give up', 'the judge refuses', 'refused')
-    if end in ('length','max_tokens'): raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
-    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S): text = thoughts
+    def fault(what, why, kind):
+        "Why there is no verdict; the reply was billed, and its text is kept"
+        return Fault(
+            what, why, True, use=r.use, kind=kind,
+            text=text or thoughts or json.dumps(m))
+    if m.get('refusal') or end=='content_filter':
+        raise fault('give up', 'the judge refuses', 'refused')
+    if end in ('length','max_tokens'):
+        raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
+    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S):
+        text = thoughts
     if not text.strip():
-        if m.get('tool_calls') or m.get('function_call'): raise fault('again', 'a call of a tool instead of a reply', 'broken')
+        if m.get('tool_calls') or m.get('function_call'):
+            raise fault('again', 'a call of a tool instead of a reply', 'broken')
         behind = ' behind its reasoning' if thoughts else ''
         raise fault('cut', f'an empty reply{behind} (max_tokens is {limit})', 'cut')
     try: return read_verdict(text, check)
