@@ -21,7 +21,9 @@ import http.client
 from load_app import load
 from playwright.sync_api import expect, sync_playwright
 from rlhf_nb.cards import card,dialogue
-from rlhf_nb.desk import Desk,_limit,mk_prompt
+from rlhf_nb.cards import _limit
+from rlhf_nb.cards import mk_prompt
+from rlhf_nb.desk import Desk
 from rlhf_nb.guard import host_name
 from rlhf_nb.app import launch
 from rlhf_nb.core import write_json
@@ -425,7 +427,10 @@ def test_page_before_models(folder):
     code = """if True:
         import sys
         from rlhf_nb.cards import board,votes_html
-        from rlhf_nb.desk import Desk,find,mk_prompt,vote_summary
+        from rlhf_nb.ballots import vote_summary
+        from rlhf_nb.cards import find
+        from rlhf_nb.cards import mk_prompt
+        from rlhf_nb.desk import Desk
         from rlhf_nb.app import mk_app
         d = Desk(sys.argv[1], live=False).load()
         mk_app(d)

@@ -19,7 +19,7 @@ from tiny import fork
 from rlhf_nb.core import read_json,read_rows,write_json
 from rlhf_nb.cli import main
 from rlhf_nb.verdicts import JudgeError,judge_pairs,judge_samples
-from rlhf_nb.endpoint import _Address
+from rlhf_nb.endpoint import Address
 from rlhf_nb.exchange import Journal,NoVerdict,read_verdict
 from rlhf_nb.llm import LLMJudge
 from rlhf_nb.judge import attacks,judge_run
@@ -110,7 +110,7 @@ def test_faults(tmp_path):
     assert ledger["failed"] + ledger["verdicts"] == sent and ledger["possibly_billed"] > 0
     with Endpoint(lambda i, body: verdict(body, longer)) as e:
         e2 = judge(e, cache=tmp_path/"j.jsonl", name="planted")
-        e2.host = j.host  # the same server, repaired
+        e2.server.host = j.host  # the same server, repaired
         e2.open(tmp_path/"j.jsonl")
         assert [v["verdict"] for v in judge_pairs(e2, ps)] == [truth(p) for p in ps]
         assert len(e.seen) == 60 - ledger["verdicts"]
@@ -494,9 +494,9 @@ def test_proxy(monkeypatch):
         monkeypatch.setenv(k, "")
     with Endpoint(lambda i, body: verdict(body, longer)) as e:
         for host in ("127.0.0.1", "localhost", "127.1", "localhost.", "127.0.0.1."):
-            assert _Address(f"http://{host}/v1").proxy is None
+            assert Address(f"http://{host}/v1").proxy is None
         monkeypatch.setattr("socket.getaddrinfo", lambda host, *a, real=socket.getaddrinfo, **kw: real({"my-machine": "127.0.0.1", "another": "192.0.2.1"}.get(host, host), *a, **kw))
-        assert _Address("http://my-machine/v1").proxy is None and _Address("http://another/v1").proxy
+        assert Address("http://my-machine/v1").proxy is None and Address("http://another/v1").proxy
         for host in ("127.0.0.1", "localhost", "127.1", "my-machine"):
             assert judge(e.url.replace("127.0.0.1", host))("p", " aa", " b") == "a"
     with pytest.raises(JudgeError) as err:

@@ -14,7 +14,6 @@ module = '''
 "Each answer against the mean of the other answers to the same prompt (Ahmadian et al. 2024)"
 from rlhf_nb.core import child_seed
 from rlhf_nb.grpo import grpo_step
-from rlhf_nb.load import save_model
 from rlhf_nb.rollout import n_rollouts,rollouts
 from rlhf_nb.train import fit
 
@@ -23,13 +22,16 @@ def leave_one_out(b):
     n = b.scores.shape[1]
     return b.plus(advantages=(b.scores-b.scores.mean(1, keepdim=True))*n/(n-1))
 
-def rloo_stage(line):
-    o,c = line.settings('rloo'),line.config
-    policy,reference,score,prompts = line.rl_parts()
+def train_rloo(policy, reference, score, prompts, o, seed, run, watch, acc, dev):
+    "Dev data are not looked at"
     def mk_updates(start):
-        return rollouts(policy, reference, score, prompts, o, leave_one_out, o.group_size, 1, 1, child_seed(c.seed, 'rloo'), start, line.watch, line.acc)
-    fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), line.run, 'rloo', acc=line.acc)
-    save_model(policy, line.tok, line.run.made('rloo'))
+        return rollouts(policy, reference, score, prompts, o, leave_one_out, o.group_size, 1, 1, child_seed(seed, 'rloo'), start, watch, acc)
+    return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'rloo', acc=acc)
+
+def rloo_stage(line):
+    parts = line.rl_parts('rloo')
+    train_rloo(**parts)
+    line.save(parts['policy'], 'rloo')
 '''
 tiny = """world.n_corpus=300 world.n_facts=50 world.n_pairs=60 world.n_dev=12 world.n_test=12 world.n_ood=8 model.n_layer=1 model.n_embd=16 model.n_head=2 data.max_prompt=100 device=cpu jobs=1
     sft.updates=8 sft.batch_size=8 reward.updates=8 reward.batch_size=8 reward.n_normalise=16 dpo.updates=4 dpo.batch_size=8

@@ -28,7 +28,8 @@ from .tokens import _tokenize
 def _sizes(pairs, tokenizer=None):
     "Lengths of prompt, chosen and rejected, (n,3): tokens, or words without a tokenizer"
     def units(texts): return [o.split() for o in texts] if tokenizer is None else encode(texts, tokenizer)
-    return np.array([[len(o) for o in units([p[k] for p in pairs])] for k in _cols]).T
+    columns = ([p[k] for p in pairs] for k in _cols)
+    return np.array([list(map(len, units(o))) for o in columns]).T
 
 def length_stats(
     sizes,            # (n,3) lengths of prompt, chosen, rejected
@@ -39,7 +40,8 @@ def length_stats(
     out = dict(unit=unit, n=n)
     for k,v in zip(_cols, sizes.T):
         p90,p99 = np.percentile(v, (90,99))
-        out[k] = dict(mean=float(v.mean()), median=float(np.median(v)), p90=float(p90), p99=float(p99))
+        numbers = dict(mean=v.mean(), median=np.median(v), p90=p90, p99=p99)
+        out[k] = {name:float(x) for name,x in numbers.items()}
     more,same,less = (int(o.sum()) for o in (extra>0,extra==0,extra<0))
     out |= dict(chosen_longer=more/n, same_length=same/n, chosen_shorter=less/n)
     for k,wins in (('longer_wins',more),('shorter_wins',less)):
@@ -69,7 +71,8 @@ class DataReport:
         if detail: _one_more(self.details, (what,detail), where)
     def why(self, what):
         "How often each detail of `what` came, the commonest first"
-        return sorted(((d,c) for (w,d),c in self.details.items() if w==what), key=lambda o: -o[1]['n'])
+        found = [(d,c) for (w,d),c in self.details.items() if w==what]
+        return sorted(found, key=lambda o: -o[1]['n'])
     @property
     def kept(self):
         "How many of the rows are used"
@@ -78,8 +81,9 @@ class DataReport:
         "All numbers"
         def get(kinds): return {k:self.counts.get(k, dict(n=0, first=None)) for k in kinds}
         why = [dict(reason=k, detail=d, **c) for k in self.counts for d,c in self.why(k)]
-        return dict(name=self.name, read=self.read, kept=self.kept, dropped=get(self.dropped), noted=get(self.noted),
-                    why=why, splits=self.splits, remarks=self.remarks, lengths=self.lengths)
+        return dict(name=self.name, read=self.read, kept=self.kept,
+                    dropped=get(self.dropped), noted=get(self.noted), why=why,
+                    splits=self.splits, remarks=self.remarks, lengths=self.lengths)
     def _one(self, what, most=3):
         "A count with its commonest details, in words"
         c,why = self.counts[what],self.why(what)
@@ -101,7 +105,8 @@ class DataReport:
                 add(f'{fate}: {k}', self.counts.get(k, dict(n=0, first='')))
                 for d,c in why[:most]: add('- '+' '.join(d.split()), c)
                 if len(why)>most: rows.append((f'- {len(why)-most} more','',''))
-        return md_table([*rows,*((f'in {k}',n,'') for k,n in self.splits.items())], 'lrr')
+        for k,n in self.splits.items(): rows.append((f'in {k}',n,''))
+        return md_table(rows, 'lrr')
     def _length_tables(self):
         "How long the texts are, and what length alone says"
         l = self.lengths
@@ -115,7 +120,9 @@ class DataReport:
         return [md_table(sizes, 'lrrrr'),md_table(rules, 'lrrr'),
                 f"The chosen response is longer in {l['chosen_longer']:.1%} of the pairs, "
                 f"as long in {l['same_length']:.1%}, shorter in {l['chosen_shorter']:.1%}."]
-    def __str__(self): return '\n\n'.join([self._count_table(),*self._length_tables(),*self.remarks])
+    def __str__(self):
+        parts = [self._count_table(),*self._length_tables(),*self.remarks]
+        return '\n\n'.join(parts)
     _repr_markdown_ = __repr__ = __str__
 
 # %% ../nbs/07_data.ipynb #41da16cd
@@ -214,7 +221,10 @@ def split_by_prompt(
     seed:int=0
 )->dict: # {name: pairs}
     "Pairs in splits that have no prompt in common; none is empty if there are enough prompts"
-    at = {key:_share(min(p['prompt'] for p in ps), seed, 'split') for key,ps in _by_key(pairs).items()}
+    at = {}                                                    # {key: its place in [0,1)}
+    for key,ps in _by_key(pairs).items():
+        first = min(p['prompt'] for p in ps)                   # of its spellings, whatever the order of rows
+        at[key] = _share(first, seed, 'split')
     where = {k:[] for k in (*shares,'train')}
     for key,x in at.items(): where[_place(x, shares)].append(key)
     for k,ks in where.items():
@@ -255,7 +265,9 @@ def tokenize_pairs(
     "All pairs as one batch; `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)"
     report,n = report or DataReport('these pairs'),len(pairs)
     report.read = report.read or n
-    def count(what, i, detail=''): report.count(what, pairs[i].get('source', f'pair {i+1}'), detail)
+    def count(what, i, detail=''):
+        where = pairs[i].get('source', f'pair {i+1}')
+        report.count(what, where, detail)
     def keep(i, answers):
         chosen,rejected = answers
         if chosen.ids!=rejected.ids: return True
@@ -270,7 +282,7 @@ def tokenize_pairs(
         for i in b.index[cut].tolist(): count(what, i)
     special = re.compile('|'.join(map(re.escape, special_ids(tokenizer).values())))
     for i in b.index.tolist():
-        found = next(filter(None, (special.search(pairs[i][k]) for k in _cols)), None)
+        found = [m[0] for k in _cols if (m := special.search(pairs[i][k]))]
         if found: count('special token as text', i, found[0])
     return b
 
@@ -313,7 +325,8 @@ def _without_leaks(train, held, report):
 def _subset(pairs, n, seed, report):
     "n pairs, chosen by the hash of their prompts"
     if n is None or n>=len(pairs): return pairs
-    order = sorted(range(len(pairs)), key=lambda i: _share(pairs[i]['prompt'], seed, 'subset'))
+    def place(i): return _share(pairs[i]['prompt'], seed, 'subset')
+    order = sorted(range(len(pairs)), key=place)
     for i in sorted(order[n:]): report.count('not needed', pairs[i]['source'])
     return [pairs[i] for i in sorted(order[:n])]
 
@@ -338,9 +351,13 @@ def load_splits(
     c = config.data
     src,names,world = _rows_of(config, source)
     report = DataReport(src.name, src.remarks)
-    def read(k): return _pairs(src.splits[names[k]](), report, f"split '{names[k]}'") if k in names else []
+    def read(k):
+        if k not in names: return []
+        rows = src.splits[names[k]]()
+        return _pairs(rows, report, f"split '{names[k]}'")
     s = {k:read(k) for k in _own}
-    train = _without_leaks(s['train'], [p for k in _own[1:] for p in s[k]], report)
+    held = [p for k in _own[1:] for p in s[k]]
+    train = _without_leaks(s['train'], held, report)
     s['train'] = _subset(train, c.n_pairs, config.seed, report)
     sizes = {}                                                 # {id of a pair: (3,) lengths before cutting}
     for k,pairs in s.items():
@@ -356,8 +373,9 @@ def load_splits(
     if tokenizer is None: report.lengths = length_stats(_sizes(s['train']), 'words')
     else: report.lengths = length_stats(np.stack([sizes[id(p)] for p in s['train']]))
     report.splits = {k:len(v) for k,v in s.items() if v}
-    sft = world.corpus if world else [dict(prompt=p['prompt'], response=p['chosen']) for p in s['train']]
-    return Splits(**s, sft=sft, documents=world.facts if world else [], report=report)
+    if world: return Splits(**s, sft=world.corpus, documents=world.facts, report=report)
+    chosen = [dict(prompt=p['prompt'], response=p['chosen']) for p in s['train']]
+    return Splits(**s, sft=chosen, documents=[], report=report)
 
 # %% ../nbs/07_data.ipynb #fcaf35aa
 def n_updates(

@@ -33,7 +33,8 @@ def side_by_side(
 def _wide(x):
     "Tensors (B,G,R,...) side by side, padded to the longest R"
     R = max(o.shape[2] for o in x)
-    def padded(o): # (B,G,R,...)
+    def padded(o):
+        "One of them, with R that is the longest"
         B,G,r,*rest = o.shape
         return torch.cat([o, o.new_zeros(B, G, R-r, *rest)], 2)
     return torch.cat([padded(o) for o in x], 1)
@@ -50,12 +51,16 @@ def sample_with_kl(
 )->dict: # {name: batch (B,n,R) as from `sample`, with `kl` (B,n,R), nats, as `exact_kl` of it}
     "Samples of all models, written in step: the reference reads what the others write while they write it"
     from rlhf_nb.sampling import MEMORY,decode_bytes,in_memory,joined
-    def cost(k): # bytes that a prompt of `k` tokens takes: the reference reads the answers of all
+    def cost(k):
+        "Bytes that a prompt of `k` tokens takes: the reference reads the answers of all"
         read = {name:n*len(models) if name=='reference' else n for name in models}
-        return sum(decode_bytes(m, k, read[name], max_new_tokens, n) for name,m in models.items())
+        return sum(decode_bytes(m, k, read[name], max_new_tokens, n)
+                   for name,m in models.items())
     parts = in_memory(prompts, cost, MEMORY if memory is None else memory)
-    out = [_with_kl(models, [prompts[i] for i in p], n, max_new_tokens, temperature, seed) for p in parts]
-    return {k:joined([o[k] for o in out], parts) for k in models}
+    out = [_with_kl(models, [prompts[i] for i in p], n, max_new_tokens, temperature, seed)
+           for p in parts]
+    return {k:joined([o[k] for o in out], parts)
+            for k in models}
 
 class Step(NamedTuple):
     "One token of every answer, as `decode` yields it"
@@ -69,6 +74,12 @@ def _silence(B, n, device):
     ids = torch.zeros(B, n, dtype=torch.long, device=device)
     return Step(ids, ids.float(), ids.bool())
 
+def _next_step(writer, B, n, device):
+    "What a model writes next, on the reference's device"
+    step = next(writer, None)
+    if step is None: return _silence(B, n, device)
+    return Step(*(o.to(device) for o in step))
+
 def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
     "Samples of all models for prompts that fit into memory together"
     from rlhf_nb.load import stop_tokens
@@ -79,23 +90,27 @@ def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
     beside = dict.fromkeys(names, 0) | dict(reference=n*(len(names)-1))   # answers that it reads and doesn't write
     write = {k:decode(models[k], prompts, n, max_new_tokens, temperature, seed, stops[k], beside=beside[k])
              for k in names}
-    said,kls,told = {k:[] for k in names},{k:[] for k in names},None
+    said = {k:[] for k in names}             # of each model, its steps
+    kls = {k:[] for k in names}              # (B,n) for each of them
+    told = None                              # what the reference is to read next
     for _ in range(max_new_tokens):
-        try: reference = Step(*write['reference'].send(told))
+        try:
+            reference = Step(*write['reference'].send(told))
         except StopIteration: break
-        others = {k:Step(*(o.to(home) for o in next(write[k], _silence(len(prompts), n, home)) if o is not None))
-                  for k in names[1:]}
+        others = {k:_next_step(write[k], len(prompts), n, home) for k in names[1:]}
         now = dict(reference=reference) | others
         for (k,step),at in zip(now.items(), _rows_read(now)):
             if not step.alive.any(): continue
             said[k].append(step[:3])
             kls[k].append(_step_kl(step, reference.rows, at) if k in others else torch.zeros_like(step.log_probs))
         told = _told(others, stops) if others else None
-    return {k:from_steps(prompts, said[k], stops[k]).plus(kl=torch.stack(kls[k], 2)) for k in models}
+    return {k:from_steps(prompts, said[k], stops[k]).plus(kl=torch.stack(kls[k], 2))
+            for k in models}
 
 def _one_vocabulary(models):
     "A ValueError where there is no KL between the models"
-    sizes = {k:len(m.get_output_embeddings().weight) for k,m in models.items()}
+    sizes = {k:len(m.get_output_embeddings().weight)
+             for k,m in models.items()}
     if len(set(sizes.values()))==1: return
     raise ValueError('KL needs one vocabulary: '+', '.join(f'{k} has {v} tokens' for k,v in sizes.items()))
 
@@ -112,8 +127,11 @@ def _step_kl(step, reference, at):
 
 def _told(others, stops):
     "What the reference reads next: tokens, and which of the answers go on, (B,answers of others) each"
-    def ended(k, o): return torch.isin(o.ids, torch.tensor(sorted(stops[k]), device=o.ids.device))
-    go = [o.alive & ~ended(k, o) for k,o in others.items()]
+    def ended(k, o):
+        "Has the answer ended with this token?"
+        return torch.isin(o.ids, torch.tensor(sorted(stops[k]), device=o.ids.device))
+    go = [o.alive & ~ended(k, o)
+          for k,o in others.items()]
     return torch.cat([o.ids for o in others.values()], 1),torch.cat(go, 1)
 
 # %% ../nbs/17_evaluate.ipynb #20960744
@@ -127,7 +145,7 @@ def sample_records(
     max_prompt:int=256,
     seed:int=0,
     train_prompts=(), # Texts that the models learned from; none of them may be among the prompts
-    knows=None        # `f(prompt) -> bool`: has it a true reward? (None: every prompt); the records of others have no `gold_reward`
+    knows=None        # `f(prompt) -> bool`: has it a true reward? (None: every prompt); if not, no `gold_reward`
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
     check_disjoint(prompts, train_prompts)
@@ -138,29 +156,39 @@ def sample_records(
         at = order[i:i+o.batch_size]
         samples = sample_with_kl(models, [ids[j] for j in at], o.n_samples, o.max_new_tokens, o.temperature,
                                  child_seed(seed, 'eval'))
-        for j,rs in zip(at, _as_records(samples, [prompts[j] for j in at], tok, score, gold)): found[j] = rs
+        for j,rs in zip(at, _as_records(samples, [prompts[j] for j in at], tok, score, gold)):
+            found[j] = rs
     for p,rs in zip(prompts, found):
         if knows and not knows(p):
             for r in rs: r.pop('gold_reward', None)
-    return {k:[r for rs in found for r in rs if r['model']==k] for k in models}
+    return {k:[r for rs in found for r in rs if r['model']==k]
+            for k in models}
 
 def _as_records(samples, prompts, tok, score, gold):
     "The records of each prompt, from {model: batch (B,n,R)}"
     from rlhf_nb.rollout import texts
     b = side_by_side(list(samples.values()))
     kl = torch.cat([o.kl.sum(-1) for o in samples.values()], 1)
-    values = dict(reward=score(b), kl=kl, n_tokens=b.lengths, finished=b.finished)
+    values = dict(
+        reward=score(b), kl=kl,
+        n_tokens=b.lengths, finished=b.finished)
     if gold is not None: values['gold_reward'] = gold(b)
     values = {k:v.tolist() for k,v in values.items()}            # (B,G) each
     writer = [k for k,o in samples.items() for _ in range(o.shape[1])]
     responses = texts(b, tok)[1]
     def record(i, g):
-        r = dict(prompt=prompts[i], response=responses[i][g], model=writer[g])
+        "The record of answer `g` to prompt `i`"
+        r = dict(
+            prompt=prompts[i],
+            response=responses[i][g],
+            model=writer[g])
         r |= {k:v[i][g] for k,v in values.items()}
         for k in ('reward','gold_reward'):
-            if k in r and math.isnan(r[k]): del r[k]             # not applicable
+            if k in r and math.isnan(r[k]):
+                del r[k]             # not applicable
         return r | dict(kl_per_token=r['kl']/max(1, r['n_tokens']))
-    return [[record(i, g) for g in range(len(writer))] for i in range(len(prompts))]
+    return [[record(i, g) for g in range(len(writer))]
+            for i in range(len(prompts))]
 
 @torch.no_grad()
 def plain_values(
@@ -172,8 +200,13 @@ def plain_values(
 ): # Reward (None without `rm`), KL(policy || reference) summed over the response
     "What one answer is worth, by plain transformers: the slow way, to check and to race against"
     ids,n = torch.tensor([prompt+response]),len(prompt)
-    def read(m): return m(input_ids=ids.to(m.device)).logits.float()
-    def log_probs(m): return read(m)[0,n-1:-1].to(policy.device).div(temperature).log_softmax(-1)   # (R,V)
+    def read(m):
+        "Logits in float32"
+        return m(input_ids=ids.to(m.device)).logits.float()
+    def log_probs(m):
+        "Of the tokens that the response could have had, (R,V)"
+        logits = read(m)[0,n-1:-1].to(policy.device)
+        return logits.div(temperature).log_softmax(-1)
     lp,lq = log_probs(policy),log_probs(reference)
     reward = None if rm is None else read(rm)[0,0].item()-getattr(rm.config, 'reward_mean', 0.)
     return reward,(lp.exp()*(lp-lq)).sum().item()
@@ -195,11 +228,14 @@ def column(
 ): # (B,n), NaN where a record has none
     "One value of all records, by prompt"
     def one(r):
+        "A number, NaN where there is none"
         v = r.get(key)
         if v is None: return math.nan
-        if isinstance(v, (int,float)): return float(v)
+        if isinstance(v, (int,float)):
+            return float(v)
         raise ValueError(f"'{key}' must be a number, got {str(v)[:60]!r} for an answer to {r['prompt'][-60:]!r}")
-    return torch.tensor([[one(r) for r in rs] for rs in groups(records).values()], dtype=torch.float64)
+    return torch.tensor([[one(r) for r in rs]
+                         for rs in groups(records).values()], dtype=torch.float64)
 
 def _known(record, key):
     "Does the record have a number for `key`?"
@@ -235,8 +271,11 @@ def compare(
         cols,rows = {m:column(records[m], k) for m in names},[]
         for a,b in combinations(names, 2):
             d = cols[a]-cols[b]
-            rows.append(dict(a=a, b=b, metric=k, **mean_ci(d), p=paired_test(d)))
-        for r,p in zip(rows, holm([r['p'] for r in rows])): r['p_holm'] = p
+            rows.append(dict(
+                a=a, b=b, metric=k,
+                **mean_ci(d), p=paired_test(d)))
+        for r,p in zip(rows, holm([r['p'] for r in rows])):
+            r['p_holm'] = p
         out += rows
     return out
 
@@ -255,8 +294,8 @@ def comparison_table(
 def signs_agree(
     records:dict,           # {name: records}, one of them 'reference'
     key:str='gold_reward'   # The judge's score
-)->list: # dict(model, rate, low, high (win rate), mean, mean_low, mean_high (difference), both (intervals exclude their null), agree (None where not both))
-    "Do the win rate against the reference and the paired difference of the same score point the same way?"
+)->list: # dict(model, rate, low, high, mean, mean_low, mean_high, both, agree)
+    "Do the win rate against the reference and the paired difference of the same score point the same way? `both`: both intervals exclude their null; else `agree` is None"
     check_prompts(records, 'reference')
     ref,out = column(records['reference'], key),[]
     for name in (k for k in records if k!='reference'):
@@ -264,8 +303,11 @@ def signs_agree(
         w,d = win_rate(x, ref),mean_ci(x-ref)
         both = w.verdict in ('better','worse') and d['low']*d['high']>0 and paired_test(x-ref)<=.05
         agree = (w['rate']>.5)==(d['mean']>0) if both else None
-        out.append(dict(model=name, rate=w['rate'], low=w['low'], high=w['high'],
-                        mean=d['mean'], mean_low=d['low'], mean_high=d['high'], both=both, agree=agree))
+        out.append(dict(
+            model=name, rate=w['rate'],
+            low=w['low'], high=w['high'],
+            mean=d['mean'], mean_low=d['low'],
+            mean_high=d['high'], both=both, agree=agree))
     return out
 
 # %% ../nbs/17_evaluate.ipynb #55ae6de6
@@ -284,11 +326,15 @@ def summarise(
         raise ValueError(f"a comparison needs the 'reward' of every answer; {why}")
     out = {}
     for name,rs in records.items():
-        s = out[name] = {k:(share_ci if k=='finished' else mean_ci)(column(rs, k)) for k in keys}
-        if name!='reference': s.update(_against(rs, records['reference'], judge, 'n_tokens' in keys))
+        s = out[name] = {k:(share_ci if k=='finished' else mean_ci)(column(rs, k))
+                         for k in keys}
+        if name!='reference':
+            s.update(_against(rs, records['reference'], judge, 'n_tokens' in keys))
         if rates: s['rates'] = _own_rates(rs, rates)
-    wins = {k:s['win_rate'] for k,s in out.items() if 'win_rate' in s}
-    for k,p in holm({k:w['p'] for k,w in wins.items()}).items(): wins[k]['p_holm'] = p
+    wins = {k:s['win_rate']
+            for k,s in out.items() if 'win_rate' in s}
+    for k,p in holm({k:w['p'] for k,w in wins.items()}).items():
+        wins[k]['p_holm'] = p
     return out
 
 def _against(records, reference, judge, lengths):
@@ -302,8 +348,10 @@ def _own_rates(records, rates):
     "Shares of what `rates` says of each record, clustered by prompt"
     found = {}   # {name: {prompt: 0 or 1 for each of its answers}}
     for r in records:
-        for k,v in rates(r).items(): found.setdefault(k, {}).setdefault(r['prompt'], []).append(float(v))
-    return {k:share_ci(list(by.values())) for k,by in sorted(found.items())}
+        for k,v in rates(r).items():
+            found.setdefault(k, {}).setdefault(r['prompt'], []).append(float(v))
+    return {k:share_ci(list(by.values()))
+            for k,by in sorted(found.items())}
 
 def at_equal_length(
     a:list,                 # Records of one model
@@ -312,20 +360,26 @@ def at_equal_length(
 )->dict: # From `length_controlled`, or dict(refused=reason)
     "The length-controlled win rate of stored scores"
     points = score_points(column(a, key), column(b, key))
-    try: return length_controlled(points, column(a, 'n_tokens')-column(b, 'n_tokens'))
+    try:
+        return length_controlled(points, column(a, 'n_tokens')-column(b, 'n_tokens'))
     except ValueError as e: return dict(refused=str(e))
 
 def summary_table(
     s:dict # From `summarise`
 )->str:
     "The comparison as a Markdown table"
-    heads = dict(gold_reward='gold reward', reward='reward', kl='KL, nats per response', n_tokens='tokens', finished='finished')
-    heads = {k:v for k,v in heads.items() if k in next(iter(s.values()))}
-    judge = next((v['win_rate']['by'] for v in s.values() if 'win_rate' in v), 'reward')
+    heads = dict(
+        gold_reward='gold reward', reward='reward', kl='KL, nats per response', n_tokens='tokens',
+        finished='finished')
+    heads = {k:v for k,v in heads.items()
+             if k in next(iter(s.values()))}
+    judge = next((v['win_rate']['by']
+                  for v in s.values() if 'win_rate' in v), 'reward')
     rows = [['model', *heads.values(), f"win rate against the reference ({md_inline(judge.replace('_', ' '))})", 'n']]
     for name,v in s.items():
         cells = {k:interval(v[k]) for k in heads}
         if name=='reference' and 'kl' in cells: cells['kl'] = '0'   # by definition
-        n = next(v[k]['n'] for k in ('reward','gold_reward') if k in v)
+        n = next(v[k]['n']
+                 for k in ('reward','gold_reward') if k in v)
         rows.append([md_inline(name), *cells.values(), interval(v['win_rate']) if 'win_rate' in v else '', n])
     return md_table(rows)

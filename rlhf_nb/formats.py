@@ -28,7 +28,8 @@ def _spaced(turns):
 def _among(p, turns):
     "Are the turns `p` some of `turns`, in a row, spaces aside?"
     p,turns = _spaced(p),_spaced(turns)
-    return any(turns[i:i+len(p)]==p for i in range(len(turns)-len(p)+1))
+    n = len(p)
+    return any(turns[i:i+n]==p for i in range(len(turns)-n+1))
 
 def _mismatch(why): return BadPair('mismatched prompt', why)
 
@@ -39,7 +40,9 @@ def _whole(p, sides):
         if p[-1].role=='assistant': raise _mismatch("the prompt ends within the assistant's turn")
         return [p+o for o in sides]
     talks = [o for o,f in zip(sides, full) if f]
-    if all(_among(p, o[:-1]) for o in talks): return [o if f else talks[0][:-1]+o for o,f in zip(sides, full)]
+    if all(_among(p, o[:-1]) for o in talks):                # the conversation has it; an answer alone gets it from there
+        before = talks[0][:-1]
+        return [o if f else before+o for o,f in zip(sides, full)]
     if p[-1].role=='user' or not all(full) or any(o[0].role!='user' for o in talks):
         raise _mismatch('the conversations in chosen and rejected do not hold the turns of prompt')
     return [p+o for o in sides]                              # the prompt is what went before
@@ -62,7 +65,9 @@ def _columns(row):
 
 def _shared(a, b):
     "How many turns two conversations have in common at their beginning"
-    return next((i for i,(s,t) in enumerate(zip(a, b)) if s!=t), min(len(a), len(b)))
+    for i,(s,t) in enumerate(zip(a, b)):
+        if s!=t: return i
+    return min(len(a), len(b))
 
 def split_pair(
     row:dict # `chosen` and `rejected`, with or without `prompt`; each an HH string, plain text or a list of messages
@@ -77,7 +82,8 @@ def split_pair(
         hint = f'; the other keys are {_names_of(others)}: rename the one with the question to prompt' if others else ''
         marks = ', '.join(f'{o}:' for o in HH.names.values())
         raise _mismatch(f'no prompt, and no turns ({marks}) in chosen and rejected{hint}')
-    if not k or not len(a)==len(b)==k+1 or not a[k].role==b[k].role=='assistant':
+    one_each = len(a)==len(b)==k+1 and a[k].role==b[k].role=='assistant'
+    if not k or not one_each:
         raise _mismatch(f'{k} shared turns, then {len(a)-k} and {len(b)-k} turns; '
                         'expected a shared prompt and one answer each')
     if not any(t.text.strip() for t in a[:k]): raise _malformed('an empty prompt')
@@ -139,7 +145,8 @@ def _object(items):
     o = dict(items)
     if len(o)==len(items): return o
     o = Twice(o)
-    o.twice = [k for k,n in Counter(k for k,_ in items).items() if n>1]
+    seen = Counter(k for k,_ in items)
+    o.twice = [k for k,n in seen.items() if n>1]
     return o
 
 def _integer(s):
@@ -168,7 +175,8 @@ def _json_rows(path):
     except ValueError: whole = True                          # over several lines, or broken, which is told then
     if whole:
         rows = parse_json(_text(path), path)
-        for j,o in enumerate(rows if isinstance(rows, list) else [rows], 1): yield f'{path}, row {j}',o
+        if not isinstance(rows, list): rows = [rows]
+        for j,o in enumerate(rows, 1): yield f'{path}, row {j}',o
     else:
         for i,l in _lines(path): yield f'{path}:{i}',parse_json(l, path, i)
 
@@ -203,7 +211,8 @@ def _table(path):
     import pyarrow as pa, pyarrow.parquet as pq
     with _raw(path) as f:
         if _suffix(path)=='.parquet':
-            return pq.ParquetFile(io.BytesIO(f.read()) if isinstance(f, gzip.GzipFile) else f).read()
+            if isinstance(f, gzip.GzipFile): f = io.BytesIO(f.read())   # Parquet is read from its end
+            return pq.ParquetFile(f).read()
         b = pa.py_buffer(f.read())
     try: return pa.ipc.open_stream(b).read_all()
     except pa.ArrowInvalid: return pa.ipc.open_file(b).read_all()
@@ -226,7 +235,8 @@ def _table_rows(path):
     try: cols = _table_columns(path)
     except (*_broken,ValueError,pa.ArrowException) as e:
         raise ValueError(f"{path}: not a readable table ({(str(e) or 'empty').splitlines()[0]:.200})") from None
-    for i,values in enumerate(zip(*cols.values()), 1): yield f'{path}, row {i}',dict(zip(cols, values))
+    for i,values in enumerate(zip(*cols.values()), 1):
+        yield f'{path}, row {i}',dict(zip(cols, values))
 
 def read_rows_of(
     path # A file of one of the kinds above
@@ -255,7 +265,8 @@ def _is_data(path):
 
 def _data_files(folder):
     "Data files below a folder, as paths within it"
-    return sorted(rel for f in _below(folder) if _is_data(rel := f.relative_to(folder)) and f.is_file())
+    within = (f.relative_to(folder) for f in _below(folder) if f.is_file())
+    return sorted(filter(_is_data, within))
 
 def _grouped(split_of):
     "{split: its files}, from {file: its split}"
@@ -269,7 +280,8 @@ def _word_splits(files, folders):
     end = f'{between}|$' if folders else between             # a file's name goes on: `.jsonl`
     def speaks(f, words):
         pattern = f"(?:^|{between})(?:{'|'.join(words)})(?:{end})"
-        return any(re.search(pattern, name) for name in (f.parts[:-1] if folders else f.parts[-1:]))
+        names = f.parts[:-1] if folders else f.parts[-1:]
+        return any(re.search(pattern, name) for name in names)
     for f in files:
         splits = [k for k,words in _words.items() if speaks(f, words)]
         if len(splits)>1: raise ValueError(f'{f}: its name speaks of {" and ".join(splits)}; rename it')
@@ -289,7 +301,9 @@ def _configs(card):
 
 def _default(configs, card):
     "The configuration that is meant where none is named"
-    def meant(c): return len(configs)==1 or str(c.get('default')).lower()=='true' or c['config_name']=='default'
+    def meant(c):
+        if len(configs)==1 or str(c.get('default')).lower()=='true': return True
+        return c['config_name']=='default'
     found = list(filter(meant, configs))
     if found: return found[0]
     names = _names_of([o['config_name'] for o in configs])
@@ -300,8 +314,10 @@ def _patterns(spec):
     "(split, its patterns) each, from what a card may say under `data_files`"
     if isinstance(spec, str): spec = [spec]
     if isinstance(spec, list) and all(isinstance(o, str) for o in spec): spec = {'train':spec}
-    items = spec.items() if isinstance(spec, dict) else [(o['split'],o['path']) for o in spec]
-    return [(str(k),[v] if isinstance(v, str) else list(v)) for k,v in items]
+    if not isinstance(spec, dict): items = [(o['split'],o['path']) for o in spec]
+    else: items = spec.items()
+    def listed(v): return [v] if isinstance(v, str) else list(v)
+    return [(str(k),listed(v)) for k,v in items]
 
 def _card(folder):
     "Files of each split, as the card says; None without one"
@@ -319,7 +335,8 @@ def _card(folder):
     for split,names in items:
         for name in names:
             # a name is a name first, and a pattern where no file has it
-            found = [name] if (base/name).is_file() else sorted(glob.glob(name, root_dir=base, recursive=True))
+            found = [name]
+            if not (base/name).is_file(): found = sorted(glob.glob(name, root_dir=base, recursive=True))
             found = [base/o for o in found if (base/o).is_file() and _suffix(o) in _kinds]
             if not found: raise ValueError(f'{card}: no data file here is {name!r}, which it names for {split}')
             files = out.setdefault(split, [])
@@ -331,7 +348,8 @@ def _by_name(folder):
     def within(splits): return {k:[folder/f for f in fs] for k,fs in splits.items()}
     files = _data_files(folder)
     if (folder/'dataset_dict.json').is_file():               # `datasets` saved several splits, a folder for each
-        return within(_grouped({f:f.parts[0] for f in files if len(f.parts)>1}))
+        deep = (f for f in files if len(f.parts)>1)
+        return within(_grouped({f:f.parts[0] for f in deep}))
     shards = {f:re.fullmatch(r'data/(.+)-\d{5}-of-\d{5}[^/]*', f.as_posix()) for f in files}
     shards = {f:m[1] for f,m in shards.items() if m}
     if shards: return within(_grouped(shards))
@@ -381,7 +399,8 @@ def _undecoded(rows):
     "A `Dataset` as Python values; pictures and sounds, which nobody needs, stay the bytes that they are"
     if not hasattr(rows, 'with_format') or not hasattr(rows, 'cast_column'): return rows
     for k,f in (rows.features or {}).items():
-        if getattr(f, 'decode', None) is True and k not in _cols: rows = rows.cast_column(k, type(f)(decode=False))
+        if k in _cols or getattr(f, 'decode', None) is not True: continue
+        rows = rows.cast_column(k, type(f)(decode=False))
     return rows.with_format(None)
 
 class Source(NamedTuple):
@@ -433,7 +452,8 @@ def _open(source, data_dir=None):
     if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)):
         raise FileNotFoundError(f'{source}: no such file or folder')
-    return Source({k:_numbered(f'{name} {k}', v) for k,v in _hub(str(source), data_dir).items()}, name)
+    splits = _hub(str(source), data_dir)
+    return Source({k:_numbered(f'{name} {k}', v) for k,v in splits.items()}, name)
 
 # %% ../nbs/06_formats.ipynb #c06f4f57
 def _prompt_of(x):
@@ -452,7 +472,8 @@ def read_prompts(
     path = Path(path)
     if path.is_dir(): raise IsADirectoryError(f'{path}: a folder, expected a file of prompts')
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
-    rows = read_rows_of(path) if _suffix(path) in _kinds else ((f'{path}:{i}', l) for i,l in _lines(path))
+    if _suffix(path) in _kinds: rows = read_rows_of(path)
+    else: rows = ((f'{path}:{i}', l) for i,l in _lines(path))
     out = []
     for where,x in rows:
         try: out.append(_prompt_of(x))

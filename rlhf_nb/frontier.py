@@ -21,14 +21,22 @@ def best_of_n(
 )->list: # One row for each n: n, kl, reward and gold with intervals
     "Best-of-n from the reference: all of the N samples are used, in groups of n"
     proxy,gold = _answers(proxy, gold)
-    if min(ns, default=1)<1: raise ValueError(f'best-of-n takes n from 1, got {min(ns)}')
+    if min(ns, default=1)<1:
+        raise ValueError(f'best-of-n takes n from 1, got {min(ns)}')
     B,N = proxy.shape
     rows = []
     for n in (k for k in ns if k<=N):
-        def grouped(x): return x[:,:N//n*n].reshape(B, -1, n)               # (B,groups,n)
+        def grouped(x):
+            "Answers in groups of n, the rest left out: (B,groups,n)"
+            return x[:,:N//n*n].reshape(B, -1, n)
         i = grouped(proxy).argmax(-1, keepdim=True)
-        def of_best(x): return mean_ci(grouped(x).gather(-1, i)[...,0])
-        row = dict(n=n, kl=math.log(n)-(n-1)/n, reward=of_best(proxy))
+        def of_best(x):
+            "The mean over the best of each group"
+            return mean_ci(grouped(x).gather(-1, i)[...,0])
+        row = dict(
+            n=n,
+            kl=math.log(n)-(n-1)/n,
+            reward=of_best(proxy))
         if gold is not None: row['gold'] = of_best(gold)
         rows.append(row)
     return rows
@@ -40,21 +48,28 @@ def gibbs(
 )->list: # One row for each beta: beta, kl, reward and gold with intervals
     "The best reward at each KL: the reference's samples weighted with exp(reward/beta)"
     proxy,gold = _answers(proxy, gold)
-    if not all(b>0 for b in betas): raise ValueError(f'beta must be above 0, got {list(betas)}')
+    if not all(b>0 for b in betas):
+        raise ValueError(f'beta must be above 0, got {list(betas)}')
     rows = []
     for b in betas:
         lw = (proxy/b).log_softmax(-1)                                      # (B,N) log-weights, summing to 1
         w = lw.exp()
         kl = (w*(lw+math.log(proxy.shape[1]))).sum(-1).mean().item()
-        row = dict(beta=b, kl=kl, reward=mean_ci((w*proxy).sum(-1)))
-        if gold is not None: row['gold'] = mean_ci((w*gold).sum(-1))
+        row = dict(
+            beta=b, kl=kl,
+            reward=mean_ci((w*proxy).sum(-1)))
+        if gold is not None:
+            row['gold'] = mean_ci((w*gold).sum(-1))
         rows.append(row)
     return rows
 
 def _answers(proxy, gold):
     "Rewards of answers as float64, all of them known: the best of answers whose reward is NaN is anyone's"
-    out = {k:o if o is None else o.double() if torch.is_tensor(o) else _floats(o)
-           for k,o in dict(proxy=proxy, gold=gold).items()}
+    def double(o):
+        "Of a tensor or of lists, float64"
+        if o is None: return None
+        return o.double() if torch.is_tensor(o) else _floats(o)
+    out = dict(proxy=double(proxy), gold=double(gold))
     shape = out['proxy'].shape
     for k,o in out.items():
         if o is None: continue
@@ -65,7 +80,9 @@ def _answers(proxy, gold):
     return out['proxy'],out['gold']
 
 # %% ../nbs/17_frontier.ipynb #5d642d2f
-def _finite(v): return isinstance(v, (int,float)) and math.isfinite(v)
+def _finite(v):
+    "Is it a number that can be averaged?"
+    return isinstance(v, (int,float)) and math.isfinite(v)
 
 def training_path(
     rows:list,    # Metrics rows of PPO or GRPO, an update each
@@ -74,12 +91,18 @@ def training_path(
     "Checkpoints of a run, from its log: means over windows of updates"
     out = []
     for i in range(0, len(rows), window):
-        rs = [r for r in rows[i:i+window] if _finite(r.get('kl'))]
+        rs = [r for r in rows[i:i+window]
+              if _finite(r.get('kl'))]
         if not rs: continue
-        known = [k for k in ('kl','reward','gold') if all(_finite(r.get(k)) for r in rs)]
-        means = {k:sum(r[k] for r in rs)/len(rs) for k in known}
+        known = [k for k in ('kl','reward','gold')
+                 if all(_finite(r.get(k)) for r in rs)]
+        means = {k:sum(r[k] for r in rs)/len(rs)
+                 for k in known}
         last = rs[-1].get('update', i+len(rs)-1)
-        point = dict(update=last, updates=len(rs), sqrt_kl=max(0., means['kl'])**.5, **means)
+        point = dict(
+            update=last, updates=len(rs),
+            sqrt_kl=max(0., means['kl'])**.5,
+            **means)
         if all(r.get('new_tokens') and r.get('length') for r in rs):
             point['n'] = sum(round(r['new_tokens']/r['length']) for r in rs)
         out.append(point)
@@ -88,24 +111,32 @@ def training_path(
 def overoptimisation(
     rows:list,    # Metrics rows with `gold`, the first with a policy that is still the reference
     window:int=3  # Updates in a point
-)->dict: # points (`training_path`); peak (the point with the highest gold); fall (of gold since), noise (std of a point's gold), turned; start, alpha, beta, turn (in sqrt(KL), or None), r2 of the fit
+)->dict: # points, peak, fall, noise, turned; start, alpha, beta, turn, r2
     "The true reward beside the proxy over sqrt(KL), where it is highest, and how far it has fallen since"
+    # points: of `training_path`; peak: the one with the highest gold; fall: of gold since; noise: std of a point's gold
+    # start, alpha, beta and r2: of the fit; turn: where it turns, in sqrt(KL), or None
     points = training_path(rows, window)
     have = sum('gold' in p for p in points)
     if len(points)<4 or have<len(points):
         raise ValueError(f"over-optimisation needs 4 points with 'gold' or more, got {have} of {len(points)}: "
                          'log more updates, with `watch=dict(gold=...)`')
-    d,y = (torch.tensor([p[k] for p in points], dtype=torch.float64) for k in ('sqrt_kl','gold'))
-    fall,noise = (y.max()-y[-1]).item(),(y.diff().std()/2**.5).item()
-    start = next(r['gold'] for r in rows if r.get('gold') is not None and math.isfinite(r['gold']))
-    return dict(points=points, peak=points[y.argmax()], fall=fall, noise=noise, turned=fall>3*noise, start=start,
-                **_fit_curve(d, y, start))
+    d,y = (torch.tensor([p[k] for p in points], dtype=torch.float64)
+           for k in ('sqrt_kl','gold'))      # (points,) each
+    fall = (y.max()-y[-1]).item()
+    noise = (y.diff().std()/2**.5).item()    # a difference of two points has twice the variance
+    start = next(r['gold'] for r in rows
+                 if r.get('gold') is not None and math.isfinite(r['gold']))
+    return dict(
+        points=points, peak=points[y.argmax()],
+        fall=fall, noise=noise, turned=fall>3*noise,
+        start=start, **_fit_curve(d, y, start))
 
 def _fit_curve(d, y, start):
     "Least squares of R(d) = start + d(alpha - beta log d), and where it turns"
     x = torch.stack([d,-torch.xlogy(d, d)], 1)
     w = torch.linalg.lstsq(x, (y-start)[:,None], driver='gelsd').solution[:,0]
-    left,spread = (y-start-x@w).square().sum(),(y-y.mean()).square().sum()
+    left = (y-start-x@w).square().sum()
+    spread = (y-y.mean()).square().sum()
     alpha,beta = w.tolist()
     turn = math.exp(alpha/beta-1) if beta>0 and alpha/beta<50 else None
     r2 = (1-left/spread).item() if spread else None        # a gold that never moves is neither fitted nor missed
@@ -117,19 +148,26 @@ def frontier_rows(
     optimum:list=(),   # From `gibbs`
     logs:dict=None,    # {method: metrics rows}: its checkpoints
     window:int=5       # Updates in a checkpoint
-)->list: # Flat rows: curve, kind ('method', 'path', 'best-of-n', 'Gibbs'), label, kl, sqrt_kl, n; reward and gold, with _low and _high where there is an interval
-    "Everything that belongs over the KL, in one tidy table for plots and files"
+)->list: # Flat rows: curve, kind, label, kl, sqrt_kl, n; reward and gold, with _low and _high
+    "Everything that belongs over the KL, in one tidy table for plots and files; `kind` is method, path, best-of-n or Gibbs"
     out = []
     def add(curve, kind, label, kl, reward, gold, n=None):
-        r = dict(curve=curve, kind=kind, label=label, kl=kl, sqrt_kl=max(0., kl)**.5, n=n)
+        "One row; what is not known is left out of it"
+        r = dict(
+            curve=curve, kind=kind, label=label, kl=kl,
+            sqrt_kl=max(0., kl)**.5, n=n)
         for k,v in dict(reward=reward, gold=gold).items():
-            if isinstance(v, dict): r |= {k:v['mean'], f'{k}_low':v['low'], f'{k}_high':v['high'], 'n':v['n']}
+            if isinstance(v, dict):
+                r |= {k:v['mean'], f'{k}_low':v['low'], f'{k}_high':v['high'], 'n':v['n']}
             elif v is not None: r[k] = v
         out.append(r)
-    for k,v in (summary or {}).items(): add(k, 'method', k, v['kl']['mean'], v.get('reward'), v.get('gold_reward'))
+    for k,v in (summary or {}).items():
+        add(k, 'method', k, v['kl']['mean'], v.get('reward'), v.get('gold_reward'))
     for k,rows in (logs or {}).items():
         for p in training_path(rows, window):
             add(k, 'path', f"update {p['update']+1}", p['kl'], p.get('reward'), p.get('gold'), p.get('n'))
-    for o in best: add('best-of-n', 'best-of-n', f"n={o['n']}", o['kl'], o['reward'], o.get('gold'))
-    for o in optimum: add('Gibbs', 'Gibbs', f"beta={o['beta']:g}", o['kl'], o['reward'], o.get('gold'))
+    for o in best:
+        add('best-of-n', 'best-of-n', f"n={o['n']}", o['kl'], o['reward'], o.get('gold'))
+    for o in optimum:
+        add('Gibbs', 'Gibbs', f"beta={o['beta']:g}", o['kl'], o['reward'], o.get('gold'))
     return out

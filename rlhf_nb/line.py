@@ -32,32 +32,38 @@ class Line:
         command=None # The command line, to be named in the reports
     ):
         self.run,self.config,self.command = run,run.config,command
-        self.data = None                                    # what the rows are, once they are read
+        self.data = None        # what the rows are, once they are read
         # small models: a second thread costs more than it gives
         if self.config.jobs>1 and self.on_cpu: torch.set_num_threads(1)
 
     @property
-    def on_cpu(self)->bool: return self.config.device=='cpu' or not torch.cuda.is_available()
+    def on_cpu(self)->bool:
+        "Does everything run on the CPU?"
+        return self.config.device=='cpu' or not torch.cuda.is_available()
     @property
     def world(self)->bool:
         "Are the data the embedded world's?"
         return self.config.data.name=='world'
-    def done(self, stage:str)->bool: return self.run.done(stage)
-    def settings(self, stage:str):
-        "The section of the configuration that a stage trains by"
-        return getattr(self.config, stage_table[stage].settings)
-
+    def done(self, stage:str)->bool:
+        "Has the stage left what it leaves?"
+        return self.run.done(stage)
     @cached_property
-    def acc(self): return mk_accelerator(self.config.model.precision, self.config.device)
+    def acc(self):
+        "The accelerator: where models are, and in which precision"
+        return mk_accelerator(self.config.model.precision, self.config.device)
     @cached_property
     def tok(self):
         "The reference's tokenizer, or the one it will have"
         c = self.config
+        named = c.model.tokenizer or c.model.name
         if self.done('sft'): return load_tokenizer(self.run.made('sft'))
-        if c.model.tokenizer or c.model.name!='scratch': return load_tokenizer(c.model.tokenizer or c.model.name)
+        if named!='scratch': return load_tokenizer(named)
         if self.world: return world_tokenizer(make_world(c.world, c.seed))
         raise ValueError("model.name is 'scratch' and the data are not the embedded world: "
                          'name a tokenizer with --tokenizer, or a model with --model')
+
+    # the data
+
     @cached_property
     def splits(self)->Splits:
         "The data, which must be those that the run began with"
@@ -68,10 +74,32 @@ class Line:
         self.data = dict(fingerprint(s), name=self.config.data.name)
         _check_same_data(self.run, self.data)
         return s
-    def begin(self):
-        "Write down what the run is: its configuration, and what its data are"
-        self.run.save()
-        if self.data and not self.run.data_file.exists(): write_json(self.run.data_file, self.data)
+    def held(self)->list:
+        "The held-out pairs, whose prompts the comparison uses"
+        name = self.config.eval.split
+        rows = getattr(self.splits, name)
+        if not rows: raise ValueError(f"eval.split: the data have no split '{name}'")
+        return rows
+    def pairs(self, rows)->Batch:
+        "Preference pairs as tokens: groups of chosen, rejected"
+        d = self.config.data
+        return tokenize_pairs(rows, self.tok, d.max_prompt, d.max_response)
+    def answers(self, rows)->Batch:
+        "Answers to imitate as tokens: groups of one"
+        d = self.config.data
+        return tokenize_sft(rows, self.tok, d.max_prompt, d.max_response)
+    def prompts(self, rows)->list:
+        "The prompts of the rows as tokens, each once"
+        return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
+    def dev(self, o:Optim):
+        "What a stage with these settings looks at as it goes; None: nothing"
+        if o.eval_every is None: return None
+        rows = self.splits.dev
+        if isinstance(o, RolloutConfig): return self.prompts(rows)
+        if not isinstance(o, SFTConfig): return self.pairs(rows)
+        return self.answers([dict(prompt=p['prompt'], response=p['chosen']) for p in rows])
+
+    # the models
 
     @cached_property
     def first(self):
@@ -86,15 +114,19 @@ class Line:
         vars(self).pop('first', None)
     def model(self, stage:str):
         "The model that a stage has trained"
-        made = self.run.made(stage)
+        made,load = self.run.made(stage),load_reward_model if stage=='reward' else load_policy
         if not self.done(stage):
-            raise FileNotFoundError(f"{made}: no such folder; run the stage '{stage}' first (rlhf_nb train {stage} --out {self.run.path})")
-        load = load_reward_model if stage=='reward' else load_policy
+            raise FileNotFoundError(f"{made}: no such folder; run the stage '{stage}' first "
+                                    f'(rlhf_nb train {stage} --out {self.run.path})')
         return load(str(made), forward=self.config.model.forward, device=self.acc.device)[0]
     @property
     def models(self)->dict:
         "All policies there are, the reference first"
+        # without a reference there is nothing to compare with: it is asked for even where it is missing
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
+    def save(self, model, stage:str):
+        "Leave the model where it says that the stage is done"
+        save_model(model, self.tok, self.run.made(stage))
     @cached_property
     def gold(self):
         "The scorer of the true reward, which only the world has"
@@ -103,32 +135,41 @@ class Line:
     def watch(self)->dict:
         "What reinforcement learning measures and does not learn from"
         return dict(gold=self.gold) if self.world else {}
-    def scorer(self, tokens:int=None):
-        "The reward model as a scorer; `tokens` in a forward pass"
-        more = () if tokens is None else (tokens,)
-        return mk_scorer((self.model('reward'),self.tok), self.tok, *more)
+    def scorer(self, **how):
+        "The run's reward model as a scorer"
+        return mk_scorer((self.model('reward'),self.tok), self.tok, **how)
 
-    def pairs(self, rows)->Batch: return tokenize_pairs(rows, self.tok, self.config.data.max_prompt, self.config.data.max_response)
-    def answers(self, rows)->Batch:
-        "Prompts and the answers to imitate"
-        return tokenize_sft(rows, self.tok, self.config.data.max_prompt, self.config.data.max_response)
-    def prompts(self, rows)->list: return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
-    def dev(self, o:Optim):
-        "What a stage with these settings looks at as it goes: prompts for rollouts, answers to imitate for SFT, else pairs"
-        if o.eval_every is None: return None
-        rows = self.splits.dev
-        if isinstance(o, RolloutConfig): return self.prompts(rows)
-        if isinstance(o, SFTConfig): return self.answers([dict(prompt=p['prompt'], response=p['chosen']) for p in rows])
-        return self.pairs(rows)
-    def held(self)->list:
-        "The held-out pairs, whose prompts the comparison uses"
-        rows = getattr(self.splits, self.config.eval.split)
-        if not rows: raise ValueError(f"eval.split: the data have no split '{self.config.eval.split}'")
-        return rows
+    # what a stage that trains is called with
 
-    def rl_parts(self)->tuple:
-        "What every method of reinforcement learning begins with: policy, reference, scorer, training prompts"
-        return self.model('sft'),self.model('sft'),self.scorer(self.config.eval.batch_size*128),self.prompts(self.splits.train)
+    def settings(self, stage:str)->Optim:
+        "The section of the configuration that a stage trains by"
+        return getattr(self.config, stage_table[stage].settings)
+    def how(self, stage:str)->dict:
+        "Settings, seed, run folder, accelerator and dev data, as every function that trains takes them"
+        o = self.settings(stage)
+        return dict(
+            o=o,
+            seed=self.config.seed,
+            run=self.run,
+            acc=self.acc,
+            dev=self.dev(o))
+    def rl_parts(self, stage:str)->dict:
+        "What every method of reinforcement learning is called with"
+        score = self.scorer(micro_tokens=self.config.eval.batch_size*128)
+        return dict(
+            policy=self.model('sft'),
+            reference=self.model('sft'),
+            score=score,
+            prompts=self.prompts(self.splits.train),
+            watch=self.watch,
+            **self.how(stage))
+
+    # what a run leaves
+
+    def begin(self):
+        "Write down what the run is: its configuration, and what its data are"
+        self.run.save()
+        if self.data and not self.run.data_file.exists(): write_json(self.run.data_file, self.data)
     def records(self,
         prompts:list,      # Texts
         o:EvalConfig=None, # How to sample (None: as the configuration says)
@@ -136,29 +177,42 @@ class Line:
     )->dict:               # {name: records}
         "Samples of all models there are"
         c = self.config
-        return sample_records(self.models, prompts, self.tok, self.scorer(), self.gold, o or c.eval, c.data.max_prompt, c.seed, train, family)
+        return sample_records(
+            self.models,
+            prompts,
+            self.tok,
+            self.scorer(),
+            self.gold,
+            o or c.eval,
+            c.data.max_prompt,
+            c.seed,
+            train,
+            family)           # only prompts of a family have a true reward
 
 def fingerprint(splits:Splits)->dict:
     "What the rows are, whatever their file is called and whenever it was written"
     h,n = hashlib.blake2b(digest_size=16),{}
     for part,rows in vars(splits).items():
+        # a split that the data lack is None; the report is no list either
         if not isinstance(rows, list): continue
         n[part] = len(rows)
         for r in rows:
-            said = [r.get(k) for k in ('prompt','chosen','rejected','response')] if isinstance(r, dict) else [r]
+            is_row = isinstance(r, dict)
+            said = [r.get(k) for k in ('prompt','chosen','rejected','response')] if is_row else [r]
             h.update(repr([part,*said]).encode())
     return dict(sha=h.hexdigest(), rows=n)
 
-def _counted(data):
+def _counted(data:dict)->str:
     "How many rows of each split, in words"
-    return ', '.join(f'{n} {part}' for part,n in (data.get('rows') or {}).items() if n) or 'unknown rows'
+    rows = data.get('rows') or {}
+    return ', '.join(f'{n} {part}' for part,n in rows.items() if n) or 'unknown rows'
 
 def _check_same_data(run, now:dict):
     "A ValueError where the run was begun with other rows than there are `now`"
     then = read_json(run.data_file, dict) if run.data_file.exists() else now
     if then.get('sha')==now['sha']: return
-    raise ValueError(f"{run.path} was begun with other data than {now['name']} holds now ({_counted(then)} then, {_counted(now)} now). "
-                     'Put the old data back, or choose another --out')
+    raise ValueError(f"{run.path} was begun with other data than {now['name']} holds now "
+                     f'({_counted(then)} then, {_counted(now)} now). Put the old data back, or choose another --out')
 
 # %% ../nbs/26_line.ipynb #pipe0chk
 def left_to_do(line:Line, todo:list)->list:
@@ -167,8 +221,8 @@ def left_to_do(line:Line, todo:list)->list:
     if unknown: raise ValueError(f"unknown stage '{unknown[0]}', expected some of {', '.join(stage_table)}")
     left = [s for s in stage_table if s in todo and not line.done(s)]
     for s in left:
-        for n in stage_table[s].needs:
-            if n not in left and not line.done(n): raise ValueError(f"stage '{s}' needs '{n}', which has not run in {line.run.path}")
+        lacks = [n for n in stage_table[s].needs if n not in left and not line.done(n)]
+        if lacks: raise ValueError(f"stage '{s}' needs '{lacks[0]}', which has not run in {line.run.path}")
     return left
 
 def check_line(line:Line, todo:list):
@@ -176,18 +230,26 @@ def check_line(line:Line, todo:list):
     c,left = line.config,left_to_do(line, todo)
     name = str(line.run.made('sft')) if line.done('sft') else c.model.name
     if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
-    if not line.world or not all(stage_table[s].light for s in left):
-        line.acc,line.splits,line.tok
-        if any(stage_table[s].held_out for s in left): line.held()
-        n = len(unique_prompts(line.splits.train))
-        if 'ppo' in left and n<c.ppo.mini_batches:
-            raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, got {c.ppo.mini_batches}')
-    if 'sft' in left: check_room(line, c.model.n_positions if c.model.name=='scratch' else max_tokens(line.first))
+    if not line.world or not all(stage_table[s].light for s in left): _check_data(line, left)
+    if 'sft' in left:
+        room = c.model.n_positions if c.model.name=='scratch' else max_tokens(line.first)
+        check_room(line, room)
 
-def check_room(line, room:int):
-    "A ValueError where prompt and answer may be longer than the `room` tokens that the model takes"
+def _check_data(line, left):
+    "Read the data, in the tokens and on the device that the stages use"
+    line.acc,line.splits,line.tok
+    if any(stage_table[s].held_out for s in left): line.held()
+    n,most = len(unique_prompts(line.splits.train)),line.config.ppo.mini_batches
+    if 'ppo' in left and n<most:
+        raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, got {most}')
+
+def check_room(
+    line:Line,
+    room:int   # Tokens that the model takes
+):
+    "A ValueError where prompt and answer may be longer"
     c = line.config
-    drawn = [o.max_new_tokens for o in (*map(line.settings, trained), c.eval) if hasattr(o, 'max_new_tokens')]
+    drawn = [getattr(o, 'max_new_tokens', 0) for o in (*map(line.settings, trained), c.eval)]
     most = c.data.max_prompt+max(c.data.max_response, *drawn)
     if most<=room: return
     raise ValueError(f'data.max_prompt and the longest of data.max_response and max_new_tokens make {most} tokens, '
@@ -208,11 +270,14 @@ def _n_items(line, o)->int:
 def _planned(line, stage)->str:
     "How long a stage trains"
     o,key = line.settings(stage),stage_table[stage].settings
-    is_rl,n = isinstance(o, RolloutConfig),_n_items(line, o)
+    n = _n_items(line, o)
     size = min(o.batch_size, n)
-    total = n_rollouts(o, n) if is_rl else n_updates(n, size, o.updates, o.epochs)
+    if isinstance(o, RolloutConfig): total,what = n_rollouts(o, n),'prompts'
+    else: total,what = n_updates(n, size, o.updates, o.epochs),'rows'
     given = ''
     if line.config.preset=='demo' and o.updates==getattr(Config(), key).updates:
         given = f", the demo's own number, for the embedded world: --set {key}.updates=null counts passes"
-    look = 'no look at dev data, the last state is kept' if o.eval_every is None else 'the best state on dev data is kept'
-    return f"  {stage}: at most {total} updates, {total*size/n:.3g} passes over {n} {'prompts' if is_rl else 'rows'}{given}; {look}"
+    look = 'the best state on dev data is kept'
+    if o.eval_every is None: look = 'no look at dev data, the last state is kept'
+    passes = f'{total*size/n:.3g} passes over {n} {what}'
+    return f'  {stage}: at most {total} updates, {passes}{given}; {look}'

@@ -6,33 +6,41 @@
 __all__ = ['prices', 'LLMJudge']
 
 # %% ../nbs/18_llm.ipynb #llm0h003
-import hashlib,json,logging,math,os,random,re,secrets,sys,threading,time
+import hashlib,json,random,re,secrets,threading,time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 
 from fastcore.basics import patch
 
 from .verdicts import *
+from .endpoint import *
 from .exchange import *
-from .endpoint import _Address,_Fault,_InTime,_error_status,_late,_masked,_most_bytes,_retry_after
-from .exchange import _clean
+from .endpoint import _clean
 
 # %% ../nbs/18_llm.ipynb #6fa51839
-prices = {'gpt-4o-mini':(.15,.60), 'gpt-4.1-mini':(.40,1.60), 'gpt-4o':(2.50,10.)} # dollars per million tokens, in and out: list prices, check yours
+# Dollars per million tokens, in and out: list prices, check yours
+prices = {'gpt-4o-mini':(.15,.60), 'gpt-4.1-mini':(.40,1.60), 'gpt-4o':(2.50,10.)}
 
-def _choices(new):
+def _choices(openai):
     "What an endpoint may know, the best first"
-    return dict(response_format=('json_schema','json_object',None), temperature=(0,None),
-                length=('max_completion_tokens','max_tokens',None) if new else ('max_tokens','max_completion_tokens',None), system=('system','user'))
+    names = ['max_completion_tokens','max_tokens'] if openai else ['max_tokens','max_completion_tokens']
+    return dict(
+        response_format=('json_schema','json_object',None),
+        temperature=(0,None),
+        length=(*names,None),
+        system=('system','user'))
+
+def _within(v, low, high):
+    "A number, and no NaN"
+    return type(v) in (int,float) and low<=v<=high
 
 class LLMJudge:
     "A judge behind any OpenAI-compatible endpoint"
     def __init__(self,
         model:str='gpt-4o-mini',
         base_url:str=None,      # Of a local or another server, such as `http://localhost:8000/v1` (None: OpenAI)
-        api_key:str=None,       # None: from the environment, OPENAI_API_KEY for OpenAI and JUDGE_API_KEY for another server
-        cache=None,             # Journal file: cache and ledger (None: memory only; `judge_run` puts one into the run folder)
+        api_key:str=None,       # None: from the environment, OPENAI_API_KEY for OpenAI, JUDGE_API_KEY for another
+        cache=None,             # Journal file: cache and ledger (None: memory; `judge_run` puts one into the run)
         name:str=None,          # In results and files (None: the model)
         concurrency:int=8,      # Requests at once
         timeout:float=60.,      # Seconds for a whole reply
@@ -42,109 +50,122 @@ class LLMJudge:
         price:tuple=None,       # Dollars per million tokens, in and out (None: from `prices`, for OpenAI)
         max_prompt:int=12000,   # Characters of the dialogue; its beginning is cut
         max_answer:int=8000,    # Characters of an answer; its end is cut
-        max_tokens:int=300,     # Of a reply; raised once (fourfold, to 4,096 at least) where one is cut or empty: models that reason
+        max_tokens:int=300,     # Of a reply; raised once, fourfold, to 4,096 at least, where one is cut
         instructions:str=judge_prompt
     ):
-        number = lambda v,lo,hi: type(v) in (int,float) and lo<=v<=hi     # NaN is none
-        for k,v in dict(concurrency=concurrency, tries=tries, max_prompt=max_prompt, max_answer=max_answer, max_tokens=max_tokens).items():
-            if type(v) is not int or v<1: raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
-        if not number(timeout, 1e-3, 1e6): raise ValueError(f'timeout: expected a positive number of seconds up to 1,000,000, got {timeout!r}')
-        if not number(patience, 0, 1e6): raise ValueError(f'patience: expected a number of seconds from 0 to 1,000,000, got {patience!r}')
-        if budget is not None and not number(budget, 0, 1e12): raise ValueError(f'budget: expected a number of dollars from 0, got {budget!r}')
-        if price is not None and not (isinstance(price, (tuple,list)) and len(price)==2 and all(number(v, 0, 1e9) for v in price)):
-            raise ValueError(f'price: expected two numbers of dollars from 0, for a million tokens in and out, got {price!r}')
-        self.address = _Address('https://api.openai.com/v1' if base_url is None else base_url)   # an empty one is a mistake, and not OpenAI
-        self.model,self.name,self._given = model,name or model,api_key
-        self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
-        self.concurrency,self.timeout,self.tries,self.patience,self.budget = concurrency,timeout,tries,patience,budget
-        self.price = price or (prices.get(model) if self.openai else None)
-        if budget is not None and not self.price: raise ValueError(f"a budget needs the price of '{model}': give price=(dollars per million tokens in, out)")
-        self.max_prompt,self.max_answer,self.max_tokens,self.instructions = max_prompt,max_answer,max_tokens,instructions
-        self.halt,self._lock,self._pause,self._why,self.cut = threading.Event(),threading.Lock(),0.,None,0
+        self.model,self.name,self.instructions = model,name or model,instructions
+        self.concurrency,self.tries,self.max_tokens = concurrency,tries,max_tokens
+        self.max_prompt,self.max_answer = max_prompt,max_answer
+        self.timeout,self.patience,self.budget,self.price = timeout,patience,budget,price
+        self._check()
+        self.server = Server(base_url, api_key, timeout, concurrency)
+        if not price and self.server.openai:
+            self.price = prices.get(model)
+        if budget is not None and not self.price:
+            raise ValueError(f"a budget needs the price of '{model}': give price=(dollars per million tokens in, out)")
+        self.cut = 0                          # questions that were cut to fit
+        self.halt = threading.Event()         # nothing more is sent
+        self._lock,self._pause,self._why = threading.Lock(),0.,None
         self.open(cache)
+
+    def _check(self):
+        "What was given is a number of its kind"
+        for k in ('concurrency','tries','max_prompt','max_answer','max_tokens'):
+            v = getattr(self, k)
+            if type(v) is not int or v<1:
+                raise ValueError(f'{k}: expected a positive whole number, got {v!r}')
+        timeout,patience,budget,price = self.timeout,self.patience,self.budget,self.price
+        if not _within(timeout, 1e-3, 1e6):
+            raise ValueError(f'timeout: expected a positive number of seconds up to 1,000,000, got {timeout!r}')
+        if not _within(patience, 0, 1e6):
+            raise ValueError(f'patience: expected a number of seconds from 0 to 1,000,000, got {patience!r}')
+        if budget is not None and not _within(budget, 0, 1e12):
+            raise ValueError(f'budget: expected a number of dollars from 0, got {budget!r}')
+        if price is None: return
+        if not isinstance(price, (tuple,list)) or len(price)!=2 or not all(_within(v, 0, 1e9) for v in price):
+            raise ValueError('price: expected two numbers of dollars from 0, for a million tokens in and out, '
+                             f'got {price!r}')
 
     def open(self, cache):
         "Use this journal"
         self.journal = Journal(cache)
         known = self.journal.params.get(self.id, {})
-        self._begin = self.params = {**{k:v[0] for k,v in _choices(self.openai).items()}, **known, 'raised':r if (r := known.get('raised') or 0)>self.max_tokens else None}
+        raised = known.get('raised') or 0
+        best = {k:v[0]
+                for k,v in _choices(self.server.openai).items()}
+        self._begin = self.params = best | known | dict(raised=raised if raised>self.max_tokens else None)
         self._tried,self._accepted,self._raise_accepted = {},False,bool(self.params['raised'])
         return self
 
     @property
-    def id(self): return f'{self.model} at {self.host}'
+    def host(self):
+        "The address that can be told"
+        return self.server.host
     @property
-    def prompt_hash(self): return hashlib.sha256(json.dumps([self.instructions,verdict_schema,judge_message('','','','check')[0]]).encode()).hexdigest()[:12]
+    def id(self):
+        "Who is asked, and where"
+        return f'{self.model} at {self.host}'
+    @property
+    def prompt_hash(self):
+        "Of all that a question says beside its texts"
+        shown = [self.instructions,verdict_schema,judge_message('','','','check')[0]]
+        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
+    @property
+    def stopped(self):
+        "Why the last questions were not asked; None where all were"
+        return self._why
+
     def about(self)->dict:
         "What a reader must know about this judge"
-        by = Counter(v['by'] for v in self.journal.verdicts.values() if v.get('by'))
-        return dict(model=self.model, server=self.host, date=time.strftime('%Y-%m-%d', time.gmtime()), prompt=self.prompt_hash, params=self.params, max_tokens=self._limit(self.params),
-                    cut=self.cut, price=self.price, answered_by=dict(by), journal=self.journal.path and self.journal.path.name, **self.journal.ledger())
+        by = Counter(v['by'] for v in self.journal.verdicts.values()
+                     if v.get('by'))
+        path = self.journal.path
+        return dict(
+            model=self.model, server=self.host,
+            date=time.strftime('%Y-%m-%d', time.gmtime()),
+            prompt=self.prompt_hash, params=self.params,
+            max_tokens=self._limit(self.params),
+            cut=self.cut, price=self.price,
+            answered_by=dict(by), journal=path and path.name,
+            **self.journal.ledger())
 
     def __repr__(self): return f'LLMJudge({self.id}, {len(self.journal.verdicts)} verdicts known)'
     def __call__(self, prompt, a, b):
+        "One verdict, or a `JudgeError`"
         r = self.many([(prompt,a,b)])[0]
         if not r['verdict']: raise JudgeError(r['failed'])
         return r['verdict']
 
-    @cached_property
-    def _key(self):
-        env = 'OPENAI_API_KEY' if self.openai else 'JUDGE_API_KEY'
-        key = (self._given or os.environ.get(env, '')).strip()
-        if not key and self.openai: raise JudgeError(f'no API key: set the environment variable {env}, or name a local server with base_url; judging by stored rewards needs none')
-        if not re.fullmatch(r'[!-~]*', key): raise JudgeError('the API key holds a space or a character that no key has')
-        return key
-
-    @cached_property
-    def _client(self):
-        "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
-        import openai
-        for o in ('openai','httpx2','httpcore2','httpx','httpcore'): logging.getLogger(o).setLevel(logging.WARNING)   # below that they tell headers
-        http,key,a = sys.modules[openai.DefaultHttpxClient.__base__.__module__],self._key,self.address                # the HTTP library that openai brings
-        headers = {'accept':'application/json', 'accept-encoding':'identity', 'content-type':'application/json', 'user-agent':'rlhf_nb',
-                   **({'authorization':a.basic if a.login else f'Bearer {key}'} if key or a.login else {})}
-        if self.openai: headers |= {k:os.environ[v] for k,v in (('openai-organization','OPENAI_ORG_ID'),('openai-project','OPENAI_PROJECT_ID')) if os.environ.get(v)}
-        p = a.proxy
-        target = (a.origin if p and p.startswith('http') and a.scheme=='http' else '')+a.target   # such a proxy needs the whole address
-        due = threading.local()                                       # each thread reads one reply at a time
-        class Client(openai.DefaultHttpxClient):
-            def send(_, request, **kw):
-                end = due.end = time.monotonic()+self.timeout
-                asked = http.Request(request.method, request.url, headers=headers, content=request.content, extensions={**request.extensions, 'target':target.encode()})
-                r = super().send(asked, stream=True, follow_redirects=False)
-                try: self._read(r, request.extensions.setdefault('body', bytearray()), end)
-                finally: r.close()
-                return http.Response(r.status_code, headers=[(k,v) for k,v in r.headers.raw if k.lower() in (b'content-type',b'retry-after')], request=request)   # bytes: they may not be ASCII
-        limits = http.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-        try: client = Client(proxy=p, trust_env=False, verify=http.create_ssl_context() if a.scheme=='https' else False, limits=limits)
-        except (ValueError,ImportError,OSError,http.InvalidURL) as e: raise JudgeError(f'the proxy or the certificates that the environment names can\'t be used ({type(e).__name__})') from None
-        for o in (client._transport,*client._mounts.values()):
-            if o: o._pool._network_backend = _InTime(o._pool._network_backend, lambda: due.end-time.monotonic(), self.timeout)
-        return openai.OpenAI(base_url=a.origin, api_key=key or 'none', max_retries=0, timeout=self.timeout, http_client=client)   # without a key, `headers` has none
-
-    def _bytes(self, message): return len(self.instructions.encode())+len(message.encode())+400  # the schema too
-    def _cost(self, i, o): return (i*self.price[0]+o*self.price[1])/1e6 if self.price else None
-    def _limit(self, params): return params['raised'] or self.max_tokens
+    def _bytes(self, message):
+        "Bytes of a question, the schema too"
+        return len(self.instructions.encode())+len(message.encode())+400
+    def _cost(self, i, o):
+        "Dollars of so many tokens in and out; None without a price"
+        return (i*self.price[0]+o*self.price[1])/1e6 if self.price else None
+    def _limit(self, params):
+        "Tokens that a reply may have"
+        return params['raised'] or self.max_tokens
     @property
-    def _raised(self): return max(4*self.max_tokens, 4096)
-    @property
-    def stopped(self): return self._why   # why the last questions were not asked; None where all were
-    def _scrub(self, s):
-        "Without keys and passwords, however they are spelled"
-        for o in sorted({m for k in (self._key,*self.address.secrets) if len(k)>3 for m in _masked(k)}, key=len, reverse=True): s = s.replace(o, '[key]')
-        return s
+    def _raised(self):
+        "Tokens that it may have where the limit was too low"
+        return max(4*self.max_tokens, 4096)
     def _kept(self, s):
         "What is kept of a reply"
-        s = self._scrub(_clean(s))
+        s = self.server.scrub(_clean(s))
         return s if len(s)<=2000 else f'{s[:1500]} […] {s[-400:]}'
 
 # %% ../nbs/18_llm.ipynb #21c57235
+_slots = dict(first='a', second='b', tie='tie')
+
 @patch
 def _shown(self:LLMJudge, prompt, a, b):
     "What the judge will see, and its hash"
-    cut = lambda s: s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
-    q = tuple(map(_clean, (cut_prompt(prompt, self.max_prompt),cut(a),cut(b))))
-    return q,hashlib.sha256(json.dumps([self.id+self.address.hidden,self.prompt_hash,*q]).encode()).hexdigest()[:32]
+    def cut(s):
+        "An answer without its end, where it is long"
+        return s if len(s)<=self.max_answer else s[:self.max_answer]+' [cut here]'
+    q = _clean(cut_prompt(prompt, self.max_prompt)),_clean(cut(a)),_clean(cut(b))
+    all_of_it = json.dumps([self.id+self.server.address.hidden,self.prompt_hash,*q])
+    return q,hashlib.sha256(all_of_it.encode()).hexdigest()[:32]
 
 @patch
 def many(self:LLMJudge, asks:list)->list:
@@ -156,86 +177,151 @@ def many(self:LLMJudge, asks:list)->list:
         keys.append(k)
         if k not in self.journal.verdicts: todo[k] = q
     self._why = None
-    failed,slot = self._all(todo) if todo else {},dict(first='a', second='b', tie='tie')
-    found = lambda k: self.journal.verdicts.get(k) or dict(verdict=None, failed=failed[k])
-    return [dict({k:x for k,x in v.items() if k!='by'}, verdict=slot.get(v['verdict'])) for v in map(found, keys)]
+    failed = self._all(todo) if todo else {}
+    def answer(k):
+        "The verdict on a question, in terms of `a` and `b`"
+        if k not in self.journal.verdicts:
+            return dict(verdict=None, failed=failed[k])
+        v = self.journal.verdicts[k]
+        return {o:v[o] for o in v if o!='by'} | dict(verdict=_slots[v['verdict']])
+    return [answer(k) for k in keys]
 
 @patch
 def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
     "What judging these pairs in both orders would take; nothing is sent, and no key is needed"
-    todo = dict(self._shown(o['prompt'], *ab)[::-1] for o in pairs for ab in ((o['a'],o['b']),(o['b'],o['a'])) if o['a']!=o['b'])
-    new = [q for k,q in todo.items() if k not in self.journal.verdicts]
-    i,o,most = sum(self._bytes(judge_message(*q)[0]) for q in new)//4,60*len(new),self._limit(self.params)*len(new)   # about 4 bytes a token in English
-    return dict(pairs=len(pairs), requests=len(new), known=len(todo)-len(new), prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o), cost_at_most=self._cost(i, most),
-                cost_at_most_raised=self._cost(i, self._raised*len(new)))
+    todo = {}
+    for o in pairs:
+        if o['a']==o['b']: continue
+        for a,b in ((o['a'],o['b']),(o['b'],o['a'])):
+            q,k = self._shown(o['prompt'], a, b)
+            todo[k] = q
+    new = [q for k,q in todo.items()
+           if k not in self.journal.verdicts]
+    n = len(new)
+    i = sum(self._bytes(judge_message(*q)[0]) for q in new)//4   # about 4 bytes a token in English
+    o = 60*n
+    return dict(
+        pairs=len(pairs), requests=n,
+        known=len(todo)-n, prompt_tokens=i,
+        completion_tokens=o, cost=self._cost(i, o),
+        cost_at_most=self._cost(i, self._limit(self.params)*n),
+        cost_at_most_raised=self._cost(i, self._raised*n))
 
 # %% ../nbs/18_llm.ipynb #160643b3
 @patch
 def _all(self:LLMJudge, todo):
     "Ask about everything in `todo`, the first alone; why there is no verdict, where there is none"
-    self._client
-    self.halt.clear(); self._why,self._streak,self._since,self._got = None,0,0.,False
-    (k,q),*left = todo.items()
-    failed = {k:self._one(k, q)}
+    self.server.client   # a key that is missing is told before anything is asked
+    self.halt.clear()
+    self._why,self._got = None,False                                  # has any verdict been read?
+    self._streak,self._since = 0,0.                                   # failures in a row, and when the first came
+    (first,q),*left = todo.items()
+    failed = {first:self._one(first, q)}
     with ThreadPoolExecutor(self.concurrency) as pool:
-        try: failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
-        except BaseException: self._stop('interrupted'); pool.shutdown(cancel_futures=True); raise
+        try:
+            failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
+        except BaseException:
+            self._stop('interrupted')
+            pool.shutdown(cancel_futures=True)
+            raise
     return failed
 
 @patch
 def _stop(self:LLMJudge, why):
+    "Ask nothing more; the first reason counts"
     self._why = self._why or why
     self.halt.set()
 
 # %% ../nbs/18_llm.ipynb #b6e42842
+class _Patience:
+    "What has been tried for one verdict"
+    def __init__(self):
+        self.tried,self.limits,self.waited = 0,0,0.
+
 @patch
 def _one(self:LLMJudge, key, q):
     "Get one verdict into the journal; why not, if not"
-    tried,limits,waited = 0,0,0.
+    had = _Patience()
     while True:
-        while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s): pass
+        self._wait_out()
         if self.halt.is_set(): return f'not asked: {self._why}'
         params,began = self.params,time.monotonic()
-        try:
-            self._send(key, q, params)
-            with self._lock: self._got,self._streak = True,0 if began>self._since else self._streak   # one that was sent before the failures says nothing about now
-            return
-        except _Fault as e: fault = e
-        if fault.what.startswith('params') and self._other(params, str(fault)): continue
-        if fault.what=='cut' and self._raise(params): continue
-        if fault.what=='halt': self._stop(str(fault)); return str(fault)
-        if fault.what=='limit':   # all wait, as long as the server asks, and longer each time
-            limits += 1
-            wait = max(fault.wait or 0., .1*2**min(limits, 8))
-            waited += wait
-            if waited<=self.patience: self._pause = max(self._pause, time.monotonic()+wait+.1*random.random()); continue
-        tried += 1
-        wait = .25*2**tried*(.5+random.random()) if fault.wait is None else fault.wait
-        if fault.what in ('again','params or again','cut','nobody') and tried<self.tries and wait<=self.patience: self.halt.wait(wait); continue
-        if self._got and fault.billed: return str(fault)   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
-        with self._lock:
-            if not self._streak: self._since = time.monotonic()
-            self._streak += 1
-        if self._streak>=max(10, 2*self.concurrency): self._stop(f'{self._streak} failures in a row, the last: {fault}')
-        if fault.what=='nobody' and not self._accepted: self._stop(str(fault))
+        try: self._send(key, q, params)
+        except Fault as e: fault = e
+        else: return self._succeeded(began)
+        if self._goes_on(fault, params, had): continue
+        if fault.what=='halt': self._stop(str(fault))
+        else: self._failed(fault)
         return str(fault)
 
+@patch
+def _wait_out(self:LLMJudge):
+    "Wait as long as a rate limit lasts, or until all is over"
+    while (s := self._pause-time.monotonic())>0 and not self.halt.wait(s):
+        pass
+
+@patch
+def _goes_on(self:LLMJudge, fault, params, had):
+    "Does it make sense to ask again? With other parameters, after a rate limit, or once more"
+    if fault.what.startswith('params') and self._other(params, str(fault)):
+        return True
+    if fault.what=='cut' and self._raise(params): return True
+    if fault.what=='halt': return False
+    if fault.what=='limit':   # all wait, as long as the server asks, and longer each time
+        had.limits += 1
+        wait = max(fault.wait or 0., .1*2**min(had.limits, 8))
+        had.waited += wait
+        if had.waited<=self.patience:
+            self._pause = max(self._pause, time.monotonic()+wait+.1*random.random())
+            return True
+    had.tried += 1
+    wait = .25*2**had.tried*(.5+random.random()) if fault.wait is None else fault.wait
+    passing = fault.what in ('again','params or again','cut','nobody')
+    if not passing or had.tried>=self.tries or wait>self.patience:
+        return False
+    self.halt.wait(wait)
+    return True
+
+@patch
+def _succeeded(self:LLMJudge, began):
+    "A verdict was read. One that was asked for before the failures says nothing about now"
+    with self._lock:
+        self._got = True
+        if began>self._since: self._streak = 0
+
+@patch
+def _failed(self:LLMJudge, fault):
+    "One question stays without a verdict; too many in a row end the run"
+    if self._got and fault.billed:
+        return   # a completion that can't be read, from a judge that can be: no sign of a server that is gone
+    with self._lock:
+        if not self._streak: self._since = time.monotonic()
+        self._streak += 1
+    if self._streak>=max(10, 2*self.concurrency):
+        self._stop(f'{self._streak} failures in a row, the last: {fault}')
+    if fault.what=='nobody' and not self._accepted:
+        self._stop(str(fault))
+
 # %% ../nbs/18_llm.ipynb #ac8e63a6
-_names = [('length',r'max_completion_tokens|max_tokens'), ('temperature','temperature'), ('response_format',r'response_format|json_schema|json_object|json mode|structured output|grammar'),
-          ('system',r'\bsystem\b|\broles?\b|alternate')]
+_in_doubt = 'response_format','temperature','length','system'   # which parameter to try, where a refusal names none
 
 @patch
 def _other(self:LLMJudge, used, why):
     "The endpoint refuses a parameter: try its next choice; False where there is none"
     with self._lock:
         if self.params is not used: return True   # another request has found out already
-        if used['raised'] and not self._raise_accepted: self.params = {**used, 'raised':0}; return True   # it takes no more than before
+        if used['raised'] and not self._raise_accepted:
+            self.params = used | dict(raised=0)   # it takes no more than before
+            return True
         if self._accepted: return False           # it was accepted before, so it is something else
-        at = {k:m.start() for k,pattern in _names if (m := re.search(pattern, why, re.I))}
-        for k in dict.fromkeys([*sorted(at, key=at.get),'response_format','temperature','length','system']):
-            self._tried.setdefault(k, []).append(used[k])
-            rest = [v for v in _choices(self.openai)[k] if v not in self._tried[k]]
-            if rest and used[k] is not None: self.params = {**used, k:rest[0]}; return True
+        choices = _choices(self.server.openai)
+        for k in dict.fromkeys((*named_in(why),*_in_doubt)):
+            tried = self._tried.setdefault(k, [])
+            tried.append(used[k])
+            rest = [v for v in choices[k] if v not in tried]
+            if rest and used[k] is not None:
+                self.params = used | {k:rest[0]}
+                return True
         self.params,self._tried = dict(self._begin),{}
         return False
 
@@ -244,8 +330,9 @@ def _raise(self:LLMJudge, used):
     "A reply was cut, or nothing is left of it: give all of them more tokens, once"
     with self._lock:
         if self.params is not used: return True
-        if used['raised'] is not None or not used['length']: return False
-        self.params = {**used, 'raised':self._raised}
+        if used['raised'] is not None or not used['length']:
+            return False
+        self.params = used | dict(raised=self._raised)
         return True
 
 # %% ../nbs/18_llm.ipynb #342bb55a
@@ -254,129 +341,126 @@ def _tokens(use, k):
     n = use.get(k)
     return n if type(n) is int and 0<=n<10**8 else None
 
+_forms = dict(
+    json_schema=dict(type='json_schema', json_schema=dict(name='verdict', strict=True, schema=verdict_schema)),
+    json_object=dict(type='json_object'))
+
 @patch
 def _asked(self:LLMJudge, message, params):
     "What is posted: the code stands in the message alone"
-    said = [('system',self.instructions),('user',message)] if params['system']=='system' else [('user',f'{self.instructions}\n\n{message}')]
-    forms = dict(json_schema=dict(type='json_schema', json_schema=dict(name='verdict', strict=True, schema=verdict_schema)), json_object=dict(type='json_object'))
+    if params['system']=='system':
+        said = [('system',self.instructions),('user',message)]
+    else: said = [('user',f'{self.instructions}\n\n{message}')]
     out = dict(model=self.model, messages=[dict(role=r, content=c) for r,c in said])
-    if params['length']: out[params['length']] = self._limit(params)
-    if params['temperature'] is not None: out['temperature'] = params['temperature']
-    if params['response_format']: out['response_format'] = forms[params['response_format']]
+    if params['length']:
+        out[params['length']] = self._limit(params)
+    if params['temperature'] is not None:
+        out['temperature'] = params['temperature']
+    if params['response_format']:
+        out['response_format'] = _forms[params['response_format']]
     return out
 
 @patch
 def _send(self:LLMJudge, key, q, params):
     "One request, between two lines of the journal"
     message,check = judge_message(*q)
-    limit = self._limit(params)
-    most,n = self._cost(self._bytes(message), limit),secrets.token_hex(6)   # a token has at least one byte
-    with self._lock:
-        if self.budget is not None and not params['length']: raise _Fault('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
-        if self.budget is not None and self.journal.spent()+most>self.budget: raise _Fault('halt', f'the budget of ${self.budget:g} is spent or could be exceeded')
-        self.journal.add(sent=n, key=key, judge=self.id, time=round(time.time(), 1), most=most)
+    n = self._announce(key, message, params)
     use,end = {},dict(verdict=None, failed='interrupted', billed=None)
     try:
-        r = self._post(self._asked(message, params))
-        use = r['use']
-        with self._lock:
-            if params!=self.journal.params.get(self.id) and params is self.params: self.journal.add(params=params, judge=self.id)
-            self._accepted,self._raise_accepted = True,self._raise_accepted or bool(params['raised'])
-        v,reason = self._verdict(r, check, limit)
-        end = dict(verdict=v, reason=self._scrub(reason), billed=True, **({'by':r['by']} if r['by'] else {}))
-    except _Fault as e:
+        r = self.server.post(self._asked(message, params))
+        use = r.use
+        self._accept(params)
+        v,reason = self._verdict(r, check, self._limit(params))
+        end = dict(verdict=v, reason=self.server.scrub(reason), billed=True)
+        if r.by: end['by'] = r.by
+    except Fault as e:
         use = use or e.use
-        end = dict(verdict=None, failed=str(e), kind=e.kind, billed=e.billed, **({'text':self._kept(e.text)} if e.text else {}))
+        end = dict(
+            verdict=None, failed=str(e),
+            kind=e.kind, billed=e.billed)
+        if e.text:
+            end['text'] = self._kept(e.text)
         raise
-    finally:
-        i,o = _tokens(use, 'prompt_tokens'),_tokens(use, 'completion_tokens')
-        if i is None or o is None: i,o,end['guessed'] = self._bytes(message)//4,60,True
-        self.journal.add(done=n, key=key, time=round(time.time(), 1), **end, **(dict(prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o)) if end['billed'] else {}))
+    finally: self._settle(n, key, message, use, end)
+
+@patch
+def _announce(self:LLMJudge, key, message, params):
+    "The line before a request, with the most that it can cost; its number. A `Fault` where the budget does not allow it"
+    n = secrets.token_hex(6)
+    most = self._cost(self._bytes(message), self._limit(params))   # a token has at least one byte
+    with self._lock:
+        if self.budget is not None:
+            if not params['length']:
+                raise Fault('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
+            if self.journal.spent()+most>self.budget:
+                raise Fault('halt', f'the budget of ${self.budget:g} is spent or could be exceeded')
+        self.journal.add(
+            sent=n, key=key, judge=self.id,
+            time=round(time.time(), 1),
+            most=most)
+    return n
+
+@patch
+def _accept(self:LLMJudge, params):
+    "The endpoint takes these parameters: remember them"
+    with self._lock:
+        if params!=self.journal.params.get(self.id) and params is self.params:
+            self.journal.add(params=params, judge=self.id)
+        self._accepted = True
+        if params['raised']: self._raise_accepted = True
+
+@patch
+def _settle(self:LLMJudge, n, key, message, use, end):
+    "The line after a request: how it ended, and what was billed; where the server does not say, a guess"
+    i,o = _tokens(use, 'prompt_tokens'),_tokens(use, 'completion_tokens')
+    if i is None or o is None:
+        i,o,end['guessed'] = self._bytes(message)//4,60,True
+    bill = dict(prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o)) if end['billed'] else {}
+    self.journal.add(
+        done=n, key=key,
+        time=round(time.time(), 1), **end,
+        **bill)
 
 # %% ../nbs/18_llm.ipynb #d1c5a438
+def _part_text(p):
+    "The text of one part of a content; parts that think have none"
+    if isinstance(p, dict):
+        p = p.get('text') if p.get('type', 'text') in ('text','output_text') else ''
+    return p if isinstance(p, str) else ''
+
 def _content(c):
     "The text of a message's content: a string, or a list of parts"
     if isinstance(c, str): return c
-    parts = c if isinstance(c, list) else [c]
-    text = lambda p: p if isinstance(p, str) else p.get('text') if isinstance(p, dict) and p.get('type', 'text') in ('text','output_text') else ''
-    return ''.join(t for t in map(text, parts) if isinstance(t, str))
+    return ''.join(map(_part_text, c if isinstance(c, list) else [c]))
+
+def _thoughts(message):
+    "Reasoning beside the content"
+    found = (message.get(k) for k in ('reasoning_content','reasoning'))
+    return next((o for o in found
+                 if isinstance(o, str) and o.strip()), '')
 
 @patch
 def _verdict(self:LLMJudge, r, check, limit):
-    "The verdict of a reply, or a `_Fault`"
-    m,use,end = r['message'],r['use'],str(r['end']).lower()
-    text = _content(m.get('content'))
-    thoughts = next((o for k in ('reasoning_content','reasoning') if isinstance(o := m.get(k), str) and o.strip()), '')
-    fault = lambda what,why,kind: _Fault(what, why, True, use=use, kind=kind, text=text or thoughts or json.dumps(m))
-    if m.get('refusal') or end=='content_filter': raise fault('give up', 'the judge refuses', 'refused')
-    if end in ('length','max_tokens'): raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
-    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S): text = thoughts
+    "The verdict of a reply, or a `Fault`"
+    m,end = r.message,str(r.end).lower()
+    text,thoughts = _content(m.get('content')),_thoughts(m)
+    def fault(what, why, kind):
+        "Why there is no verdict; the reply was billed, and its text is kept"
+        return Fault(
+            what, why, True, use=r.use, kind=kind,
+            text=text or thoughts or json.dumps(m))
+    if m.get('refusal') or end=='content_filter':
+        raise fault('give up', 'the judge refuses', 'refused')
+    if end in ('length','max_tokens'):
+        raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
+    if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S):
+        text = thoughts
     if not text.strip():
-        if m.get('tool_calls') or m.get('function_call'): raise fault('again', 'a call of a tool instead of a reply', 'broken')
-        raise fault('cut', f'an empty reply{" behind its reasoning" if thoughts else ""} (max_tokens is {limit})', 'cut')
+        if m.get('tool_calls') or m.get('function_call'):
+            raise fault('again', 'a call of a tool instead of a reply', 'broken')
+        behind = ' behind its reasoning' if thoughts else ''
+        raise fault('cut', f'an empty reply{behind} (max_tokens is {limit})', 'cut')
     try: return read_verdict(text, check)
-    except NoVerdict as e: raise fault('cut' if e.kind=='cut' or (_tokens(use, 'completion_tokens') or 0)>=limit else 'again', str(e), e.kind) from None
-
-# %% ../nbs/18_llm.ipynb #dfb8b531
-@patch
-def _read(self:LLMJudge, r, body, end):
-    "Read the bytes of a reply into `body`: up to `end`, and not too many"
-    for o in r.iter_bytes():
-        body += o
-        if time.monotonic()>end: raise _late(self.timeout)
-        if len(body)>_most_bytes: raise _Fault('again', f'a reply of more than {_most_bytes//10**6} MB', None, kind='broken', text=bytes(body[:2000]).decode(errors='replace'))
-        if r.status_code//100!=2 and len(body)>10**5: break
-
-@patch
-def _post(self:LLMJudge, asked):
-    "A reply: message, end, use, by"
-    import openai
-    try: r = self._client.chat.completions.with_raw_response.create(**asked).http_response
-    except openai.APIStatusError as e: r = e.response
-    except openai.APIConnectionError as e:   # time-outs too
-        why,body = type(e.__cause__).__name__,e.request.extensions.get('body')   # None before a reply began
-        if why in ('ConnectTimeout','ConnectError','ProxyError'): raise _Fault('nobody', f'nothing answers at {self.host} ({why})') from None
-        if isinstance(e, openai.APITimeoutError): raise _late(self.timeout) from None
-        if body is None: raise _Fault('nobody', f'nothing answers at {self.host} ({why})', None) from None
-        raise _Fault('again', f'a reply that broke off ({why})', None, text=bytes(body).decode(errors='replace')) from None
-    body = r.request.extensions['body']
-    text = bytes(body).decode('utf-8-sig', errors='replace')
-    try: d = json.loads(text, parse_int=lambda s: int(s) if len(s)<20 else math.inf)
-    except (ValueError,RecursionError): d = None
-    if r.status_code//100!=2: raise self._status(r.status_code, d, text, r.headers)
-    if isinstance(d, dict) and (d.get('error') or d.get('object')=='error'): raise self._status(_error_status(d), d, text, r.headers)
-    if 'event-stream' in r.headers.get('content-type', '') or text.startswith('data:'): raise _Fault('halt', f'{self.host} answers in a stream only, which is not supported', None, text=text)
-    try:
-        c = d['choices'][0]
-        if c.get('error'): raise self._status(_error_status(c), c, text, r.headers)
-        message = c['message']
-        if not isinstance(message, dict): raise TypeError
-    except (KeyError,IndexError,TypeError,ValueError,AttributeError):
-        raise _Fault('again', 'a reply that is no chat completion'+(' (a page)' if text.lstrip()[:1]=='<' else ''), None, kind='broken', text=text) from None
-    by = d.get('model') if isinstance(d.get('model'), str) else ''
-    return dict(message=message, end=c.get('finish_reason'), use=d['usage'] if isinstance(d.get('usage'), dict) else {}, by=self._scrub(_clean(re.split(r'[/\\]', by)[-1]))[:80])
-
-@patch
-def _status(self:LLMJudge, n, d, text, headers):
-    "What an HTTP status means for us"
-    d = d if isinstance(d, dict) else {}
-    e = d['error'] if isinstance(d.get('error'), dict) else {**d, 'message':d['error']} if isinstance(d.get('error'), str) else d
-    raw = e['metadata'].get('raw') if isinstance(e.get('metadata'), dict) else None
-    said = ' '.join(str(o) for o in (e.get('param'),e.get('message') or e.get('detail') or text[:1000],raw) if o)
-    said = ' '.join(self._scrub(_clean(said)).split())[:200]
-    key = 'the address' if self.address.login or self.address.target.count('?') else 'OPENAI_API_KEY' if self.openai else 'JUDGE_API_KEY'
-    fault = lambda what,why,**kw: _Fault(what, why, text=text, **kw)
-    if n in (401,403) or n==400 and re.search(r'api.?key', said, re.I): return fault('halt', f'{self.host} refuses the API key (HTTP {n}): check {key}')
-    if n==402 or e.get('code')=='insufficient_quota': return fault('halt', f'{self.host}: the account has no credit left (HTTP {n})')
-    if n==407: return fault('halt', 'the proxy asks for a password (HTTP 407)')
-    if 300<=n<400: return fault('halt', f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url')
-    if n==404 and 'parameter' in said: return fault('params', f'HTTP {n}: {said}')
-    if n in (404,405): return fault('halt', f"{self.host} has no model '{self.model}', or is no such endpoint (HTTP {n})")
-    if n in (400,422) and re.search(r'\bstream', said, re.I): return fault('halt', f'{self.host} answers in a stream only, which is not supported: {said}')
-    wait = _retry_after(headers.get('retry-after'))
-    if n==429: return fault('limit', 'rate limit (HTTP 429)', wait=wait)
-    if n==200: return fault('again', f'an error inside HTTP 200: {said}', billed=None)
-    if n in (400,422): return fault('params', f'HTTP {n}: {said}')
-    if n>=500 and any(re.search(o, said, re.I) for _,o in _names): return fault('params or again', f'HTTP {n}: {said}', wait=wait)   # a chat template's error, say
-    if n in (408,409) or n>=500: return fault('again', f'HTTP {n}', wait=wait)
-    return fault('give up', f'HTTP {n}: {said}')
+    except NoVerdict as e:
+        all_used = (_tokens(r.use, 'completion_tokens') or 0)>=limit
+        raise fault('cut' if e.kind=='cut' or all_used else 'again', str(e), e.kind) from None

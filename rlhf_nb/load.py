@@ -8,6 +8,7 @@ __all__ = ['TOKENIZER_FILES', 'check_folder', 'stop_tokens', 'load_tokenizer', '
 
 # %% ../nbs/09_load.ipynb #loadh004
 import ctypes,json,platform,re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,13 +19,15 @@ from safetensors.torch import load_file
 
 from .core import *
 from .config import *
+from .run import *
 from .forward import *
 from .models import *
 from .models import _first_line
 
 # %% ../nbs/09_load.ipynb #72e135f9
-def _json_file(f):
-    "A JSON object, or an error that names the file"
+def _json_file(f, missing=None):
+    "A JSON object, or an error that names the file; `missing` where there is no file"
+    if missing is not None and not f.exists(): return missing
     try: d = json.loads(f.read_text(encoding='utf-8'))
     except (ValueError,OSError) as e: raise ValueError(f'{f}: not readable as JSON ({_first_line(e)})') from None
     if not isinstance(d, dict): raise ValueError(f'{f}: expected a JSON object, got {str(d)[:40]}')
@@ -36,9 +39,50 @@ def _check_weights(f):
     with f.open('rb') as o:
         n = int.from_bytes(o.read(8), 'little')
         head = o.read(n) if n<size else b''
-    try: want = 8+n+max((v['data_offsets'][1] for k,v in json.loads(head).items() if k!='__metadata__'), default=0)
-    except (ValueError,LookupError,TypeError,AttributeError): raise ValueError(f'{f}: not a safetensors file, or cut within its header ({size} bytes): download it again') from None
+    try: end = max((v['data_offsets'][1] for k,v in json.loads(head).items() if k!='__metadata__'), default=0)
+    except (ValueError,LookupError,TypeError,AttributeError):
+        raise ValueError(f'{f}: not a safetensors file, or cut within its header ({size} bytes): download it again') from None
+    want = 8+n+end
     if size!=want: raise ValueError(f'{f}: {size} bytes, its header says {want}: the download was cut, repeat it')
+
+TOKENIZER_FILES = 'token','vocab','merges','spiece','sentencepiece' # parts of their names
+
+def _of_tokenizer(f):
+    "Is a file a tokenizer's?"
+    return any(k in f.name for k in TOKENIZER_FILES)
+
+def _is_here(f):
+    "Raise where a file is a pointer of Git LFS"
+    with f.open('rb') as o: start = o.read(40)
+    if start.startswith(b'version https://git-lfs'):
+        raise ValueError(f'{f}: a pointer of Git LFS, not the file itself: run `git lfs pull` there, or download the model again')
+
+def _full_weights(name, quantised):
+    "Raise where a model's weights are quantised"
+    if not quantised: return
+    kind = quantised.get('quant_method') if isinstance(quantised, dict) else getattr(quantised, 'quant_method', quantised)
+    raise ValueError(f"{name}: its weights are quantised ({getattr(kind, 'value', kind)}), and training needs the full ones: "
+                     'name the model that it was made from')
+
+def _check_config(path):
+    "Raise where config.json is not that of a model with full weights"
+    f = path/'config.json'
+    if not f.is_file(): return
+    d = _json_file(f)
+    if not isinstance(d.get('model_type'), str): raise ValueError(f'{f}: no model_type, so that it is not known what model this is')
+    _full_weights(path, d.get('quantization_config') or d.get('compression_config'))
+
+def _weight_files(path, files):
+    "The files of weights that a folder has, or should have"
+    whole,index = path/'model.safetensors',path/'model.safetensors.index.json'
+    if whole in files: return [whole]
+    if not index.exists(): return [f for f in files if f.suffix=='.bin']
+    parts = _json_file(index).get('weight_map')
+    if not isinstance(parts, dict) or not parts: raise ValueError(f"{index}: no weight_map: download it again")
+    parts = sorted(set(map(str, parts.values())))
+    if lost := [o for o in parts if path/o not in files]:
+        raise ValueError(f'{path}: {", ".join(lost[:3])} is missing ({len(lost)} of {len(parts)} files of weights): download it again')
+    return [path/o for o in parts]
 
 def check_folder(
     path,             # Of a model or tokenizer; a name that is no path here is left to the Hub
@@ -49,40 +93,18 @@ def check_folder(
     if not path.exists(): return
     if not path.is_dir(): raise ValueError(f'{path}: a file; expected a model folder')
     files = sorted(f for f in path.iterdir() if f.is_file())
-    names,index = {f.name for f in files},path/'model.safetensors.index.json'
-    need = [f for f in files if f.suffix=='.json' or any(k in f.name for k in TOKENIZER_FILES)]
-    parts = [path/'model.safetensors'] if 'model.safetensors' in names else []
-    for f in need: _is_here(f)
+    for f in files:
+        if f.suffix=='.json' or _of_tokenizer(f): _is_here(f)
     for k in ('config.json','generation_config.json','tokenizer_config.json'):
-        if k in names: _json_file(path/k)
+        if path/k in files: _json_file(path/k)
     if not weights: return
-    if 'adapter_config.json' in names:
-        raise ValueError(f'{path}: an adapter (adapter_config.json), not a whole model: merge it into its model (merge_and_unload of peft) and save the result')
-    if 'config.json' in names:
-        d = _json_file(path/'config.json')
-        if not isinstance(d.get('model_type'), str): raise ValueError(f"{path/'config.json'}: no model_type, so that it is not known what model this is")
-        _full_weights(path, d.get('quantization_config') or d.get('compression_config'))
-    if index.exists() and not parts:
-        w = _json_file(index).get('weight_map')
-        if not isinstance(w, dict) or not w: raise ValueError(f"{index}: no weight_map: download it again")
-        w = set(map(str, w.values()))
-        if lost := sorted(w-names): raise ValueError(f'{path}: {", ".join(lost[:3])} is missing ({len(lost)} of {len(w)} files of weights): download it again')
-        parts = [path/o for o in sorted(w)]
-    for f in parts or [f for f in files if f.suffix=='.bin']:
+    if path/'adapter_config.json' in files:
+        raise ValueError(f'{path}: an adapter (adapter_config.json), not a whole model: '
+                         'merge it into its model (merge_and_unload of peft) and save the result')
+    _check_config(path)
+    for f in _weight_files(path, files):
         _is_here(f)
         if f.suffix=='.safetensors': _check_weights(f)
-
-TOKENIZER_FILES = 'token','vocab','merges','spiece','sentencepiece' # parts of their names
-
-def _is_here(f):
-    "Raise where a file is a pointer of Git LFS"
-    with f.open('rb') as o: start = o.read(40)
-    if start.startswith(b'version https://git-lfs'):
-        raise ValueError(f'{f}: a pointer of Git LFS, not the file itself: run `git lfs pull` there, or download the model again')
-
-def _full_weights(name, quantised):
-    kind = quantised.get('quant_method') if isinstance(quantised, dict) else getattr(quantised, 'quant_method', quantised)
-    if quantised: raise ValueError(f"{name}: its weights are quantised ({getattr(kind, 'value', kind)}), and training needs the full ones: name the model that it was made from")
 
 def _config(name):
     "A model's config, or an error in one line"
@@ -92,11 +114,23 @@ def _config(name):
     _full_weights(name, getattr(c, 'quantization_config', None))
     return c
 
-def _ids(x): return {i for i in (x if isinstance(x, (list,tuple,set)) else [x]) if isinstance(i, int)}
+def _ids(x):
+    "Token ids of a setting that holds one, several or none"
+    return {i for i in (x if isinstance(x, (list,tuple,set)) else [x]) if isinstance(i, int)}
 
 def stop_tokens(model)->set:
     "All ids that end a response: those of the config and of the generation config, where `fit_tokenizer` has entered the tokenizer's"
-    return _ids(getattr(model.config, 'eos_token_id', None))|_ids(getattr(getattr(model, 'generation_config', None), 'eos_token_id', None))
+    configs = model.config,getattr(model, 'generation_config', None)
+    return set().union(*(_ids(getattr(c, 'eos_token_id', None)) for c in configs))
+
+def _check_guesses(tok, name, missing):
+    "Raise where transformers has made up what a folder lacks: a tokenizer without words, or an EOS"
+    if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)
+    f = Path(name)/'tokenizer.json'
+    if not f.is_file() or f.with_name('tokenizer_config.json').is_file(): return
+    if tok.eos_token and tok.eos_token not in read_text(f):
+        raise ValueError(f'{name}: tokenizer_config.json is missing, and tokenizer.json has no {tok.eos_token}, '
+                         'which transformers takes for EOS; copy the file there')
 
 def load_tokenizer(
     name,         # Hub name or folder
@@ -104,22 +138,20 @@ def load_tokenizer(
 ):
     "A tokenizer that has an EOS and a PAD of its own"
     check_folder(name, weights=False)
-    f,kw = Path(name)/'config.json',{}
-    c = _json_file(f) if f.exists() else {}
-    if 'base_model_type' in c: kw['config'] = AutoConfig.for_model(c['base_model_type']) # our reward head's folder: transformers doesn't know its type
-    missing = f'{name}: no tokenizer in this folder; copy its files there (tokenizer.json, tokenizer_config.json), or name another with --tokenizer'
-    if Path(name).is_dir() and not any(k in f.name for f in Path(name).iterdir() for k in TOKENIZER_FILES): raise ValueError(missing)
+    folder = Path(name)
+    c,g = (_json_file(folder/f, {}) for f in ('config.json','generation_config.json'))
+    # our reward head's folder: transformers doesn't know its type
+    kw = dict(config=AutoConfig.for_model(c['base_model_type'])) if 'base_model_type' in c else {}
+    missing = (f'{name}: no tokenizer in this folder; copy its files there (tokenizer.json, tokenizer_config.json), '
+               'or name another with --tokenizer')
+    if folder.is_dir() and not any(map(_of_tokenizer, folder.iterdir())): raise ValueError(missing)
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
-    if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)   # transformers makes one without words from nothing
     for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
-    f = Path(name)/'tokenizer.json'
-    if f.is_file() and not (Path(name)/'tokenizer_config.json').is_file() and tok.eos_token and tok.eos_token not in read_text(f):   # transformers guesses one
-        raise ValueError(f'{name}: tokenizer_config.json is missing, and tokenizer.json has no {tok.eos_token}, which transformers takes for EOS; copy the file there')
-    if eos and tok.eos_token_id is None: raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
-    g = Path(name)/'generation_config.json'
-    stops = _ids(c.get('eos_token_id'))|_ids(_json_file(g).get('eos_token_id') if g.exists() else None)
-    return _own_pad(tok, stops, name)
+    _check_guesses(tok, name, missing)
+    if eos and tok.eos_token_id is None:
+        raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
+    return _own_pad(tok, _ids(c.get('eos_token_id'))|_ids(g.get('eos_token_id')), name)
 
 def _own_pad(tok, stops, name):
     "Add a PAD where there is none, or where it ends responses"
@@ -129,6 +161,7 @@ def _own_pad(tok, stops, name):
     return tok
 
 def _not_found(name, what, e):
+    "The error of what could not be loaded from a folder or the Hub"
     if Path(name).exists(): return ValueError(f'{name}: no usable {what} in this folder ({_first_line(e)})')
     return FileNotFoundError(f"{name}: no such {what} folder, and the Hugging Face Hub can't be reached for it. "
                              'Give a local folder, or connect and unset HF_HUB_OFFLINE')
@@ -136,7 +169,16 @@ def _not_found(name, what, e):
 def _stops(model, tok, own):
     "What ends a response by the model's configurations, as far as it means the same to the tokenizer"
     special = {i for i,t in tok.added_tokens_decoder.items() if t.special}|set(tok.all_special_ids)
-    return {i for i in stop_tokens(model) if i<len(model.get_input_embeddings().weight) and (own or i in special)}
+    n = len(model.get_input_embeddings().weight)
+    return {i for i in stop_tokens(model) if i<n and (own or i in special)}
+
+def _grow(model, n, old):
+    "Room for `n` tokens; a new one is as likely as an average of the `old` ones"
+    model.resize_token_embeddings(n, mean_resizing=False)
+    layers = {id(o):o for o in (model.get_input_embeddings(),head(model)) if o is not None}   # once, where they are tied
+    for o in layers.values():
+        for w in (o.weight,getattr(o, 'bias', None)):
+            if w is not None: w.data[old:] = w.data[:old].mean(0)
 
 def fit_tokenizer(
     model,        # Any Hugging Face model
@@ -144,15 +186,10 @@ def fit_tokenizer(
     own:bool=True # Did it come with the model? If not, the model's ids mean something only where they are special tokens of it
 ):
     "Make room for all tokens, and enter the special ones in the model's configuration"
-    old = model.get_input_embeddings().weight
-    n = len(old)
+    n = len(model.get_input_embeddings().weight)
     words = max((i for i in tok.get_vocab().values() if i not in tok.added_tokens_decoder), default=-1)
     if words>=n: raise ValueError(f'the tokenizer has words up to id {words}, the model embeds {n}: this is not its tokenizer')
-    if len(tok)>n:
-        model.resize_token_embeddings(len(tok), mean_resizing=False)
-        for e in {id(o):o for o in (model.get_input_embeddings(),head(model)) if o is not None}.values():
-            for w in (e.weight,getattr(e, 'bias', None)):
-                if w is not None: w.data[n:] = w.data[:n].mean(0)    # a new token is as likely as an average one
+    if len(tok)>n: _grow(model, len(tok), n)
     stops = _stops(model, tok, own)-{tok.pad_token_id}|{tok.eos_token_id}
     c,g = model.config,getattr(model, 'generation_config', None)
     c.eos_token_id = sorted(stops) if isinstance(getattr(c, 'eos_token_id', None), list) else tok.eos_token_id
@@ -162,26 +199,45 @@ def fit_tokenizer(
             if o is not None and getattr(tok, k) is not None: setattr(o, k, getattr(tok, k))
     return model
 
+def _check_kind(cls, c, name):
+    "Raise where a config is not that of what is wanted: a language model, or a classifier with one label"
+    trained = [o for o in c.architectures or [] if 'SequenceClassification' in o]
+    if cls is AutoModelForSequenceClassification:
+        if type(c) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING: raise ValueError(f'{name}: {no_classifier(c)}')
+        if trained and c.num_labels!=1: raise ValueError(f'{name}: a reward model has one label, this one has {c.num_labels}')
+        c.num_labels = 1
+    else:
+        if type(c) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{name}: '{c.model_type}' is not a causal language model in transformers")
+        if trained: raise ValueError(f'{name}: a classifier ({trained[0]}), not a language model')
+
+def _check_shapes(m, info, name):
+    "Raise where checkpoint and config.json do not belong together"
+    apart = 'they do not belong together'
+    def shape(k): return re.sub(r'\.\d+\.', '.#.', k)          # of layers, one name
+    known = {shape(k) for k in m.state_dict()}
+    more = sorted(k for k in info['unexpected_keys'] if '.#.' in shape(k) and shape(k) in known)
+    if more: raise ValueError(f'{name}: the checkpoint has layers that config.json does not count, such as {more[0]}: {apart}')
+    for k,was,now in sorted(info['mismatched_keys']):
+        raise ValueError(f'{name}: {k} is {tuple(was)} in the checkpoint and {tuple(now)} by config.json: {apart}')
+
 def _load(cls, name):
     "Weights and what the checkpoint lacks"
     c = _config(name)
-    classifier,kinds = cls is AutoModelForSequenceClassification,c.architectures or []
-    trained = [o for o in kinds if 'SequenceClassification' in o]
-    if classifier and type(c) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING: raise ValueError(f'{name}: {no_classifier(c)}')
-    if classifier and trained and c.num_labels!=1: raise ValueError(f'{name}: a reward model has one label, this one has {c.num_labels}')
-    if not classifier and type(c) not in MODEL_FOR_CAUSAL_LM_MAPPING: raise ValueError(f"{name}: '{c.model_type}' is not a causal language model in transformers")
-    if not classifier and trained: raise ValueError(f'{name}: a classifier ({trained[0]}), not a language model')
-    if classifier: c.num_labels = 1
+    _check_kind(cls, c, name)
     if getattr(c, 'activation_function', '')=='gelu_new': c.activation_function = 'gelu_pytorch_tanh'
-    try: m,info = cls.from_pretrained(name, config=c, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
+    try:
+        m,info = cls.from_pretrained(name, config=c, dtype=torch.float32, output_loading_info=True,
+                                     ignore_mismatched_sizes=True, trust_remote_code=False)
     except Exception as e: raise _not_found(name, 'model', e) from e
-    shape = lambda k: re.sub(r'\.\d+\.', '.#.', k)             # of layers, one name
-    known = {shape(k) for k in m.state_dict()}
-    more = sorted(k for k in info['unexpected_keys'] if '.#.' in shape(k) and shape(k) in known)
-    if more: raise ValueError(f'{name}: the checkpoint has layers that config.json does not count, such as {more[0]}: they do not belong together')
-    for k,was,now in sorted(info['mismatched_keys']):
-        raise ValueError(f'{name}: {k} is {tuple(was)} in the checkpoint and {tuple(now)} by config.json: they do not belong together')
+    _check_shapes(m, info, name)
     return m.eval(),info['missing_keys']
+
+@contextmanager
+def _named(name):
+    "Errors about a model begin with its name"
+    try: yield
+    except ValueError as e: raise ValueError(f'{name}: {e}') from e
 
 def load_policy(
     name:str,             # Hub name or folder of a causal LM
@@ -191,23 +247,23 @@ def load_policy(
 ):                        # Model, tokenizer
     "A causal LM in float32 and its tokenizer"
     _config(name)                                               # what is wrong with it is said before what is wrong with its tokenizer
-    tok = load_tokenizer(tokenizer or name)
+    tok,own = load_tokenizer(tokenizer or name),tokenizer is None
     m,missing = _load(AutoModelForCausalLM, name)
     if missing: raise ValueError(f'{name}: the checkpoint lacks {", ".join(sorted(missing)[:3])}')
-    own,n = tokenizer is None,len(m.get_input_embeddings().weight)
-    more = len(tok)-n-(tok.pad_token=='<|pad|>')
+    more = len(tok)-len(m.get_input_embeddings().weight)-(tok.pad_token=='<|pad|>')
     _own_pad(tok, _stops(m, tok, own), tokenizer or name)
     if more>0: print(f'{name}: made room for {more} token{"s"*(more>1)} that the tokenizer has and the model lacks')
-    try: return _ready(fit_tokenizer(m, tok, own), forward).to(device),tok
-    except ValueError as e: raise ValueError(f'{name}: {e}') from e
+    with _named(name): return _ready(fit_tokenizer(m, tok, own), forward).to(device),tok
 
 def _keep_memory():
     "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
     if platform.libc_ver()[0]!='glibc': return
     libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0); libc.mallopt(-1, -1)                    # M_MMAP_MAX: large pieces from the heap too; M_TRIM_THRESHOLD: it stays
+    libc.mallopt(-4, 0)                                          # M_MMAP_MAX: large pieces from the heap too
+    libc.mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: it stays
 
 def _ready(m, forward, check=check_forward):
+    "A model that was checked in the forward in which it will be read"
     _keep_memory()
     m.padded = forward=='padded'
     check(m)
@@ -220,21 +276,23 @@ def mk_policy(
 ):
     "A GPT-2 with random weights"
     seed_all(child_seed(seed, 'init'))
-    c = GPT2Config(n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions, vocab_size=len(tok),
-                   activation_function='gelu_pytorch_tanh', bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    return fit_tokenizer(_ready(AutoModelForCausalLM.from_config(c, trust_remote_code=False).eval(), config.forward), tok)
+    sizes = {k:getattr(config, k) for k in ('n_layer','n_embd','n_head','n_positions')}
+    c = GPT2Config(**sizes, vocab_size=len(tok), activation_function='gelu_pytorch_tanh',
+                   bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    m = AutoModelForCausalLM.from_config(c, trust_remote_code=False).eval()
+    return fit_tokenizer(_ready(m, config.forward), tok)
 
 def _load_log_prob(path, d):
     "A reward model with the head `log_prob`, from a folder whose config.json is `d`"
     d = json.loads(json.dumps(d), object_hook=lambda o: float(o['__float__']) if set(o)=={'__float__'} else o)
-    kind = d.pop('base_model_type'); d.pop('model_type'); mean = d.pop('reward_mean'); d.pop('head')
+    kind,_,mean,_ = (d.pop(k) for k in ('base_model_type','model_type','reward_mean','head'))
     try:
         rm = LogProbReward(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
         missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
     except Exception as e: raise _not_found(path, 'model', e) from e
-    if set(missing)-{rm._tied()} or extra: raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
+    if set(missing)-{rm.tied()} or extra: raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
     rm.config.reward_mean = mean
-    return rm
+    return rm.eval()
 
 def load_reward_model(
     name:str,              # Hub name or folder
@@ -242,20 +300,20 @@ def load_reward_model(
     device='cpu'
 ):                         # Model, tokenizer
     "A reward model, or any sequence classifier with one label, and its tokenizer"
-    tok,f = load_tokenizer(name, eos=False),Path(name)/'config.json'
-    d = _json_file(f) if f.exists() else {}
+    tok,path = load_tokenizer(name, eos=False),Path(name)
+    d = _json_file(path/'config.json', {})
     if d.get('head')=='log_prob':
-        try: m = _load_log_prob(Path(name), d).eval()
+        try: m = _load_log_prob(path, d)
         except (LookupError,RuntimeError,TypeError,AttributeError) as e: raise _not_found(name, 'reward model', e) from e
-        try: _ready(m.lm, forward)
-        except ValueError as e: raise ValueError(f'{name}: {e}') from e
+        with _named(name): _ready(m.lm, forward)
         return m.to(device),tok
     m,missing = _load(AutoModelForSequenceClassification, name)
-    if missing: raise ValueError(f'{name}: no trained head in this checkpoint (it lacks {", ".join(sorted(missing)[:3])}); '
-                                 'a reward model is made by `rlhf_nb train reward`')
+    if missing:
+        raise ValueError(f'{name}: no trained head in this checkpoint (it lacks {", ".join(sorted(missing)[:3])}); '
+                         'a reward model is made by `rlhf_nb train reward`')
     if hasattr(m.config, 'reward_mean'): fit_tokenizer(m, tok)   # a foreign model keeps its own PAD: it was trained with it
-    try: _ready(m, 'padded' if not isinstance(getattr(m, 'score', None), nn.Linear) else forward, check_scores) # an encoder has no other way
-    except ValueError as e: raise ValueError(f'{name}: {e}') from e
+    if not isinstance(getattr(m, 'score', None), nn.Linear): forward = 'padded'    # an encoder has no other way
+    with _named(name): _ready(m, forward, check_scores)
     return m.to(device),tok
 
 def save_model(
@@ -275,10 +333,14 @@ def check_stages(
     head:str='last_token'  # Of the reward model
 ):
     "Raise where a stage needs a classifier that the model's architecture lacks; say which stages work"
-    needy = {'ppo':'its value model','last_token':'the plain head','overoptimise':'the plain head', **({'reward':'reward.head=last_token'} if head=='last_token' else {})}
-    if not any(s in needy for s in stages): return
-    why = no_classifier(name if isinstance(name, PretrainedConfig) else _config(name))
-    if not why: return
+    needy = dict(ppo='its value model', last_token='the plain head', overoptimise='the plain head')
+    if head=='last_token': needy['reward'] = 'reward.head=last_token'
     bad = [f'{s} ({needy[s]})' for s in stages if s in needy]
-    raise ValueError(f"{'the model' if isinstance(name, PretrainedConfig) else name}: {why}, which {', '.join(bad)} needs. What works: sft, dpo, grpo, and reward with "
-                     f"reward.head=log_prob (--set reward.head=log_prob --stages {' '.join(s for s in stages if s not in needy or s=='reward') or 'sft'})")
+    if not bad: return
+    is_config = isinstance(name, PretrainedConfig)
+    why = no_classifier(name if is_config else _config(name))
+    if not why: return
+    works = [s for s in trained if s not in needy and s!='reward']
+    left = [s for s in stages if s not in needy or s=='reward'] or ['sft']
+    raise ValueError(f"{'the model' if is_config else name}: {why}, which {', '.join(bad)} needs. What works: {', '.join(works)}, and reward with "
+                     f"reward.head=log_prob (--set reward.head=log_prob --stages {' '.join(left)})")

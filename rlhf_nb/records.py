@@ -40,7 +40,8 @@ def _prompts(records):
 
 def _answers_sha(records):
     "A hash of each model's answers"
-    return {k:_sha([r['response'] for r in rs]) for k,rs in records.items()}
+    return {k:_sha([r['response'] for r in rs])
+            for k,rs in records.items()}
 
 def write_samples(
     folder,           # Of the samples
@@ -51,9 +52,13 @@ def write_samples(
 ):
     "Write samples, one file to read (samples.md), and what they are: samples.json says whose prompts these are, and can be held against them"
     folder,ps = Path(folder),_prompts(records)
-    for name,rs in records.items(): write_json(folder/f'{name}_samples.json', rs)
+    for name,rs in records.items():
+        write_json(folder/f'{name}_samples.json', rs)
     n = len(set(ps))
-    what = dict(source=source, command=command, prompts=n, samples=len(ps)//n, prompts_sha256=_sha(ps), **more)
+    what = dict(
+        source=source, command=command, prompts=n,
+        samples=len(ps)//n, prompts_sha256=_sha(ps),
+        **more)
     write_json(folder/'samples.json', what | dict(answers_sha256=_answers_sha(records)))
     about = samples_source(folder, records)
     write_text(folder/'samples.md', samples_md(records, about=f"{about['md']}."))
@@ -65,27 +70,37 @@ def samples_source(
     "Whose prompts are these? What samples.json says, if it speaks of these very prompts; else what summary.json proves; else nobody knows"
     places = Places(folder)
     about = (places.samples if places.samples.is_dir() else places.path)/'samples.json'
-    if about.exists(): what,why = _described(about, records)
+    if about.exists():
+        what,why = _described(about, records)
     else: what,why = _proven(places, records),'nothing beside them says which'
     source = _source_or_none(what.get('source'))
-    def words(f): return _in_words(records, what, source, why, f)
+    def words(f):
+        "In words, with names as `f` writes them"
+        return _in_words(records, what, source, why, f)
     of_file = 'file' in source
     name = f"prompts of {source['file']}" if of_file else source.get('split', 'unknown prompts')
     split = None if of_file else source.get('split')
-    return dict(name=name, text=words(str), md=words(md_inline), split=split, seed=what.get('seed'))
+    return dict(
+        name=name, text=words(str),
+        md=words(md_inline), split=split,
+        seed=what.get('seed'))
 
 def _described(path, records):
     "What samples.json says of these very prompts; else nothing, and why"
     try: what = read_json(path)
     except (ValueError,OSError): what = None
     if not isinstance(what, dict): return {},'samples.json is damaged'
-    if what and what.get('prompts_sha256')!=_sha(_prompts(records)): return {},'samples.json speaks of others'
+    if what and what.get('prompts_sha256')!=_sha(_prompts(records)):
+        return {},'samples.json speaks of others'
     return what,'nothing beside them says which'
 
 def _source_or_none(source):
     "A source that can be read; an empty one, where it can't"
-    if not isinstance(source, dict) or not all(isinstance(v, (str,int)) for v in source.values()): return {}
-    return source if all(isinstance(source.get(k, ''), str) for k in ('file','split','data')) else {}
+    if not isinstance(source, dict) or not all(isinstance(v, (str,int))
+                                               for v in source.values()):
+        return {}
+    return source if all(isinstance(source.get(k, ''), str)
+                         for k in ('file','split','data')) else {}
 
 def _in_words(records, what, source, why, name):
     "What is known about the prompts; `name(s)` writes a name"
@@ -107,7 +122,8 @@ def _other_answers(records, what):
     if 'prompts_sha256' not in what: return []
     sha = what.get('answers_sha256')
     known = sha if isinstance(sha, dict) else {}
-    return [k for k,v in _answers_sha(records).items() if known.get(k)!=v]
+    return [k for k,v in _answers_sha(records).items()
+            if known.get(k)!=v]
 
 def _proven(places, records):
     "The split that summary.json names, where its numbers are those of these very records"
@@ -116,8 +132,11 @@ def _proven(places, records):
         for m,rs in records.items():
             for k in ('reward','kl','n_tokens'):
                 now,then = mean_ci(column(rs, k)),d['models'][m][k]
-                same = math.isclose(now['mean'], then['mean'], rel_tol=1e-9, abs_tol=1e-12)
-                if now['n']!=then['n'] or not same: return {}
+                same = math.isclose(
+                    now['mean'], then['mean'], rel_tol=1e-9,
+                    abs_tol=1e-12)
+                if now['n']!=then['n'] or not same:
+                    return {}
         return dict(source=split_source(d['split'], d['config']['data']['name']), seed=d['seeds'][0])
     except (OSError,ValueError,KeyError,TypeError,IndexError): return {}          # no proof
 
@@ -134,21 +153,28 @@ def write_results(
     source = split_source(more['split'], c.data.name) if more.get('split') else None
     write_samples(run.samples, records, source, command,
                   seed=c.seed, temperature=c.eval.temperature, max_new_tokens=c.eval.max_new_tokens)
-    rates = {k:v['win_rate'] for k,v in summary.items() if 'win_rate' in v}
+    rates = {k:v['win_rate']
+             for k,v in summary.items() if 'win_rate' in v}
     if rates:
         judge = next(iter(rates.values()))['by']   # the same for all
         write_json(run.win_rates, {judge.removesuffix('_reward'):rates})
-    write_json(run.summary, dict(models=summary, comparisons=compare(records), **more))   # last: with it the stage is done
+    # last: with it the stage is done
+    write_json(run.summary, dict(models=summary, comparisons=compare(records), **more))
 
 def read_results(
     path # A JSON file with intervals
 ):
     "What `write_json` wrote: an end of an interval that is null was infinite"
-    def end(k): return dict(low=-math.inf, high=math.inf).get(k.rsplit('_', 1)[-1])
+    def end(k):
+        "What an end of an interval was that JSON could not hold"
+        return dict(low=-math.inf, high=math.inf).get(k.rsplit('_', 1)[-1])
     def read(o):
-        if isinstance(o, list): return [read(v) for v in o]
+        "With infinite ends put back"
+        if isinstance(o, list):
+            return [read(v) for v in o]
         if not isinstance(o, dict): return o
-        return {k:end(k) if v is None else read(v) for k,v in o.items()}
+        return {k:end(k) if v is None else read(v)
+                for k,v in o.items()}
     return read(read_json(path))
 
 def samples_md(
@@ -159,18 +185,21 @@ def samples_md(
     "The answers side by side, to read: prompts and answers are shown as they were written and do nothing"
     first = {k:{} for k in records}   # of each model, {prompt: record}
     for k,rs in records.items():
-        for r in rs: first[k].setdefault(r['prompt'], r)
+        for r in rs:
+            first[k].setdefault(r['prompt'], r)
     out = ['# Samples', '']
     if about: out += [about, '']
     out += ['Reward and exact KL(policy ‖ reference) in nats behind each answer; the first answer of each model.']
     for i,p in enumerate(list(first['reference'])[:n], 1):
         out += ['', f'## {i}', '', md_text(p)]
-        for k in records: out += ['', f'**{md_inline(k)}** ({_worth(first[k][p])})', '', md_text(first[k][p]['response'])]
+        for k in records:
+            out += ['', f'**{md_inline(k)}** ({_worth(first[k][p])})', '', md_text(first[k][p]['response'])]
     return '\n'.join(out)+'\n'
 
 def _worth(r):
     "What a record's answer is worth"
-    known = {k:r[k] for k in ('reward','gold_reward') if r.get(k) is not None}
+    known = {k:r[k]
+             for k in ('reward','gold_reward') if r.get(k) is not None}
     out = [f"reward {known['reward']:.2f}" if 'reward' in known else 'no reward']
     if 'gold_reward' in known: out.append(f"gold {known['gold_reward']:.2f}")
     out.append(f"KL {r['kl']:.2f}")

@@ -33,123 +33,163 @@ from .line import *
 # %% ../nbs/26_stages.ipynb #pipe0trn
 def sft_stage(line:Line):
     "The reference policy"
-    c,m = line.config,line.first
-    line.forget_first()
-    check_room(line, max_tokens(m))
-    if not c.sft.skip:
+    model = line.first
+    line.forget_first()                                  # so that its memory is free once it is saved
+    check_room(line, max_tokens(model))
+    if not line.config.sft.skip:
         rows = line.splits.sft+line.splits.documents
-        train_sft(m, line.answers(rows), c.sft, c.seed, line.run, line.acc, line.dev(c.sft))
-    save_model(m, line.tok, line.run.made('sft'))
+        train_sft(model, line.answers(rows), **line.how('sft'))
+    line.save(model, 'sft')
 
 def reward_stage(line:Line):
     "The reward model"
     rm,accuracies = _mk_reward(line, line.config.reward.head, line.run)
     write_json(line.run.reward_accuracy, accuracies)
-    save_model(rm, line.tok, line.run.made('reward'))
+    line.save(rm, 'reward')
 
-def _mk_reward(line, head:str, run)->tuple:
-    "A reward model, trained and normalised, and how often it is right; its log goes into `run`, if there is one"
-    c = line.config
+def _mk_reward(
+    line,
+    head:str,  # `last_token` or `log_prob`
+    run        # Where its log goes (None: nowhere)
+)->tuple:      # The model, its accuracies
+    "A reward model, trained and normalised, and how often it is right"
     ref = line.model('sft')
-    rm = mk_reward_model(ref, head, c.seed)
-    train_reward(rm, line.pairs(line.splits.train), c.reward, c.seed, run, line.acc, line.dev(c.reward))
+    rm = mk_reward_model(ref, head, line.config.seed)
+    train_reward(rm, line.pairs(line.splits.train), **{**line.how('reward'), 'run':run})
     normalise(rm, _reference_samples(line, ref).to(line.acc.device))
     return rm,_reward_accuracies(line, rm, head)
 
 def _reference_samples(line, ref)->Batch:
-    "Answers of the reference that set the reward's mean and spread; of a handful of prompts several answers each"
+    "Answers of the reference that set the reward's mean and spread"
     c = line.config
-    ids,size = line.prompts(line.splits.train)[:c.reward.n_normalise],c.eval.batch_size
-    n = max(1, c.reward.n_normalise//len(ids))
+    size,most = c.eval.batch_size,c.reward.n_normalise
+    prompts = line.prompts(line.splits.train)[:most]
+    n = max(1, most//len(prompts))                       # of a handful of prompts several answers each
     seed = child_seed(c.seed, 'normalise')
-    parts = [sample(ref, ids[i:i+size], n, c.eval.max_new_tokens, seed=seed) for i in range(0, len(ids), size)]
-    return Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()])
+    parts = []
+    for i in range(0, len(prompts), size):
+        parts.append(sample(ref, prompts[i:i+size], n, c.eval.max_new_tokens, seed=seed))
+    prompts = [p for b in parts for p in b.prompts]
+    return Batch.from_tokens(prompts, [r for b in parts for r in b.tokens()])
 
 def _reward_accuracies(line, rm, head:str)->dict:
-    "How often the reward model is right on held-out pairs, beside a rule about length and, in the world, what is possible"
+    "How often the reward model is right on held-out pairs, beside a rule about length"
     c = line.config
     held = line.held()[:c.eval.n_pairs]
     pairs = line.pairs(held).to(line.acc.device)
-    scores,longer = pair_scores(rm, pairs),pairs.lengths.float()
+    scores,longer = pair_scores(rm, pairs),pairs.lengths.float()     # (B,2) both
     # the rule's direction is chosen on the training pairs
     shorter = accuracy(line.pairs(line.splits.train).lengths.float())['accuracy']<.5
-    out = dict(head=head, split=c.eval.split, accuracy=accuracy(scores), rule='shorter wins' if shorter else 'longer wins',
-               rule_accuracy=accuracy(-longer if shorter else longer), by_length=by_length(scores, pairs), ece=calibration(scores)['ece'])
-    if line.world:
-        best,half = bayes_accuracy(held)
-        out['bayes'] = dict(accuracy=best, low=best-half, high=best+half, n=len(held))
-        # None: the annotator tosses coins, nothing is possible
-        out['share_of_possible'] = (out['accuracy']['accuracy']-.5)/(best-.5) if best>.5 else None
-    return out
+    out = dict(
+        head=head,
+        split=c.eval.split,
+        accuracy=accuracy(scores),
+        rule='shorter wins' if shorter else 'longer wins',
+        rule_accuracy=accuracy(-longer if shorter else longer),
+        by_length=by_length(scores, pairs),
+        ece=calibration(scores)['ece'])
+    return {**out, **_possible(held, out['accuracy']['accuracy'])} if line.world else out
+
+def _possible(held, reached:float)->dict:
+    "In the world it is known what the best reward model could reach: the annotator errs"
+    best,half = bayes_accuracy(held)
+    bayes = dict(accuracy=best, low=best-half, high=best+half, n=len(held))
+    # None: the annotator tosses coins, nothing is possible
+    share = (reached-.5)/(best-.5) if best>.5 else None
+    return dict(bayes=bayes, share_of_possible=share)
 
 def dpo_stage(line:Line):
     "DPO on the preferences"
-    c = line.config
-    pol,ref = line.model('sft'),line.model('sft')
-    pairs = line.pairs(line.splits.train[:c.dpo.n_pairs]).to(line.acc.device)
-    train_dpo(pol, ref, pairs, c.dpo, c.seed, line.run, line.acc, line.dev(c.dpo))
-    save_model(pol, line.tok, line.run.made('dpo'))
+    policy,reference = line.model('sft'),line.model('sft')   # two copies: one of them learns
+    pairs = line.pairs(line.splits.train[:line.config.dpo.n_pairs])
+    train_dpo(policy, reference, pairs.to(line.acc.device), **line.how('dpo'))
+    line.save(policy, 'dpo')
 
 def ppo_stage(line:Line):
     "PPO on the reward model"
-    c = line.config
-    pol,ref,score,prompts = line.rl_parts()
-    values = mk_value_model(ref)
-    train_ppo(pol, values, ref, score, prompts, c.ppo, c.seed, line.run, line.watch, line.acc, line.dev(c.ppo))
-    save_model(values, line.tok, line.run.value_model)
-    save_model(pol, line.tok, line.run.made('ppo'))
+    parts = line.rl_parts('ppo')
+    # it foresees rewards from what the reference knows of language
+    value = mk_value_model(parts['reference'])
+    train_ppo(value=value, **parts)
+    save_model(value, line.tok, line.run.value_model)
+    line.save(parts['policy'], 'ppo')
 
 def grpo_stage(line:Line):
     "GRPO on the reward model"
-    c = line.config
-    pol,ref,score,prompts = line.rl_parts()
-    train_grpo(pol, ref, score, prompts, c.grpo, c.seed, line.run, line.watch, line.acc, line.dev(c.grpo))
-    save_model(pol, line.tok, line.run.made('grpo'))
+    parts = line.rl_parts('grpo')
+    train_grpo(**parts)
+    line.save(parts['policy'], 'grpo')
 
 # %% ../nbs/26_stages.ipynb #pipe0mea
 def last_token_stage(line:Line):
     "The plain head, for comparison"
     write_json(line.run.last_token, _mk_reward(line, 'last_token', None)[1])
 
-def frontier_stage(line:Line, n=32, n_prompts=128):
+def frontier_stage(
+    line:Line,
+    n=32,         # Answers to each prompt
+    n_prompts=128 # Prompts, at most
+):
     "What best-of-n and the Gibbs policy reach from the reference's samples"
     c = line.config
     ref,score = line.model('sft'),line.scorer()
     prompts = line.prompts(line.held())[:min(n_prompts, c.eval.n_prompts)]
-    b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=child_seed(c.seed, 'frontier'))
-    proxy,gold = score(b),line.gold(b) if line.gold else None
+    seed = child_seed(c.seed, 'frontier')
+    b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=seed)
+    proxy = score(b)                                     # (B,n)
+    gold = line.gold(b) if line.gold else None
     out = dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold))
     if gold is not None: out['gibbs_gold'] = gibbs(gold, gold)
     write_json(line.run.frontier, out)
 
-def overoptimise_stage(line:Line, n_pairs=800, updates=24):
-    "A weak reward model (the plain head, few pairs), and GRPO without KL and without any other brake: proxy and gold, update by update"
+def overoptimise_stage(
+    line:Line,
+    n_pairs=800,  # Pairs that the weak reward model learns from
+    updates=24    # Of GRPO
+):
+    "A weak reward model (the plain head, few pairs), and GRPO without any brake: proxy and gold, update by update"
     c = line.config
-    pol,ref = line.model('sft'),line.model('sft')
+    policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
-    train_reward(rm, line.pairs(line.splits.train[:n_pairs]), replace(c.reward, updates=50), c.seed, acc=line.acc)
+    few = line.pairs(line.splits.train[:n_pairs])
+    train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
     prompts = line.prompts(line.splits.train)
-    normalise(rm, sample(ref, prompts[:c.reward.n_normalise], seed=child_seed(c.seed, 'normalise')))
-    o = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
-    rows = train_grpo(pol, ref, mk_scorer((rm,line.tok), line.tok), prompts, o, c.seed, None, line.watch, line.acc)
+    some = prompts[:c.reward.n_normalise]
+    normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
+    # no KL, a high learning rate, and nothing for answers that never end
+    unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
+    score,watch = mk_scorer((rm,line.tok), line.tok),line.watch
+    rows = train_grpo(policy, ref, score, prompts, unbraked, c.seed, watch=watch, acc=line.acc)
     keys = 'update','reward','gold','kl','length'
     write_json(line.run.overoptimise, [{k:r[k] for k in keys if k in r} for r in rows])
 
 def evaluate_stage(line:Line):
     "The comparison"
-    c,s = line.config,line.splits
-    recs = line.records(unique_prompts(line.held())[:c.eval.n_prompts], train=unique_prompts(s.train+s.sft))
-    f = line.run.reward_accuracy
-    write_results(line.run, recs, summarise(recs, world_rates if line.world else None), line.command, seeds=[c.seed],
-                  split=c.eval.split, config=asdict(c), reward_model=read_json(f) if f.exists() else None)
+    c,s,accuracies = line.config,line.splits,line.run.reward_accuracy
+    prompts = unique_prompts(line.held())[:c.eval.n_prompts]
+    # a held-out prompt that a model learned from would be an error here
+    recs = line.records(prompts, train=unique_prompts(s.train+s.sft))
+    write_results(
+        line.run,
+        recs,
+        summarise(recs, world_rates if line.world else None),
+        line.command,
+        seeds=[c.seed],
+        split=c.eval.split,
+        config=asdict(c),
+        reward_model=read_json(accuracies) if accuracies.exists() else None)
 
-def world_rates(r:dict)->dict:
+def world_rates(
+    r:dict # A record
+)->dict:   # {rate: did it?}
     "What an answer in the world did, by family"
     o = outcome(r['prompt'], r['response'])
     kind = o['family']
     if kind is None: return {}
+    out = {f'{kind} right':o['right']}
     more = {'false_claim':'sycophantic', 'harm':'complied'}.get(kind)
-    return {f'{kind} right':o['right'], **({more:o[more]} if more else {})}
+    if more: out[more] = o[more]
+    return out
 
 def judge_stage(line:Line):
     "Win rates by the stored rewards: gold, where it is known, and the reward model"
@@ -158,12 +198,23 @@ def judge_stage(line:Line):
 def failures_stage(line:Line):
     "Failure modes: of the samples there are, and of prompts that provoke them"
     c,recs = line.config,read_samples(line.run)
-    src = samples_source(line.run, recs)               # they may be of another file than the evaluation's
+    src = samples_source(line.run, recs)                 # they may be of another file than the evaluation's
     ood = unique_prompts(line.splits.ood or [])[:c.eval.n_prompts]
-    if src['name']=='ood': ood = []                    # these are the prompts that are there already
-    failures_run(line.run.path, line.models, line.tok, dict(ood=ood) if line.world else None, {src['name']:recs},
-                 line.held()[:c.eval.n_prompts], c.eval, c.data.max_prompt, c.data.max_response, c.seed,
-                 split=src['split'], source=src['text'], command=line.command)
+    if src['name']=='ood': ood = []                      # these are the prompts that are there already
+    failures_run(
+        line.run.path,
+        line.models,
+        line.tok,
+        dict(ood=ood) if line.world else None,
+        {src['name']:recs},
+        line.held()[:c.eval.n_prompts],
+        c.eval,
+        c.data.max_prompt,
+        c.data.max_response,
+        c.seed,
+        split=src['split'],
+        source=src['text'],
+        command=line.command)
 
 def analyze_stage(line:Line):
     "The report"

@@ -27,22 +27,24 @@ def wilson(
     return (mid-half)/(n+z*z),(mid+half)/(n+z*z)
 
 # %% ../nbs/04_stats.ipynb #c4802b98
-_t_small = {1:12.70620,2:4.30265,3:3.18245,4:2.77645,5:2.57058,6:2.44691,7:2.36462,8:2.30600,9:2.26216}
+_t_small = math.inf,12.70620,4.30265,3.18245,2.77645,2.57058,2.44691,2.36462,2.30600,2.26216  # by degrees of freedom
 
 def t_quantile(
-    df:float # Degrees of freedom
+    df:int # Degrees of freedom
 )->float:
-    "97.5% quantile of Student's t: the table for a handful, from 10 on its expansion in 1/df (Abramowitz & Stegun 26.7.5)"
-    if df<10: return _t_small.get(df, math.inf)
+    "97.5% quantile of Student's t: a table, from 10 on its expansion in 1/df (Abramowitz & Stegun 26.7.5)"
+    if df<10: return _t_small[df]
     z = NormalDist().inv_cdf(.975)
-    return z+(z**3+z)/(4*df)+(5*z**5+16*z**3+3*z)/(96*df**2)+(3*z**7+19*z**5+17*z**3-15*z)/(384*df**3)
+    return (z + (z**3+z)/(4*df) + (5*z**5+16*z**3+3*z)/(96*df**2)
+            + (3*z**7+19*z**5+17*z**3-15*z)/(384*df**3))
 
 def t_interval(
     x # (...,n) one value for each prompt
 ): # Mean, low, high: (...)
     "Student's 95% interval of the mean"
     n,m = x.shape[-1],x.mean(-1)
-    h = t_quantile(n-1)*x.std(-1)/n**.5 if n>1 else torch.full_like(m, math.inf)     # one value says nothing about its spread
+    if n>1: h = t_quantile(n-1)*x.std(-1)/n**.5
+    else: h = torch.full_like(m, math.inf)                   # one value says nothing about its spread
     return m,m-h,m+h
 
 def score_interval(
@@ -52,26 +54,43 @@ def score_interval(
     n,p = x.shape[-1],x.mean(-1)
     s2 = x.var(-1) if n>1 else torch.zeros_like(p)
     toss = ((x==0)|(x==1)).all(-1)
-    m = torch.where(toss|~(s2>1e-12), n, n*p*(1-p)/s2.clamp(min=1e-12))
+    m = torch.where(toss|~(s2>1e-12), n, n*p*(1-p)/s2.clamp(min=1e-12))    # so many tosses
     z = torch.where(toss, 1.96, min(t_quantile(n-1), 99.)).to(x)
-    mid,h = p*m+z*z/2,z*(p*(1-p)*m+z*z/4).sqrt()
+    mid = p*m+z*z/2
+    h = z*(p*(1-p)*m+z*z/4).sqrt()
     return p,(mid-h)/(m+z*z),(mid+h)/(m+z*z)
 
 def _floats(x):
     "A float64 tensor of a tensor or of nested lists, with NaN for None"
-    none = lambda o: [none(v) for v in o] if isinstance(o, (list,tuple)) else math.nan if o is None else o
-    return torch.as_tensor(none(x), dtype=torch.float64)
+    def plain(o):
+        if isinstance(o, (list,tuple)): return list(map(plain, o))
+        return math.nan if o is None else o
+    return torch.as_tensor(plain(x), dtype=torch.float64)
 
 def by_prompt(
     x # (B,n) values of n answers to each of B prompts, or (B,)
 ): # (B,) float64
-    "The mean of each prompt's answers, without those that are NaN or None (a failed judgement); a prompt without any is left out"
+    "The mean of each prompt's answers, without those that are NaN or None; a prompt without any is left out"
     x = _floats(x)
     m = x.reshape(len(x), -1).nanmean(1) if x.numel() else x.reshape(-1)
-    if x.isinf().any() or m.isinf().any(): raise ValueError(f'values must be finite, and so must their means; {int(x.isinf().sum())} of {x.numel()} are infinite')
+    if x.isinf().any() or m.isinf().any():
+        raise ValueError('values must be finite, and so must their means; '
+                         f'{int(x.isinf().sum())} of {x.numel()} are infinite')
     m = m[~m.isnan()]
     if not len(m): raise ValueError('no values: every answer is missing')
     return m
+
+def _missing(x):
+    "How many values are missing, said only where some are"
+    n = int(x.isnan().sum())
+    return dict(missing=n) if n else {}
+
+def _ci(ends, x):
+    "Mean, interval by `ends` and number of prompts, of values by prompt"
+    x = _floats(x)
+    means = by_prompt(x)
+    mean,low,high = (o.item() for o in ends(means))
+    return dict(mean=mean, low=low, high=high, n=len(means), **_missing(x))
 
 def mean_ci(
     x # (B,n) values of n answers to each of B prompts, or (B,)
@@ -84,13 +103,10 @@ def share_ci(
 )->dict: # mean, low, high, n (prompts) and, where there are any, missing
     "A share with its 95% interval, clustered by prompt, right even where all are 0 or 1"
     x = _floats(x)
-    if ((x<-1e-9)|(x>1+1e-9)).any(): raise ValueError(f'a share lies between 0 and 1, got {x.nan_to_num(.5).min():.3g} to {x.nan_to_num(.5).max():.3g}')
+    if ((x<-1e-9)|(x>1+1e-9)).any():
+        known = x.nan_to_num(.5)
+        raise ValueError(f'a share lies between 0 and 1, got {known.min():.3g} to {known.max():.3g}')
     return _ci(score_interval, x)
-
-def _ci(f, x):
-    x,b = _floats(x),by_prompt(x)
-    lost = int(x.isnan().sum())
-    return dict(zip(('mean','low','high'), (o.item() for o in f(b))), n=len(b), **(dict(missing=lost) if lost else {}))
 
 fewest = 6 # With fewer prompts no sign-flip test can reach .05: the smallest p of 5 is 2/2^5 = .06
 
@@ -98,25 +114,33 @@ def too_few(
     n:int # Prompts
 )->str:
     "What so few prompts can show, in a sentence; empty where there are enough"
-    return f"{n} prompt{'s' if n!=1 else ''}: nothing can be concluded from so few (below {fewest} no test reaches p < .05, whatever the answers are)." if n<fewest else ''
+    if n>=fewest: return ''
+    return (f"{n} prompt{'s' if n!=1 else ''}: nothing can be concluded from so few "
+            f'(below {fewest} no test reaches p < .05, whatever the answers are).')
 
 # %% ../nbs/04_stats.ipynb #f2b76cde
+def _bits(n):
+    "All rows of n zeros and ones, (2^n,n)"
+    return (torch.arange(2**n)[:,None]>>torch.arange(n)&1).double()
+
 def paired_test(
     d,         # (B,n) differences between the answers of two models, or (B,)
     draws=9999 # Random sign flips, where there are too many to try all
 )->float: # p, two-sided
-    "Sign-flip permutation test, on the mean, of differences that are symmetric around 0; a prompt's answers flip together"
+    "Sign-flip permutation test, on the mean, of differences symmetric around 0; a prompt's answers flip together"
     d = by_prompt(d)
     d = d[d!=0]
-    n,s = len(d),d.sum().abs()-1e-9*d.abs().sum()
-    if n<=12: return ((2*_bits(n)-1)@d).abs().ge(s).double().mean().item()
+    n,total = len(d),d.sum()
+    seen = total.abs()-1e-9*d.abs().sum()                    # a sum that is as far away, rounding aside, counts
+    if n<=12:
+        every = (2*_bits(n)-1)@d                             # the sum for each choice of signs, (2^n,)
+        return every.abs().ge(seen).double().mean().item()
     g,hits = generator(0, 'sign flips'),0
-    for k in range(0, draws, 1000): # the sum with flipped signs: twice that of those that stay, minus all
+    for k in range(0, draws, 1000):
         stay = torch.randint(2, (min(1000, draws-k),n), generator=g, dtype=torch.int8).double()
-        hits += (2*(stay@d)-d.sum()).abs().ge(s).sum().item()
+        flipped = 2*(stay@d)-total                           # twice the sum of those that stay, minus all
+        hits += flipped.abs().ge(seen).sum().item()
     return (1+hits)/(1+draws)
-
-def _bits(n): return (torch.arange(2**n)[:,None]>>torch.arange(n)&1).double()
 
 def holm(
     ps # p values, a list or a dict
@@ -125,7 +149,8 @@ def holm(
     if isinstance(ps, dict): return dict(zip(ps, holm(list(ps.values()))))
     if not all(0<=p<=1 for p in ps): raise ValueError(f'p values lie between 0 and 1, got {ps}')
     out,most = [0.]*len(ps),0.
-    for k,i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)): out[i] = most = max(most, min(1., (len(ps)-k)*ps[i]))
+    for k,i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        out[i] = most = max(most, min(1., (len(ps)-k)*ps[i]))
     return out
 
 # %% ../nbs/04_stats.ipynb #a0ad5af8
@@ -133,13 +158,15 @@ class WinRate(dict):
     "Wins, ties and losses against another model, with interval and test"
     @property
     def verdict(self):
-        "A winner needs both: an interval without one half, and a test that agrees (Wilson's interval of four wins of four excludes one half; p is .12)"
+        "A winner needs both: an interval without one half, and a test that agrees"
+        # Wilson's interval of four wins of four excludes one half; p is .12
         if self.get('p', 0.)>.05: return 'no difference shown'
-        return 'better' if self['low']>.5 else 'worse' if self['high']<.5 else 'no difference shown'
+        if self['low']>.5: return 'better'
+        return 'worse' if self['high']<.5 else 'no difference shown'
     def _repr_markdown_(self):
-        p = lambda x: '<.001' if x<.001 else f'{x:.3f}'
-        row = dict(wins=self['wins'], ties=self['ties'], losses=self['losses'])
-        row['win rate, ties half (95%)'] = f"{self['rate']:.3f} [{self['low']:.3f}, {self['high']:.3f}]"
+        def p(x): return '<.001' if x<.001 else f'{x:.3f}'
+        row = {k:self[k] for k in ('wins','ties','losses')}
+        row['win rate, ties half (95%)'] = interval(self, '.3f')
         row['p'] = p(self['p'])
         if 'p_holm' in self: row['p (Holm)'] = p(self['p_holm'])
         row['prompts × answers'] = f"{self['n']} × {self['samples']}"
@@ -152,32 +179,40 @@ class WinRate(dict):
 def tally(
     points, # (B,n) 1 for a win, .5 for a tie, 0 for a loss, NaN for a comparison that failed; or (B,)
     by=None # Who judged
-)->WinRate: # rate, low, high, wins, ties, losses, n (prompts), samples (per prompt), p (against 1/2), mdd and, where there are any, missing
-    "A win rate from the points of each answer"
+)->WinRate: # rate, low, high, wins, ties, losses, n (prompts), samples (each), p, mdd and perhaps missing, by
+    "A win rate from the points of each answer; p against one half"
     x = _floats(points)
     x = x.reshape(len(x), -1) if x.numel() else x.reshape(len(x), 0)
-    w,t,l = (int((x==o).sum()) for o in (1,.5,0))
-    if w+t+l!=(~x.isnan()).sum(): raise ValueError('points must be 0, .5, 1 or NaN')
+    known = x[~x.isnan()]
+    wins,ties,losses = (int((x==o).sum()) for o in (1,.5,0))
+    if wins+ties+losses!=len(known): raise ValueError('points must be 0, .5, 1 or NaN')
     b = by_prompt(x)
-    c,lost = _ci(score_interval, b),int(x.isnan().sum())
-    o = WinRate(rate=c['mean'], low=c['low'], high=c['high'], wins=w, ties=t, losses=l, n=len(b), samples=x.shape[1],
-                p=paired_test(b-.5), mdd=_mdd(x[~x.isnan()], b), **(dict(missing=lost) if lost else {}))
-    return o if by is None else WinRate(o, by=by)
+    c = _ci(score_interval, b)
+    out = WinRate(rate=c['mean'], low=c['low'], high=c['high'],
+                  wins=wins, ties=ties, losses=losses, n=len(b), samples=x.shape[1],
+                  p=paired_test(b-.5), mdd=_mdd(known, b), **_missing(x))
+    if by is not None: out['by'] = by
+    return out
 
 def _mdd(x, b):
-    "Detectable from 1/2: the variance that the answers `x` have around 1/2, times the clustering's effect on prompt means `b`"
+    "Detectable from 1/2: the variance of answers `x` around 1/2, times the effect of clustering in prompt means `b`"
     v = x.var(correction=0)
-    around,effect = (((x-.5)**2).mean(),b.var()/v) if v>0 and len(b)>1 else (torch.tensor(.25),1.)   # nothing varies: a toss
-    return min(.5, (NormalDist().inv_cdf(.975)+NormalDist().inv_cdf(.8))*(around*effect/len(b)).sqrt().item())
+    around,effect = torch.tensor(.25),1.                         # nothing varies: a toss
+    if v>0 and len(b)>1:
+        around = ((x-.5)**2).mean()
+        effect = b.var()/v
+    errors = sum(map(NormalDist().inv_cdf, (.975,.8))) # of the first and the second kind
+    return min(.5, errors*(around*effect/len(b)).sqrt().item())
 
 def win_rate(
     a,      # (B,n) scores of one model, answer by answer
     b,      # (B,n) of the other, on the same prompts
     by=None # Whose scores
 )->WinRate: # As `tally`
-    "How often `a` scores higher than `b`; ties count half, and a score that is NaN or None is no tie: its answer is left out and counted"
-    a,b = (_floats(o) for o in (a,b))
-    if a.shape!=b.shape: raise ValueError(f'scores of the same answers are needed, got {tuple(a.shape)} and {tuple(b.shape)}')
+    "How often `a` scores higher than `b`; ties count half; where a score is NaN or None nothing counts but that"
+    a,b = _floats(a),_floats(b)
+    if a.shape!=b.shape:
+        raise ValueError(f'scores of the same answers are needed, got {tuple(a.shape)} and {tuple(b.shape)}')
     return tally(score_points(a, b), by)
 
 def score_points(
@@ -189,27 +224,41 @@ def score_points(
     return torch.where(a.isnan()|b.isnan(), math.nan, x)
 
 # %% ../nbs/04_stats.ipynb #a7ebb9c6
+def _no_rate(why): return ValueError(f'no length-controlled win rate: {why}')
+
+def _check_lengths(y, d):
+    "An error that says why, where points `y` and length differences `d` (B,n) do not tell the effect of length"
+    n = len(y)
+    more,less = int((d>0).sum()),int((d<0).sum())
+    if n<50: raise _no_rate(f'{n} prompts; at least 50 are needed')
+    if min(more,less)<5:
+        raise _no_rate(f'{more} answers are longer than their opponents and {less} shorter; '
+                       'at least 5 of each are needed')
+    up,down = d[y>0],d[y<1]                                     # NaN is neither
+    if not len(up) or not len(down): raise _no_rate(f"every answer {'won' if len(up) else 'lost'}, the fit separates")
+    if up.min()>=down.max() or up.max()<=down.min():
+        raise _no_rate('length alone tells wins from losses, the fit separates')
+
 def length_controlled(
     points,       # (B,n) 1, .5, 0 or NaN, as for `tally`
     extra_length  # (B,n) length of the answer minus that of its opponent
 )->dict: # rate, low, high; slope, slope_low, slope_high (log-odds); scale (units of length); n (prompts)
     "Win rate at equal length, with 95% intervals; a ValueError says why where it cannot be had"
     y,d = (torch.as_tensor(o, dtype=torch.float64) for o in (points,extra_length))
-    if y.shape!=d.shape: raise ValueError(f'one length difference for each point is needed, got {tuple(d.shape)} and {tuple(y.shape)}')
+    if y.shape!=d.shape:
+        raise ValueError(f'one length difference for each point is needed, got {tuple(d.shape)} and {tuple(y.shape)}')
     y,d = (o.reshape(len(o), -1) for o in (y,d))
     live = ~(y.isnan()|d.isnan())
-    some = live.any(1); y,d,live = y[some],d[some],live[some]
-    n,more,less = len(y),int((d[live]>0).sum()),int((d[live]<0).sum())
-    no = 'no length-controlled win rate: '
-    if n<50: raise ValueError(f'{no}{n} prompts; at least 50 are needed')
-    if min(more,less)<5: raise ValueError(f'{no}{more} answers are longer than their opponents and {less} shorter; at least 5 of each are needed')
-    up,down = d[live&(y>0)],d[live&(y<1)]
-    if not len(up) or not len(down): raise ValueError(f"{no}every answer {'won' if len(up) else 'lost'}, the fit separates")
-    if up.min()>=down.max() or up.max()<=down.min(): raise ValueError(f'{no}length alone tells wins from losses, the fit separates')
-    th,se,s = glm(y[None], d[None], live[None])
-    (a,b),(ha,hb) = th[0].tolist(),(t_quantile(n-1)*se[0]).tolist()
-    sig = lambda x: 1/(1+math.exp(-x))
-    return dict(rate=sig(a), low=sig(a-ha), high=sig(a+ha), slope=b, slope_low=b-hb, slope_high=b+hb, scale=s.item(), n=n)
+    y,d = y.where(live, math.nan),d.where(live, math.nan)
+    some = live.any(1)
+    y,d,live = y[some],d[some],live[some]
+    _check_lengths(y, d)
+    w,errors,scale = glm(y[None], d[None], live[None])
+    half = t_quantile(len(y)-1)*errors[0]
+    (a,b),(ha,hb) = w[0].tolist(),half.tolist()
+    def sigmoid(x): return 1/(1+math.exp(-x))
+    return dict(rate=sigmoid(a), low=sigmoid(a-ha), high=sigmoid(a+ha),
+                slope=b, slope_low=b-hb, slope_high=b+hb, scale=scale.item(), n=len(y))
 
 def glm(
     y,         # (R,B,n) points of R experiments
@@ -220,8 +269,8 @@ def glm(
     live = torch.ones_like(y) if live is None else live.to(y)
     y,d = (torch.where(live>0, o, 0.) for o in (y,d))
     s = ((d**2).sum((1,2))/live.sum((1,2))).sqrt()
-    x = torch.stack([torch.ones_like(d),(d/s[:,None,None]).tanh()], -1)*live[...,None]
-    w = x.new_zeros(len(x), 2)
+    x = torch.stack([torch.ones_like(d),(d/s[:,None,None]).tanh()], -1)*live[...,None] # (R,B,n,2)
+    w,n = x.new_zeros(len(x), 2),y.shape[1]
     for _ in range(50):
         mu = torch.einsum('rpni,ri->rpn', x, w).sigmoid()
         H = torch.einsum('rpni,rpnj,rpn->rij', x, x, mu*(1-mu))
@@ -229,7 +278,7 @@ def glm(
         step = torch.linalg.solve(H, score.sum(1))
         w = w+step.clamp(-5, 5)
         if step.abs().max()<1e-8: break
-    else: raise ValueError('no length-controlled win rate: the fit does not converge, it nearly separates')
-    V = torch.linalg.inv(H); n = y.shape[1]
+    else: raise _no_rate('the fit does not converge, it nearly separates')
+    V = torch.linalg.inv(H)
     V = V@(score.mT@score)@V*n/(n-1)
     return w,V.diagonal(dim1=1, dim2=2).sqrt(),s

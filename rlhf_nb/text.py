@@ -15,7 +15,8 @@ import numpy as np
 
 # %% ../nbs/03_text.ipynb #e1mdtx02
 # What acts instead of being seen: controls get a sign each (ESC is ␛), the rest its number
-_controls = {i:chr(0x2400+i) for i in range(32) if i not in (9,10)} | {127:'\u2421'}
+_controls = {i:chr(0x2400+i) for i in range(32) if i not in (9,10)} # tab and line feed are text
+_controls[127] = '\u2421'
 _unseen = (*range(0x80, 0xa0),                                  # more controls
            *range(0x2028, 0x202a),                              # ends of lines
            0x61c,0x200e,0x200f,*range(0x202a, 0x202f),*range(0x2066, 0x206a), # overrides of direction
@@ -88,8 +89,9 @@ def interval(
     none:str='—'    # What stands for a mean that is not known
 )->str: # Such as 1.50 [1.20, 1.80]
     "A mean with its interval, the same way everywhere"
-    m = next((d[k] for k in ('mean','rate','accuracy') if k in d), None) if d else None
-    if m is None: return none
+    middle = [d[k] for k in ('mean','rate','accuracy') if k in d] if d else []
+    if not middle or middle[0] is None: return none
+    m = middle[0]
     low,high = d.get('low'),d.get('high')
     if low is None or math.isnan(low): return f'{m:{f}}'
     return f'{m:{f}} [{low:{f}}, {high:{f}}]'
@@ -124,8 +126,10 @@ class Template:
         head,*rest = self.marker.split(text)
         if first=='assistant': head = head.removeprefix(' ')   # what follows "Assistant:"
         roles = {name:role for role,name in self.names.items()}
-        said = [Turn(roles[name], t.removeprefix(' ')) for name,t in zip(rest[::2], rest[1::2])]
-        return [Turn(first, head)]*bool(head)+said
+        out = [Turn(first, head)] if head else []
+        for name,said in zip(rest[::2], rest[1::2]):         # split gives name, text, name, text
+            out.append(Turn(roles[name], said.removeprefix(' ')))
+        return out
     def write(self, turns)->str:
         "Turns as one text"
         def one(role, text):
@@ -181,7 +185,8 @@ def _what(x):
     return 'a list' if isinstance(x, (list,tuple)) else f'a {type(x).__name__}'
 
 # What other projects call the roles
-_synonyms = dict(human='user', prompter='user') | dict.fromkeys(('gpt','bot','chatbot','model','ai'), 'assistant')
+_synonyms = dict.fromkeys(('human','prompter'), 'user')
+_synonyms |= dict.fromkeys(('gpt','bot','chatbot','model','ai'), 'assistant')
 _unread = 'tool_calls','function_call','reasoning_content'                    # what a message says beside its text
 _listed = re.compile(r'''\s*\[\s*\{\s*(["'])(role|content)\1\s*:''')     # how JSON and Python write messages
 
@@ -228,10 +233,12 @@ def _turns(x, first='system', name='it'):
 
 def _prompt_turns(x):
     "Turns of a prompt: without markers a person says it; a marker at its end only opens the answer"
-    turns = _turns(x, 'user' if isinstance(x, str) and not HH.marker.search(x) else 'system', 'prompt')
-    if turns and turns[-1].role=='assistant' and not turns[-1].text.strip(): turns.pop()
+    text = isinstance(x, str)
+    turns = _turns(x, 'user' if text and not HH.marker.search(x) else 'system', 'prompt')
+    def last(role): return bool(turns) and turns[-1].role==role
+    if last('assistant') and not turns[-1].text.strip(): turns.pop()
     opens = HH.mark('assistant').strip()
-    if isinstance(x, str) and turns and turns[-1].role=='user' and re.search(rf'\n{opens}\s*$', turns[-1].text):
+    if text and last('user') and re.search(rf'\n{opens}\s*$', turns[-1].text):
         raise BadPair('mismatched prompt', f'{opens!r} after one line end; expected an empty line in front of it')
     return turns
 

@@ -30,7 +30,8 @@ def _spell(text, tokenizer, special, plain):
     "Token ids of a text that spells special tokens, without these tokens"
     added = {} if tokenizer.is_fast else tokenizer.added_tokens_decoder # Python's tokenizers would split these too
     more = [t.content for i,t in added.items() if i not in special and t.content]
-    parts = re.split('('+'|'.join(map(re.escape, more))+')', text) if more else [text]
+    words = '|'.join(map(re.escape, more))
+    parts = re.split(f'({words})', text) if more else [text]
     ids = [i for o in parts if o for i in plain(o, split_special_tokens=o not in more)]
     def letters(i): # a vocabulary that knows the name as a word gives its id even so
         if i not in special or i==tokenizer.unk_token_id: return [i]
@@ -86,10 +87,14 @@ def _encode_prompts(prompts, tokenizer, max_prompt):
         if len(ids)<=room: return bos+ids if ids else start
         # whole turns go first: the longest end that begins with a person and fits, else the end of the last turn
         turns = parse_turns(prompt)
-        tails = encode([to_hh(turns[i:]) for i,t in enumerate(turns) if i and t.role=='user'], tokenizer)
-        return bos + next((o for o in tails if len(o)<=room), (tails or [ids])[-1][-room:])
+        starts = [i for i,t in enumerate(turns) if i and t.role=='user']
+        tails = encode([to_hh(turns[i:]) for i in starts], tokenizer)
+        for o in tails:
+            if len(o)<=room: return bos+o
+        return bos+(tails or [ids])[-1][-room:]
     full = dict(zip(prompts, encode(prompts, tokenizer)))
-    done = {p:Cut(fit(p, ids), len(ids), len(ids)>room) for p,ids in full.items()}
+    def cut(p, ids): return Cut(fit(p, ids), len(ids), len(ids)>room)
+    done = {p:cut(p, ids) for p,ids in full.items()}
     return [done[p] for p in prompts]
 
 def encode_prompt(
@@ -126,10 +131,14 @@ def _tokenize(prompts, groups, tokenizer, max_prompt, max_response, keep=lambda 
     kept = [i for i,g in enumerate(answers) if keep(i, g)]
     if not kept: return None
     ps,rows = [ps[i] for i in kept],[answers[i] for i in kept]
-    return Batch.from_tokens([p.ids for p in ps], [[o.ids for o in g] for g in rows],
-        index=torch.tensor(kept), cut=torch.tensor([[o.cut for o in g] for g in rows]),       # (B,), (B,G)
-        prompt_cut=torch.tensor([p.cut for p in ps]),                                         # (B,)
-        sizes_before=torch.tensor([[p.size,*(o.size for o in g)] for p,g in zip(ps, rows)]))  # (B,1+G)
+    sizes = [[p.size,*(o.size for o in g)] for p,g in zip(ps, rows)]
+    return Batch.from_tokens(
+        [p.ids for p in ps],
+        [[o.ids for o in g] for g in rows],
+        index=torch.tensor(kept),                                # (B,)
+        cut=torch.tensor([[o.cut for o in g] for g in rows]),    # (B,G)
+        prompt_cut=torch.tensor([p.cut for p in ps]),            # (B,)
+        sizes_before=torch.tensor(sizes))                        # (B,1+G)
 
 def tokenize_sft(
     rows:list,        # dict(prompt, response), or plain texts
@@ -140,4 +149,5 @@ def tokenize_sft(
     "Texts to imitate as one batch; a plain text has BOS as its prompt"
     if not rows: raise ValueError('No rows to learn from')
     rows = [dict(prompt='', response=o) if isinstance(o, str) else o for o in rows]
-    return _tokenize([o['prompt'] for o in rows], [(o['response'],) for o in rows], tokenizer, max_prompt, max_response)
+    prompts,groups = [o['prompt'] for o in rows],[(o['response'],) for o in rows]
+    return _tokenize(prompts, groups, tokenizer, max_prompt, max_response)

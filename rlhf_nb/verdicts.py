@@ -20,8 +20,10 @@ from .tokens import *
 # %% ../nbs/17_verdicts.ipynb #f6e4d3f7
 def _higher(x, y):
     "The answer with the higher score; None where one of them is none"
-    if any(o is None or math.isnan(o) for o in (x,y)): return None
-    if math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-5): return 'tie'
+    if any(o is None or math.isnan(o) for o in (x,y)):
+        return None
+    if math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-5):
+        return 'tie'
     return 'a' if x>y else 'b'
 
 def stored(
@@ -34,8 +36,11 @@ def stored(
         for r in rs:
             if key not in r: raise ValueError(f"the samples of '{name}' have no '{key}'")
             found.setdefault((r['prompt'],r['response']), []).append(r[key])
-    score = {k:None if None in v else sum(v)/len(v) for k,v in found.items()}
-    def knows(prompt, a): return (prompt,a) in score
+    score = {k:None if None in v else sum(v)/len(v)
+             for k,v in found.items()}
+    def knows(prompt, a):
+        "Is there a score for this answer?"
+        return (prompt,a) in score
     def judge(prompt, a, b):
         if not knows(prompt, a) or not knows(prompt, b):
             raise ValueError(f"no stored {key} for an answer to {prompt[-60:]!r}")
@@ -47,10 +52,13 @@ def by_score(
     source # `f(prompts, responses) -> list of scores` on texts, such as `gold_reward`
 ): # A judge
     "A judge that scores any two texts"
-    def number(o): return None if o is None else float(o)
+    def number(o):
+        "A float, or none"
+        return None if o is None else float(o)
     def judge(prompt, a, b):
         two = source([prompt]*2, [a,b])
-        try: x,y = map(number, () if isinstance(two, str) else two)
+        try:
+            x,y = map(number, () if isinstance(two, str) else two)
         except (TypeError,ValueError,OverflowError):
             who = getattr(source, '__name__', 'the score')
             raise ValueError(f"{who}: expected a number for each of two answers, got {str(two)[:80]!r}") from None
@@ -65,9 +73,12 @@ def by_model(
 ): # A judge
     "A judge that asks a reward model"
     from rlhf_nb.models import scores
-    def finished(ids): return ids[:max_response] if len(ids)>=max_response else ids+[tok.eos_token_id]
+    def finished(ids):
+        "Cut at the limit, or ended by EOS"
+        return ids[:max_response] if len(ids)>=max_response else ids+[tok.eos_token_id]
     @torch.no_grad()
     def source(ps, rs):
+        "Scores of two answers to one prompt"
         answers = [finished(o) for o in encode(rs, tok)]
         b = Batch.from_tokens(tokenize_prompts(ps[:1], tok, max_prompt), [answers])
         return scores(rm, b)[0].tolist()
@@ -83,15 +94,18 @@ def is_verdict(v)->bool:
 def judge_pairs(
     judge,     # `f(prompt, a, b) -> 'a'|'b'|'tie'`, None where it can't say; or an object with `many`
     pairs:list # dict(prompt, a, b) each
-)->list: # dict(first, second, verdict, flip) each, `failed` where there is no verdict, `reasons` where the judge gives them
+)->list: # dict(first, second, verdict, flip) each, `failed` without a verdict, `reasons` where there are any
     "Judge every pair in both orders"
     asks = []
     for o in pairs:
-        if o['a']!=o['b']: asks += [(o['prompt'],o['a'],o['b']), (o['prompt'],o['b'],o['a'])]
+        if o['a']!=o['b']:
+            asks += [(o['prompt'],o['a'],o['b']), (o['prompt'],o['b'],o['a'])]
     if hasattr(judge, 'many'): said = judge.many(asks)
-    else: said = [dict(verdict=judge(*q)) for q in asks]
+    else:
+        said = [dict(verdict=judge(*q)) for q in asks]
     said = iter(said)
-    return [_same_text() if o['a']==o['b'] else _both_orders(next(said), next(said)) for o in pairs]
+    return [_same_text() if o['a']==o['b'] else _both_orders(next(said), next(said))
+            for o in pairs]
 
 def _same_text():
     "Nobody is asked about two equal texts"
@@ -106,7 +120,8 @@ def _both_orders(x, y):
     if None in (first,second):
         why = x.get('failed') or y.get('failed') or 'no verdict'
         out |= dict(verdict=None, flip=False, failed=why)
-    else: out |= dict(verdict=first if first==second else 'tie', flip=first!=second)
+    else:
+        out |= dict(verdict=first if first==second else 'tie', flip=first!=second)
     reasons = [x.get('reason'),y.get('reason')]
     if any(reasons): out['reasons'] = reasons
     return out
@@ -115,7 +130,8 @@ def _both_orders(x, y):
 def _by(keys, values):
     "Values grouped by their key"
     out = {}
-    for k,v in zip(keys, values): out.setdefault(k, []).append(v)
+    for k,v in zip(keys, values):
+        out.setdefault(k, []).append(v)
     return list(out.values())
 
 def share_by(
@@ -124,24 +140,34 @@ def share_by(
 )->dict:
     "A share with its interval, clustered by key; None without values"
     if not values: return None
-    return share_ci([sum(o)/len(o) for o in _by(keys, map(float, values))])
+    return share_ci([sum(o)/len(o)
+                     for o in _by(keys, map(float, values))])
 
 def slot_bias(
     verdicts:list,     # From `judge_pairs`
     clusters:list=None # The prompt of each (None: all different)
 )->dict: # rate: share of the decided verdicts that went to the second slot; low, high, p, n: verdicts
     "Does the judge prefer a slot?"
-    second = [(v['first']=='b')+(v['second']=='a') for v in verdicts]
-    first = [(v['first']=='a')+(v['second']=='b') for v in verdicts]
-    def sums(wins): return torch.tensor([float(sum(o)) for o in _by(clusters or range(len(wins)), wins)])
+    second = [(v['first']=='b')+(v['second']=='a')
+              for v in verdicts]
+    first = [(v['first']=='a')+(v['second']=='b')
+             for v in verdicts]
+    def sums(wins):
+        "Wins of each cluster"
+        return torch.tensor([float(sum(o))
+                             for o in _by(clusters or range(len(wins)), wins)])
     s,f = sums(second),sums(first)                                     # (clusters,) wins of each slot
     n,m = int((s+f).sum()),len(s)
-    if not n: return dict(rate=None, low=None, high=None, p=1., n=0)
+    if not n:
+        return dict(rate=None, low=None, high=None, p=1., n=0)
     rate,half = s.sum().item()/n,math.nan
     if m>3:   # a ratio of two sums, linearised
         spread = (s-rate*(s+f)).square().sum().item()
         half = t_quantile(m-1)*(spread*m/(m-1))**.5/n
-    return dict(rate=rate, low=max(0., rate-half), high=min(1., rate+half), p=float(paired_test(s-f)), n=n)
+    return dict(
+        rate=rate, low=max(0., rate-half),
+        high=min(1., rate+half),
+        p=float(paired_test(s-f)), n=n)
 
 # %% ../nbs/17_verdicts.ipynb #ab3e681f
 class JudgeError(OSError):
@@ -154,28 +180,37 @@ def judge_records(
     records:dict,            # {model: records}, prompt by prompt
     judge,
     against:str='reference'  # The model that the others are compared with
-)->list: # One row per pair: prompt, model, against, sample (index in the file), longer (in tokens; without these, characters), and the verdict's keys
-    "Judge every answer of every model against the same sample of another one"
+)->list: # One row per pair: prompt, model, against, sample (index in the file), longer, and the verdict's keys
+    "Judge every answer of every model against the same sample of another one; `longer` is in tokens, else in characters"
     check_prompts(records, against)
-    def size(r): return r['n_tokens'] if 'n_tokens' in r else len(r['response'])
+    def size(r):
+        "Length of an answer"
+        return r['n_tokens'] if 'n_tokens' in r else len(r['response'])
     rows,pairs = [],[]
     for name in records:
         if name==against: continue
         for i,(x,y) in enumerate(zip(records[name], records[against])):
-            rows.append(dict(prompt=x['prompt'], model=name, against=against, sample=i, longer=size(x)-size(y)))
-            pairs.append(dict(prompt=x['prompt'], a=x['response'], b=y['response']))
+            rows.append(dict(
+                prompt=x['prompt'], model=name, against=against,
+                sample=i, longer=size(x)-size(y)))
+            pairs.append(dict(
+                prompt=x['prompt'], a=x['response'],
+                b=y['response']))
     return [r|v for r,v in zip(rows, judge_pairs(judge, pairs))]
 
 def judged(
     rows:list, # From `judge_records`
     by:str=''  # The judge's name
-)->dict: # {model: WinRate with by, against, p_holm, flips, slot_bias, failed, could_be, same, longer, length_controlled}
+)->dict: # {model: WinRate with against, p_holm, flips, slot_bias, failed, could_be, same, longer, length_controlled}
     "The win rates of a list of verdicts"
     of_model = {}
-    for r in rows: of_model.setdefault(r['model'], []).append(r)
+    for r in rows:
+        of_model.setdefault(r['model'], []).append(r)
     out = {name:_judged_model(rs, by) for name,rs in of_model.items()}
-    known = {k:w['p'] for k,w in out.items() if w.get('p') is not None}
-    for k,p in holm(known).items(): out[k]['p_holm'] = p
+    known = {k:w['p']
+             for k,w in out.items() if w.get('p') is not None}
+    for k,p in holm(known).items():
+        out[k]['p_holm'] = p
     return out
 
 def _judged_model(rows, by):
@@ -183,16 +218,25 @@ def _judged_model(rows, by):
     ok = [r for r in rows if r['verdict']]
     prompts = [r['prompt'] for r in ok]
     def shaped(f): # (B,n), from each row
-        return torch.tensor([[f(r) for r in g] for g in groups(rows).values()], dtype=torch.float64)
+        "A tensor (B,n) of what `f` says of each row"
+        return torch.tensor([[f(r) for r in g]
+                             for g in groups(rows).values()], dtype=torch.float64)
     points,longer = shaped(lambda r: _points[r['verdict']]),shaped(lambda r: r['longer'])
-    w = tally(points, by=by) if ok else WinRate(rate=None, n=0, by=by)
-    w.update(against=rows[0]['against'], failed=len(rows)-len(ok), same=sum(r.get('same', False) for r in rows),
-             flips=share_by([r['flip'] for r in ok], prompts), slot_bias=slot_bias(ok, prompts), longer=mean_ci(longer))
+    w = tally(points, by=by) if ok else WinRate(
+        rate=None, n=0, by=by)
+    w.update(
+        against=rows[0]['against'],
+        failed=len(rows)-len(ok),
+        same=sum(r.get('same', False) for r in rows),
+        flips=share_by([r['flip'] for r in ok], prompts),
+        slot_bias=slot_bias(ok, prompts), longer=mean_ci(longer))
     if len(ok)<len(rows):   # from all that is missing lost to all of it won
-        low,high = (tally(points.nan_to_num(nan=o)) for o in (0.,1.))
+        low,high = (tally(points.nan_to_num(nan=o))
+                    for o in (0.,1.))
         w.update(reasons=dict(_reasons(rows)), could_be=[low['low'],high['high']])
     try: w['length_controlled'] = length_controlled(points, longer)
-    except ValueError as e: w['length_controlled'] = dict(refused=str(e))
+    except ValueError as e:
+        w['length_controlled'] = dict(refused=str(e))
     return w
 
 def _reasons(rows):

@@ -46,17 +46,26 @@ def agreement(
     if len(x)!=len(y): raise ValueError(f'verdicts of the same pairs are needed, got {len(x)} and {len(y)}')
     for o in (*x,*y):
         if not is_verdict(o): raise ValueError(f"verdicts are 'a', 'b', 'tie' or None, got {str(o)[:40]!r}")
-    rows = [(u,v,c) for u,v,c in zip(x, y, clusters or range(len(x))) if u and v]
-    if not rows: return dict(kappa=None, low=None, high=None, agree=None, opposite=None, n=0)
+    rows = [(u,v,c)
+            for u,v,c in zip(x, y, clusters or range(len(x))) if u and v]
+    if not rows:
+        return dict(
+            kappa=None, low=None, high=None, agree=None,
+            opposite=None, n=0)
     keys = [c for *_,c in rows]
     at = {c:i for i,c in enumerate(dict.fromkeys(keys))}
-    tables = torch.zeros(len(at), 3, 3, dtype=torch.float64)
-    for u,v,c in rows: tables[at[c],_places[u],_places[v]] += 1
+    tables = torch.zeros(len(at), 3, 3, dtype=torch.float64)           # one table of the two judges for each cluster
+    for u,v,c in rows:
+        tables[at[c],_places[u],_places[v]] += 1
     low,high = _resampled(tables, resamples, seed)
     k = _kappa(tables.sum(0)).item()
-    return dict(kappa=k if math.isfinite(k) else None, low=low, high=high,
-                agree=share_by([u==v for u,v,_ in rows], keys),
-                opposite=sum({u,v}=={'a','b'} for u,v,_ in rows)/len(rows), n=len(rows))
+    return dict(
+        kappa=k if math.isfinite(k) else None,
+        low=low, high=high,
+        agree=share_by([u==v for u,v,_ in rows], keys),
+        opposite=sum({u,v}=={'a','b'}
+                     for u,v,_ in rows)/len(rows),
+        n=len(rows))
 
 # %% ../nbs/19_votes.ipynb #54ff9a8c
 class Votes(list):
@@ -74,7 +83,9 @@ def _no_vote(r):
     for k,t in _form.items():
         if not isinstance(r.get(k), t): return f"'{k}' is missing or not a {t.__name__}"
     models,answers,vote = r['order'],r['answers'],r['vote']
-    if not all(isinstance(o, str) for o in (*models,*answers.values())): return "'order' and 'answers' must hold texts"
+    if not all(isinstance(o, str)
+               for o in (*models,*answers.values())):
+        return "'order' and 'answers' must hold texts"
     if len(models)<2 or sorted(models)!=sorted(answers):
         return f"'order' {str(models)[:80]} does not list the models of 'answers', two or more"
     if {*_undecided} & {*models}: return "a model can't be called tie or bad"
@@ -91,7 +102,9 @@ def _score(x):
 def _strict_json(s):
     "JSON in which no key stands twice; ValueError says what is wrong"
     def once(pairs):
-        if len(dict(pairs))<len(pairs): raise ValueError('a key twice')
+        "An object, none of whose keys stands twice"
+        if len(dict(pairs))<len(pairs):
+            raise ValueError('a key twice')
         return dict(pairs)
     try: r = json.loads(s, object_pairs_hook=once)
     except RecursionError: raise ValueError('nested too deeply') from None
@@ -127,21 +140,29 @@ def vote_pairs(
         for x,y in combinations(v['order'], 2):
             if answers[x]==answers[y]: continue                        # nobody loses to the same text
             if winner in _undecided: human = 'tie'
-            elif winner in (x,y): human = 'a' if winner==x else 'b'
+            elif winner in (x,y):
+                human = 'a' if winner==x else 'b'
             else: continue
-            out.append(dict(prompt=v['prompt'], a=answers[x], b=answers[y], model=x, against=y, human=human))
+            out.append(dict(
+                prompt=v['prompt'], a=answers[x],
+                b=answers[y], model=x, against=y,
+                human=human))
     return out
 
 def human_agreement(
     judge,
     votes:list, # From `read_votes`
     seed:int=0
-)->dict: # As `agreement`, with votes, unreadable (lines) and, for stored scores, unknown: comparisons of answers that have none
-    "Does the judge agree with people?"
+)->dict: # As `agreement`, with votes, unreadable, unknown, failed
+    "Does the judge agree with people? `unreadable`: lines; `unknown`: comparisons of answers that have no stored score"
     knows = getattr(judge, 'knows', lambda prompt, answer: True)
     pairs = vote_pairs(votes)
-    known = [p for p in pairs if knows(p['prompt'], p['a']) and knows(p['prompt'], p['b'])]
+    known = [p for p in pairs
+             if knows(p['prompt'], p['a']) and knows(p['prompt'], p['b'])]
     said = [v['verdict'] for v in judge_pairs(judge, known)]
     k = agreement(said, [p['human'] for p in known], [p['prompt'] for p in known], seed)
-    return k | dict(votes=len(votes), unreadable=len(getattr(votes, 'bad', ())),
-                    unknown=len(pairs)-len(known), failed=sum(v is None for v in said))
+    return k | dict(
+        votes=len(votes),
+        unreadable=len(getattr(votes, 'bad', ())),
+        unknown=len(pairs)-len(known),
+        failed=sum(v is None for v in said))

@@ -124,7 +124,7 @@ def one(rng, folder):
         now['reply'] = reply
         judge = LLMJudge('m', url(), tries=1, patience=0., cache=folder/'j.jsonl', price=(1., 1.))
         try: said = judge.many([(p, a, b)])[0]
-        finally: judge._client.close()
+        finally: judge.server.client.close()
         done, sums = [r for r in read_rows(folder/'j.jsonl') if 'done' in r], judge.journal.ledger()
         if not 0 <= sums['cost'] < 1e3: raise RuntimeError(f'a cost of {sums["cost"]}')
         lost = [r for r in done if not r['verdict'] and not r.get('text')]

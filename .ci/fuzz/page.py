@@ -4,7 +4,9 @@ The readings here are a table of what is allowed and what must come back unchang
 before and after."""
 import atexit, functools, http.client, json
 
-from rlhf_nb.desk import Desk,_limit,find,mk_prompt,shipped_samples
+from rlhf_nb.cards import _limit,find
+from rlhf_nb.cards import mk_prompt
+from rlhf_nb.desk import Desk,shipped_samples
 from rlhf_nb.app import launch
 from rlhf_nb.votes import read_votes
 
