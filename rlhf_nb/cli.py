@@ -30,12 +30,15 @@ from .line import *
 from .pipeline import *
 
 # %% ../nbs/30_cli.ipynb #bc2ec4f4
-def _flag(help=None, **how):
-    "A flag: what it says of itself, and how argparse takes it"
+def _flag(
+    help=None, # What the flag says of itself
+    **how      # How argparse takes it
+)->dict:
+    "A flag of the tables below"
     return dict(how, help=help)
 
 _yes = dict(action='store_true')                       # a flag without a value
-_many = dict(nargs='+')
+_many = dict(nargs='+')                                # one with several
 _sets = dict(dest='sets', action='append', default=[], metavar='KEY=VALUE')
 
 # what says how a run is to be
@@ -49,6 +52,7 @@ _config_flags = {
     '--device': _flag('auto, cpu, cuda, cuda:N or mps'),
     '--resume': _flag('go on in a folder that already holds this run', **_yes)}
 
+# what runs, how often, and where its results are shown
 _stages_help = f"some of {', '.join(stage_table)} (default: {', '.join(usual_stages)})"
 _run_flags = _config_flags | {
     '--stages': _flag(_stages_help, **_many),
@@ -58,6 +62,7 @@ _run_flags = _config_flags | {
 _train_flags = _config_flags | {'stage': _flag(choices=trained)}
 _explore_flags = _config_flags | {'--json': _flag('write the report to this file too')}
 
+# which prompts are answered, how, and where the answers go
 _generate_flags = {
     '--prompts': _flag('file of prompts (default: the held-out prompts)'),
     '--n': _flag('samples of each prompt', type=int),
@@ -76,6 +81,7 @@ _llm_flags = {
     '--concurrency': _flag('requests at once', type=int),
     '--timeout': _flag('seconds for a reply', type=float),
     '--max-tokens': _flag(_max_help, type=int)}
+# who judges, and whom
 _judge_flags = {
     '--out': _flag('run folder, or a folder of samples (default: %(default)s)', default='outputs/demo'),
     '--judges': _flag('default: the stored rewards there are', choices=('gold','reward','llm'), **_many),
@@ -122,9 +128,13 @@ def cmd_run(a):
     if a.publish: _may_publish(a.publish, a.replace)
     run_all(a.out, c, todo, _said(a), a.seeds, a.resume, a.publish)
 
-def _may_publish(folder, replace:bool):
+def _may_publish(
+    folder,       # Of `--publish`
+    replace:bool  # May anything be written over?
+):
     "A FileExistsError where `--publish` would write over files that no `--publish` has made"
     shown = Places(folder)
+    # folder: files by which a `--publish` is known
     made = {shown.results:(shown.seeds,shown.summary), shown.samples:(shown.samples_md,)}
     for o,ours in made.items():
         is_filled = o.is_file() or o.exists() and any(o.iterdir())
@@ -134,6 +144,7 @@ def _may_publish(folder, replace:bool):
 
 def cmd_train(a):
     "One stage"
+    # stages of one run may be trained one after another
     c,again = _config(a),a.resume or Places(a.out).config_file.exists()
     with only_writer(a.out): run_one(Run(a.out, c, again, save=False), [a.stage], _said(a))
 
@@ -142,6 +153,7 @@ def cmd_explore(a):
     c = _config(a)
     if a.json and Path(a.json).is_dir():
         raise IsADirectoryError(f'--json {a.json}: a folder; expected the name of a file')
+    # lengths are counted in tokens where there is a tokenizer; the world's is always there
     named,tok = c.model.tokenizer or c.model.name,None
     if named!='scratch': tok = load_tokenizer(named)
     elif c.data.name=='world': tok = world_tokenizer(make_world(c.world, c.seed))
@@ -155,13 +167,18 @@ def cmd_generate(a):
     o = _eval_config(run.config.eval, n_samples=a.n, temperature=a.temperature, max_new_tokens=a.max_new_tokens)
     prompts = read_prompts(a.prompts) if a.prompts else None       # before anything is loaded
     dest = Path(a.to) if a.to else run.generated
+    # all that can be refused is refused before a model is loaded
     there = sorted(dest.glob('*_samples.json'))
     if there and not a.replace:
-        raise FileExistsError(f'--to: {there[0]} is there already; add --replace to write over it, or choose another folder')
+        raise FileExistsError(f'--to: {there[0]} is there already; '
+                              'add --replace to write over it, or choose another folder')
     source = file_source(a.prompts) if a.prompts else split_source(o.split, run.config.data.name)
     with only_writer(dest): _generate(Line(run), prompts, o, dest, source, _said(a))
 
-def _eval_config(o, **given)->EvalConfig:
+def _eval_config(
+    o:EvalConfig, # Of the run
+    **given       # What the flags say; None: nothing
+)->EvalConfig:
     "The settings of an evaluation with those of the flags; an error names the flag"
     given = {k:v for k,v in given.items() if v is not None}
     try: return mk_config(dict(eval={**asdict(o), **given})).eval
@@ -171,12 +188,20 @@ def _eval_config(o, **given)->EvalConfig:
         flag = '--n' if named[1]=='n_samples' else _as_flag(named[1])
         raise ValueError(flag+named[2]) from None
 
-def _generate(line, prompts, o, dest, source, command):
+def _generate(
+    line:Line,
+    prompts,      # Texts (None: the held-out prompts)
+    o:EvalConfig,
+    dest,         # Folder of the samples
+    source,       # Whose prompts they are, for samples.json
+    command       # What made them
+):
     "Sample, tell of prompts that are cut, and write"
     most,room = line.config.data.max_prompt,max_tokens(line.model('sft'))
     if most+o.max_new_tokens>room:
         raise ValueError(f'--max-new-tokens: prompts of up to {most} tokens (data.max_prompt) '
                          f'and {o.max_new_tokens} new ones, the model takes {room}')
+    # each prompt once
     prompts = list(dict.fromkeys(prompts or unique_prompts(line.held())[:o.n_prompts]))
     cut = [p for p in prompts if encode_prompt(p, line.tok, most)[1]]
     if cut:
@@ -198,11 +223,12 @@ def _writing(folder):
 def cmd_judge(a):
     "Win rates of a run's samples: by the stored rewards, or by an LLM"
     judges = [j for j in a.judges or () if j!='llm']
+    # a model is asked where it is named in any way; an empty address is an error of its own
     asked = 'llm' in (a.judges or ()) or a.llm or a.base_url is not None
     if asked: judges.append(_llm(a))
     else: _refuse_llm_flags(a)
     with _writing(a.out): d = judge_run(a.out, judges or None, a.against, a.votes, a.audit, a.dry_run, _said(a))
-    if a.dry_run:
+    if a.dry_run:                                      # nothing was asked, and nothing written
         print(json.dumps(d, indent=1))
         return
     print(read_text(Places(a.out).win_rates_md))
@@ -220,6 +246,7 @@ def _refuse_llm_flags(a):
 
 def _llm(a)->LLMJudge:
     "The judge that the flags describe"
+    # what no flag says has the judge's own default
     price = a.price and tuple(a.price)
     how = dict(concurrency=a.concurrency, timeout=a.timeout, budget=a.budget, price=price, max_tokens=a.max_tokens)
     llm = LLMJudge(a.llm or 'gpt-4o-mini', a.base_url, **{k:v for k,v in how.items() if v is not None})
@@ -270,7 +297,11 @@ _commands = {
     cmd_analyze: (_demo, {}),
     cmd_config: (None, {'name': _flag('preset or YAML file', nargs='?', default='demo'), '--set': _sets})}
 
-def _add(sub, f, **how):
+def _add(
+    sub,   # argparse's commands
+    f,     # Function of the command
+    **how
+):
     "The parser of a command, which is called as its function is and says what its docstring says"
     said = f.__doc__[0].lower()+f.__doc__[1:]
     p = sub.add_parser(f.__name__.removeprefix('cmd_'), help=said, description=said, **how)

@@ -230,24 +230,27 @@ def _merge(a:dict, b:dict)->dict:
         out[k] = _merge(a[k], v) if inner else v
     return out
 
-# whatever trains looks at dev data ten times
-_looks = {f.name:dict(eval_every=.1) for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
+def _trained(**values)->dict:
+    "These values for each section that trains"
+    return {f.name:values for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
 
-_hh = _merge(_looks, {
+# passes instead of the demo's numbers of updates, and ten looks at dev data
+_counted = dict(updates=None, eval_every=.1)
+
+_hh = _merge(_trained(**_counted, micro_tokens=4096, beta2=.999), {
     'jobs': 1,
     'data': dict(name='Anthropic/hh-rlhf', data_dir='harmless-base',
         max_prompt=256, max_response=128),  # 90% of prompts and 90% of responses are shorter (278 and 111 tokens)
     'model': dict(name='gpt2', precision='auto'),
-    'sft': dict(lr=5e-5, updates=None,      # GPT-2 has no dialogue habit: learn it from the chosen answers
-        batch_size=16, micro_tokens=4096, beta2=.999),
-    'reward': dict(lr=1e-5, updates=None, batch_size=16, micro_tokens=4096, beta2=.999, schedule='linear',
+    'sft': dict(lr=5e-5, batch_size=16),    # GPT-2 has no dialogue habit: learn it from the chosen answers
+    'reward': dict(lr=1e-5, batch_size=16, schedule='linear',
         head='last_token'),                 # A pretrained model's last hidden state is a good summary
-    'ppo': dict(lr=3e-6, value_lr=9e-6, kl_coef=.05, updates=None, # Huang et al. 2024
-        batch_size=32, mini_batches=2, epochs=4, max_new_tokens=96, micro_tokens=4096, beta2=.999),
-    'grpo': dict(lr=1e-6, updates=None, passes=.5, batch_size=8, beta=.04, epsilon_high=None, # Shao et al. 2024
-        max_new_tokens=96, micro_tokens=4096, beta2=.999),
-    'dpo': dict(lr=1e-6, updates=None, batch_size=16, beta=.1, n_pairs=None, # Rafailov et al. 2023
-        micro_tokens=4096, beta2=.999, schedule='linear', warmup=.1),
+    'ppo': dict(lr=3e-6, value_lr=9e-6, kl_coef=.05, batch_size=32, mini_batches=2, epochs=4, # Huang et al. 2024
+        max_new_tokens=96),
+    'grpo': dict(lr=1e-6, passes=.5, batch_size=8, beta=.04, epsilon_high=None, # Shao et al. 2024
+        max_new_tokens=96),
+    'dpo': dict(lr=1e-6, batch_size=16, beta=.1, n_pairs=None, # Rafailov et al. 2023
+        schedule='linear', warmup=.1),
     'eval': dict(n_prompts=100, max_new_tokens=96, batch_size=64)})
 
 def _on_pairs(n_pairs:int, epochs:int)->dict:
@@ -259,13 +262,13 @@ presets = {'demo': {}, 'prototype': _on_pairs(1000, 3), 'full': _on_pairs(10000,
 
 # The demo's numbers of updates are those of the world's 20,000 documents. With other data it counts passes, as the
 # other presets do, and looks at dev data, because few data are soon known by heart
-_demo_elsewhere = _merge(_looks, {
+_demo_elsewhere = _merge(_trained(**_counted), {
     'data': dict(n_pairs=2000),  # minutes
-    'sft': dict(updates=None, epochs=10),
-    'reward': dict(updates=None, epochs=5, head='last_token'),
-    'ppo': dict(updates=None, passes=3, max_kl=5),
-    'grpo': dict(updates=None, passes=.5, max_kl=5),
-    'dpo': dict(updates=None, epochs=5, n_pairs=None, max_kl=5)})
+    'sft': dict(epochs=10),
+    'reward': dict(epochs=5, head='last_token'),
+    'ppo': dict(passes=3, max_kl=5),
+    'grpo': dict(passes=.5, max_kl=5),
+    'dpo': dict(epochs=5, n_pairs=None, max_kl=5)})
 
 # %% ../nbs/01_config.ipynb #5290739d
 class _Plain(str):

@@ -23,7 +23,7 @@ def child_seed(
 )->int: # An integer in [0, 2^63)
     "A seed that depends on `seed` and `keys` alone"
     h = hashlib.blake2b(repr((seed,)+keys).encode(), digest_size=8)
-    return int.from_bytes(h.digest(), 'little') >> 1
+    return int.from_bytes(h.digest(), 'little') >> 1     # torch takes 63 bits
 
 def generator(
     seed:int, # The run's seed
@@ -47,6 +47,7 @@ def pass_order(
     "Which items update `i` uses: every item once in a pass, each pass in a new order"
     out = []
     for j in range(i*size, (i+1)*size):
+        # item j is number j%n of pass j//n; the order of a pass is made when its first item is needed
         if not out or j%n==0: order = torch.randperm(n, generator=generator(seed, 'pass', j//n)).tolist()
         out.append(order[j%n])
     return out
@@ -201,7 +202,7 @@ def replacing(
 ):
     "Write to the yielded path; it takes the place of `path` at the end, or not at all"
     path = Path(path)
-    if path.is_symlink(): path = path.resolve()
+    if path.is_symlink(): path = path.resolve()          # what a link points to is replaced, not the link
     if path.exists() and not path.is_file() and not path.is_dir(): raise OSError(f'{path}: not a regular file')
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp,old = (path.with_name(f'.{path.name}.{o}') for o in ('part','old'))
@@ -248,7 +249,10 @@ def read_json(
     if isinstance(o, kind): return o
     raise ValueError(f"{path}: expected {'a JSON object' if kind is dict else 'a JSON list'}, got {_shown(o)}")
 
-def append_row(path, row:dict):
+def append_row(
+    path,
+    row:dict # Numbers by name
+):
     "Add one metrics row to a JSON-lines file"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -264,7 +268,7 @@ def read_rows(path)->list:
         where = f'{path}, line {i+1}'
         try: row = json.loads(l)
         except (ValueError,RecursionError):
-            if i==len(lines)-1 and l[0]=='{': break
+            if i==len(lines)-1 and l[0]=='{': break      # a kill
             raise ValueError(f'{where}: not valid JSON: {l[:80]!r}') from None
         if not isinstance(row, dict): raise ValueError(f'{where}: expected a JSON object, got {l[:80]!r}')
         rows.append(row)
@@ -301,7 +305,7 @@ def in_one_line(
 ):
     "`f(*args)`; what a user can mend is told in one line, exit code 2; Ctrl-C is another, 130"
     try: return f(*args)
-    except BrokenPipeError: return 0
+    except BrokenPipeError: return 0                     # who reads has read enough
     except KeyboardInterrupt: code,said = 130,f'interrupted{hint}'
     except Exception as e:
         known = isinstance(e, known_errors) or no_memory(e)

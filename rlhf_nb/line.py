@@ -122,6 +122,7 @@ class Line:
     @property
     def models(self)->dict:
         "All policies there are, the reference first"
+        # without a reference there is nothing to compare with: it is asked for even where it is missing
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
     def save(self, model, stage:str):
         "Leave the model where it says that the stage is done"
@@ -146,12 +147,22 @@ class Line:
     def how(self, stage:str)->dict:
         "Settings, seed, run folder, accelerator and dev data, as every function that trains takes them"
         o = self.settings(stage)
-        return dict(o=o, seed=self.config.seed, run=self.run, acc=self.acc, dev=self.dev(o))
+        return dict(
+            o=o,
+            seed=self.config.seed,
+            run=self.run,
+            acc=self.acc,
+            dev=self.dev(o))
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"
         score = self.scorer(micro_tokens=self.config.eval.batch_size*128)
-        return dict(policy=self.model('sft'), reference=self.model('sft'), score=score,
-                    prompts=self.prompts(self.splits.train), watch=self.watch, **self.how(stage))
+        return dict(
+            policy=self.model('sft'),
+            reference=self.model('sft'),
+            score=score,
+            prompts=self.prompts(self.splits.train),
+            watch=self.watch,
+            **self.how(stage))
 
     # what a run leaves
 
@@ -166,13 +177,23 @@ class Line:
     )->dict:               # {name: records}
         "Samples of all models there are"
         c = self.config
-        return sample_records(self.models, prompts, self.tok, self.scorer(), self.gold, o or c.eval,
-                              c.data.max_prompt, c.seed, train, family)
+        return sample_records(
+            self.models,
+            prompts,
+            self.tok,
+            self.scorer(),
+            self.gold,
+            o or c.eval,
+            c.data.max_prompt,
+            c.seed,
+            train,
+            family)           # only prompts of a family have a true reward
 
 def fingerprint(splits:Splits)->dict:
     "What the rows are, whatever their file is called and whenever it was written"
     h,n = hashlib.blake2b(digest_size=16),{}
     for part,rows in vars(splits).items():
+        # a split that the data lack is None; the report is no list either
         if not isinstance(rows, list): continue
         n[part] = len(rows)
         for r in rows:

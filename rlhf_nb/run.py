@@ -49,8 +49,12 @@ def _is_at(f, path)->bool:
     try: return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
     except FileNotFoundError: return False
 
-def _locked(folder, path, patience):
-    "The lock file of a folder, open and locked; a BlockingIOError where another process keeps it longer than `patience`"
+def _locked(
+    folder,  # Made, where it is not there
+    path,    # Its lock file
+    patience # Seconds
+):
+    "The lock file, open and locked; a BlockingIOError where another process keeps it longer"
     late = time.monotonic()+patience
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,7 @@ class Stage(NamedTuple):
     @property
     def trains(self)->bool: return bool(self.settings)
 
+# stages that train, in the order in which they run
 _training = [
     Stage('sft', 'reference', 'stages:sft_stage', settings='sft',
           policy='reference', label='reference', colour='#949494'),
@@ -129,6 +134,7 @@ _training = [
           policy='grpo', label='GRPO', colour='#de8f05'),
 ]
 trained = tuple(s.name for s in _training)
+# stages that measure
 _measuring = [
     Stage('last_token', 'results/last_token.json', 'stages:last_token_stage', ('sft',), usual=False, held_out=True),
     Stage('frontier', 'results/frontier.json', 'stages:frontier_stage', ('reward',), held_out=True),
@@ -165,24 +171,24 @@ class Places:
     "What lies where in a run folder, or in a folder that has only some of it"
     config_file = _Place('config.yaml')
     data_file = _Place('data.json')                      # what the rows were that the run began with
-    logs = _Place('logs')
-    checkpoints = _Place('checkpoints')
+    logs = _Place('logs')                                # metrics, a file for each stage that trains
+    checkpoints = _Place('checkpoints')                  # of stages that have not ended
     value_model = _Place('value_model')                  # of PPO
-    votes = _Place('votes.jsonl')
+    votes = _Place('votes.jsonl')                        # of people, given in the app
     generated = _Place('generated')                      # samples that `generate` draws
 
-    samples = _Place('output_samples')
-    samples_about = _Place('output_samples/samples.json')
-    samples_md = _Place('output_samples/samples.md')
+    samples = _Place('output_samples')                   # answers of all policies to the held-out prompts
+    samples_about = _Place('output_samples/samples.json') # whose prompts these are
+    samples_md = _Place('output_samples/samples.md')     # some of them, to read
 
     results = _Place('results')
-    summary = _Place('results/summary.json')
-    reward_accuracy = _Place('results/reward_model.json')
-    frontier = _Place('results/frontier.json')
-    last_token = _Place('results/last_token.json')
-    overoptimise = _Place('results/overoptimise.json')
-    seconds = _Place('results/seconds.json')
-    seeds = _Place('results/seeds.json')
+    summary = _Place('results/summary.json')             # the comparison of the policies
+    reward_accuracy = _Place('results/reward_model.json') # of the reward model, on held-out pairs
+    frontier = _Place('results/frontier.json')           # what best-of-n reaches
+    last_token = _Place('results/last_token.json')       # accuracy of the plain reward head
+    overoptimise = _Place('results/overoptimise.json')   # proxy and truth without a KL
+    seconds = _Place('results/seconds.json')             # of each stage
+    seeds = _Place('results/seeds.json')                 # of a folder with a run for each seed
     seeds_md = _Place('results/seeds.md')
     analysis_md = _Place('results/ANALYSIS.md')
     training_analysis = _Place('results/training_analysis')
@@ -200,12 +206,16 @@ class Places:
     failure_rates = _Place('results/failure_analysis/rates.csv')
     failure_samples = _Place('results/failure_analysis/samples.jsonl')
 
-    def __init__(self, path): self.path = Path(getattr(path, 'path', path))
+    def __init__(self,
+        path # A run, or a folder
+    ): self.path = Path(getattr(path, 'path', path))
     def __truediv__(self, o): return self.path/o
     def made(self, stage:str)->Path:
         "The file or folder that says that `stage` is done; of a stage that trains it is the model's folder"
         return self.path/stage_table[stage].makes
-    def done(self, stage:str)->bool: return self.made(stage).exists()
+    def done(self, stage:str)->bool:
+        "Has the stage left what it leaves? Files and folders appear whole"
+        return self.made(stage).exists()
     def log(self, stage:str)->Path:
         "Path of the metrics rows of `stage`"
         return self.logs/f'{stage}.jsonl'
@@ -215,8 +225,12 @@ class Places:
     def of_seed(self, seed:int)->Path:
         "The run of one seed, where there are several"
         return self.path/f'seed{seed}'
-    def checkpoint(self, stage:str)->Path: return self.checkpoints/f'{stage}.pt'
-    def samples_of(self, policy:str)->Path: return self.samples/f'{policy}_samples.json'
+    def checkpoint(self, stage:str)->Path:
+        "Where a stage goes on that was interrupted"
+        return self.checkpoints/f'{stage}.pt'
+    def samples_of(self, policy:str)->Path:
+        "The answers of one policy"
+        return self.samples/f'{policy}_samples.json'
     def verdicts_of(self, judge:str)->Path: return self.judgements/f'{file_name(judge)}.jsonl'
     def journal_of(self, judge:str)->Path: return self.judgements/f'{file_name(judge)}.journal.jsonl'
 
@@ -302,6 +316,7 @@ def check_prompts(
         raise ValueError(f"no samples of '{need}', which the others are compared with; "
                          f"there are {', '.join(records) or 'none'}")
     prompts = {k:[r['prompt'] for r in rs] for k,rs in records.items()}
+    # all are held against this one
     first = need or next(iter(records))
     want = prompts[first]
     for k,have in prompts.items():

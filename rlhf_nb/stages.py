@@ -34,7 +34,7 @@ from .line import *
 def sft_stage(line:Line):
     "The reference policy"
     model = line.first
-    line.forget_first()
+    line.forget_first()                                  # so that its memory is free once it is saved
     check_room(line, max_tokens(model))
     if not line.config.sft.skip:
         rows = line.splits.sft+line.splits.documents
@@ -47,8 +47,12 @@ def reward_stage(line:Line):
     write_json(line.run.reward_accuracy, accuracies)
     line.save(rm, 'reward')
 
-def _mk_reward(line, head:str, run)->tuple:
-    "A reward model, trained and normalised, and how often it is right; its log goes into `run`, if there is one"
+def _mk_reward(
+    line,
+    head:str,  # `last_token` or `log_prob`
+    run        # Where its log goes (None: nowhere)
+)->tuple:      # The model, its accuracies
+    "A reward model, trained and normalised, and how often it is right"
     ref = line.model('sft')
     rm = mk_reward_model(ref, head, line.config.seed)
     train_reward(rm, line.pairs(line.splits.train), **{**line.how('reward'), 'run':run})
@@ -56,23 +60,24 @@ def _mk_reward(line, head:str, run)->tuple:
     return rm,_reward_accuracies(line, rm, head)
 
 def _reference_samples(line, ref)->Batch:
-    "Answers of the reference that set the reward's mean and spread; of a handful of prompts several answers each"
+    "Answers of the reference that set the reward's mean and spread"
     c = line.config
     size,most = c.eval.batch_size,c.reward.n_normalise
     prompts = line.prompts(line.splits.train)[:most]
-    n = max(1, most//len(prompts))
+    n = max(1, most//len(prompts))                       # of a handful of prompts several answers each
     seed = child_seed(c.seed, 'normalise')
     parts = []
     for i in range(0, len(prompts), size):
         parts.append(sample(ref, prompts[i:i+size], n, c.eval.max_new_tokens, seed=seed))
-    return Batch.from_tokens([p for b in parts for p in b.prompts], [r for b in parts for r in b.tokens()])
+    prompts = [p for b in parts for p in b.prompts]
+    return Batch.from_tokens(prompts, [r for b in parts for r in b.tokens()])
 
 def _reward_accuracies(line, rm, head:str)->dict:
     "How often the reward model is right on held-out pairs, beside a rule about length"
     c = line.config
     held = line.held()[:c.eval.n_pairs]
     pairs = line.pairs(held).to(line.acc.device)
-    scores,longer = pair_scores(rm, pairs),pairs.lengths.float()
+    scores,longer = pair_scores(rm, pairs),pairs.lengths.float()     # (B,2) both
     # the rule's direction is chosen on the training pairs
     shorter = accuracy(line.pairs(line.splits.train).lengths.float())['accuracy']<.5
     out = dict(
@@ -90,11 +95,12 @@ def _possible(held, reached:float)->dict:
     best,half = bayes_accuracy(held)
     bayes = dict(accuracy=best, low=best-half, high=best+half, n=len(held))
     # None: the annotator tosses coins, nothing is possible
-    return dict(bayes=bayes, share_of_possible=(reached-.5)/(best-.5) if best>.5 else None)
+    share = (reached-.5)/(best-.5) if best>.5 else None
+    return dict(bayes=bayes, share_of_possible=share)
 
 def dpo_stage(line:Line):
     "DPO on the preferences"
-    policy,reference = line.model('sft'),line.model('sft')
+    policy,reference = line.model('sft'),line.model('sft')   # two copies: one of them learns
     pairs = line.pairs(line.splits.train[:line.config.dpo.n_pairs])
     train_dpo(policy, reference, pairs.to(line.acc.device), **line.how('dpo'))
     line.save(policy, 'dpo')
@@ -102,6 +108,7 @@ def dpo_stage(line:Line):
 def ppo_stage(line:Line):
     "PPO on the reward model"
     parts = line.rl_parts('ppo')
+    # it foresees rewards from what the reference knows of language
     value = mk_value_model(parts['reference'])
     train_ppo(value=value, **parts)
     save_model(value, line.tok, line.run.value_model)
@@ -118,19 +125,28 @@ def last_token_stage(line:Line):
     "The plain head, for comparison"
     write_json(line.run.last_token, _mk_reward(line, 'last_token', None)[1])
 
-def frontier_stage(line:Line, n=32, n_prompts=128):
+def frontier_stage(
+    line:Line,
+    n=32,         # Answers to each prompt
+    n_prompts=128 # Prompts, at most
+):
     "What best-of-n and the Gibbs policy reach from the reference's samples"
     c = line.config
     ref,score = line.model('sft'),line.scorer()
     prompts = line.prompts(line.held())[:min(n_prompts, c.eval.n_prompts)]
-    b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=child_seed(c.seed, 'frontier'))
+    seed = child_seed(c.seed, 'frontier')
+    b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=seed)
     proxy = score(b)                                     # (B,n)
     gold = line.gold(b) if line.gold else None
     out = dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold))
     if gold is not None: out['gibbs_gold'] = gibbs(gold, gold)
     write_json(line.run.frontier, out)
 
-def overoptimise_stage(line:Line, n_pairs=800, updates=24):
+def overoptimise_stage(
+    line:Line,
+    n_pairs=800,  # Pairs that the weak reward model learns from
+    updates=24    # Of GRPO
+):
     "A weak reward model (the plain head, few pairs), and GRPO without any brake: proxy and gold, update by update"
     c = line.config
     policy,ref = line.model('sft'),line.model('sft')
@@ -138,7 +154,9 @@ def overoptimise_stage(line:Line, n_pairs=800, updates=24):
     few = line.pairs(line.splits.train[:n_pairs])
     train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
     prompts = line.prompts(line.splits.train)
-    normalise(rm, sample(ref, prompts[:c.reward.n_normalise], seed=child_seed(c.seed, 'normalise')))
+    some = prompts[:c.reward.n_normalise]
+    normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
+    # no KL, a high learning rate, and nothing for answers that never end
     unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
     score,watch = mk_scorer((rm,line.tok), line.tok),line.watch
     rows = train_grpo(policy, ref, score, prompts, unbraked, c.seed, watch=watch, acc=line.acc)
@@ -149,10 +167,16 @@ def evaluate_stage(line:Line):
     "The comparison"
     c,s,accuracies = line.config,line.splits,line.run.reward_accuracy
     prompts = unique_prompts(line.held())[:c.eval.n_prompts]
+    # a held-out prompt that a model learned from would be an error here
     recs = line.records(prompts, train=unique_prompts(s.train+s.sft))
     write_results(
-        line.run, recs, summarise(recs, world_rates if line.world else None), line.command,
-        seeds=[c.seed], split=c.eval.split, config=asdict(c),
+        line.run,
+        recs,
+        summarise(recs, world_rates if line.world else None),
+        line.command,
+        seeds=[c.seed],
+        split=c.eval.split,
+        config=asdict(c),
         reward_model=read_json(accuracies) if accuracies.exists() else None)
 
 def world_rates(
@@ -178,9 +202,19 @@ def failures_stage(line:Line):
     ood = unique_prompts(line.splits.ood or [])[:c.eval.n_prompts]
     if src['name']=='ood': ood = []                      # these are the prompts that are there already
     failures_run(
-        line.run.path, line.models, line.tok, dict(ood=ood) if line.world else None, {src['name']:recs},
-        line.held()[:c.eval.n_prompts], c.eval, c.data.max_prompt, c.data.max_response, c.seed,
-        split=src['split'], source=src['text'], command=line.command)
+        line.run.path,
+        line.models,
+        line.tok,
+        dict(ood=ood) if line.world else None,
+        {src['name']:recs},
+        line.held()[:c.eval.n_prompts],
+        c.eval,
+        c.data.max_prompt,
+        c.data.max_response,
+        c.seed,
+        split=src['split'],
+        source=src['text'],
+        command=line.command)
 
 def analyze_stage(line:Line):
     "The report"
