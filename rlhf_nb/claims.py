@@ -23,13 +23,17 @@ def claim(
     null=.5
 )->str:
     "`better`, `worse` or `no difference shown`, and in how many runs"
-    sure = [(d.get('p') or 0.)<=.05 for d in intervals]       # of a handful of prompts the interval alone promises too much
+    # of a handful of prompts the interval alone promises too much
+    sure = [(d.get('p') or 0.)<=.05 for d in intervals]
     up = sum(d['low']>null and ok for d,ok in zip(intervals, sure))
     down = sum(d['high']<null and ok for d,ok in zip(intervals, sure))
     n = len(intervals)
-    if n==1: return 'better' if up else 'worse' if down else 'no difference shown'
-    if n in (up,down): return f"{'better' if up else 'worse'} in each of {n} seeds"
-    if up or down: return f'no difference shown in all seeds: better in {up}, worse in {down} of {n}'
+    if n==1:
+        return 'better' if up else 'worse' if down else 'no difference shown'
+    if n in (up,down):
+        return f"{'better' if up else 'worse'} in each of {n} seeds"
+    if up or down:
+        return f'no difference shown in all seeds: better in {up}, worse in {down} of {n}'
     return f'no difference shown in any of {n} seeds'
 
 def interval(
@@ -46,14 +50,17 @@ def each_run(runs:dict, *keys)->dict:
     "A nested value of each run that has it, {seed: value}"
     out = {}
     for s,r in runs.items():
-        for k in keys: r = r.get(k) if isinstance(r, dict) else None
+        for k in keys:
+            r = r.get(k) if isinstance(r, dict) else None
         if r is not None: out[s] = r
     return out
 
 def pooled_models(models:list)->dict:
     "Every number of the models of several runs as a mean, from lowest to highest"
     if not models: return {}
-    def pooled(name, d): return {k:pool_runs([m[name][k] for m in models if k in m.get(name, {})]) for k,v in d.items() if 'low' in v}
+    def pooled(name, d):
+        return {k:pool_runs([m[name][k] for m in models if k in m.get(name, {})])
+                for k,v in d.items() if 'low' in v}
     return {name:pooled(name, d) for name,d in models[0].items()}
 
 def spread_of(runs)->str:
@@ -69,14 +76,17 @@ def _for_each(seed:str, runs, text:str)->str:
     return f'Seed {seed}: {text[0].lower()}{text[1:]}' if len(runs)>1 else text
 
 # %% ../nbs/24a_claims.ipynb #cla0mod1
-_model_columns = dict(gold_reward='gold reward', reward='reward', kl='KL, nats per response', n_tokens='tokens', finished='finished', win_rate='win rate')
+_model_columns = dict(gold_reward='gold reward', reward='reward', kl='KL, nats per response',
+                      n_tokens='tokens', finished='finished', win_rate='win rate')
 
 def _win_line(name:str, wins:dict, several:bool)->str:
     "What the win rates of one model, {seed: win rate}, show"
     by = _spaced(next(iter(wins.values())).get('by', 'reward'))
-    if several: rates = ', '.join(f'{interval(d)} (seed {s})' for s,d in wins.items())
+    if several:
+        rates = ', '.join(f'{interval(d)} (seed {s})' for s,d in wins.items())
     else: rates = interval(next(iter(wins.values())))
-    return f'- **{md_name(name)}** against the reference, by {md_inline(by)}: **{claim(list(wins.values()))}**; win rate {rates}.'
+    return (f'- **{md_name(name)}** against the reference, by {md_inline(by)}: **{claim(list(wins.values()))}**; '
+            f'win rate {rates}.')
 
 def model_lines(runs:dict)->list:
     "Lines on the models, and against the reference"
@@ -89,7 +99,8 @@ def model_lines(runs:dict)->list:
     for name in names:
         have = [m[name] for m in models.values() if name in m]
         cells = [[h[k] for h in have if k in h] for k in columns]
-        rows.append([md_name(name),*(interval(pool_runs(c)) if c else '' for c in cells),have[0]['reward']['n']])
+        rows.append([md_name(name),*(interval(pool_runs(c)) if c else '' for c in cells),
+                     have[0]['reward']['n']])
     ns = sorted({d['reward']['n'] for m in models.values() for d in m.values()})
     what = f'Mean over {len(models)} seeds [lowest, highest]' if len(models)>1 else '95% intervals, clustered by prompt'
     out = [f"{what}; n = {', '.join(map(str, ns))} prompts a model and run.",'',md_table(rows),'']
@@ -98,31 +109,39 @@ def model_lines(runs:dict)->list:
 
 def _shown(a:str, b:str, ds:list)->str:
     "Which of two models is higher; where Holm's p is .05 or more, an interval counts as one that holds 0"
-    held = [dict(d, low=min(d['low'], 0.), high=max(d['high'], 0.)) if d.get('p_holm', 0.)>=.05 else d for d in ds]
-    return re.sub('better|worse', lambda o: f"{md_name(a if o[0]=='better' else b)} higher", claim(held, 0.))
+    held = [dict(d, low=min(d['low'], 0.), high=max(d['high'], 0.))
+            if d.get('p_holm', 0.)>=.05 else d for d in ds]
+    return re.sub('better|worse', lambda o: f"{md_name(a if o[0]=='better' else b)} higher",
+                  claim(held, 0.))
 
 def between_lines(runs:dict)->list:
     "Lines on the methods against each other, from paired comparisons"
     pairs = {}                                                     # (metric, a, b) -> one comparison a run
     for comparisons in each_run(runs, 'summary', 'comparisons').values():
-        for d in comparisons: pairs.setdefault((d['metric'],d['a'],d['b']), []).append(d)
+        for d in comparisons:
+            pairs.setdefault((d['metric'],d['a'],d['b']), []).append(d)
     rows = [['metric','a','b','a − b','p (Holm)','n','shown']]
     for (metric,a,b),ds in pairs.items():
-        if 'reference' in (metric,a,b) or metric not in ('gold_reward','reward'): continue
+        if 'reference' in (metric,a,b) or metric not in ('gold_reward','reward'):
+            continue
         ps = ', '.join(p_text(d['p_holm']) for d in ds if 'p_holm' in d)
-        rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),interval(pool_runs(ds)),ps,ds[0]['n'],_shown(a, b, ds)])
+        rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),interval(pool_runs(ds)),ps,
+                     ds[0]['n'],_shown(a, b, ds)])
     if len(rows)==1: return None
-    return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons (Holm), is below .05.','',md_table(rows)]
+    return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons '
+            '(Holm), is below .05.','',md_table(rows)]
 
 # %% ../nbs/24a_claims.ipynb #cla0jud1
 def _cells(vs:list)->str:
     "A value of each run: numbers with intervals pooled, counts one by one"
-    if all(isinstance(v, dict) and mean_of(v) is not None for v in vs): return interval(pool_runs(vs))
+    if all(isinstance(v, dict) and mean_of(v) is not None for v in vs):
+        return interval(pool_runs(vs))
     return ', '.join('—' if v is None or isinstance(v, dict) else short(v) for v in vs)
 
 def _judged(run:dict)->dict:
     "{judge: {model: win rate}} of a run, without what has no rate"
-    return {j:{m:d for m,d in w.items() if d.get('rate') is not None} for j,w in by_judge(run['win_rates']).items()}
+    return {j:{m:d for m,d in w.items() if d.get('rate') is not None}
+            for j,w in by_judge(run['win_rates']).items()}
 
 def judge_lines(runs:dict)->list:
     "Lines on the judges and where they disagree with gold"
@@ -136,20 +155,25 @@ def judge_lines(runs:dict)->list:
         for m in dict.fromkeys(m for w in judged for m in w.get(j, {})):
             ds = [w[j][m] for w in judged if m in w.get(j, {})]
             said[j,m] = claim(ds)
-            rows.append([md_inline(j),md_name(m),interval(pool_runs(ds)),ds[0].get('n'),said[j,m],*(_cells([d.get(k) for d in ds]) for k in extra)])
-    def differs(judge, m): return ('gold',m) in said and said[judge,m].split(' ')[0]!=said['gold',m].split(' ')[0]
+            rows.append([md_inline(j),md_name(m),interval(pool_runs(ds)),ds[0].get('n'),said[j,m],
+                         *(_cells([d.get(k) for d in ds]) for k in extra)])
+    def differs(judge, m):
+        return ('gold',m) in said and said[judge,m].split(' ')[0]!=said['gold',m].split(' ')[0]
     out = []
     for judge in judges if 'gold' in judges else ():
         if judge=='gold': continue
         off = [md_name(m) for j,m in said if j==judge and differs(judge, m)]
-        out.append(f"- Judge *{md_inline(judge)}* {'disagrees with gold about '+', '.join(off) if off else 'says the same as gold of every model'}.")
+        out.append(f"- Judge *{md_inline(judge)}* "
+                   f"{'disagrees with gold about '+', '.join(off) if off else 'says the same as gold of every model'}.")
     return [md_table(rows),'',*out,*_other_prompts(runs)]
 
 def _same_answers(summary:dict, model:str, d:dict)->bool:
     "Is the difference in length that a judge's report names the one that the comparison found?"
     longer = (d.get('longer') or {}).get('mean')
-    there = [c['mean'] for c in summary.get('comparisons', []) if (c['metric'],c['a'],c['b'])==('n_tokens',model,d.get('against'))]
-    return longer is None or not there or math.isclose(longer, there[0], rel_tol=1e-9, abs_tol=1e-12)
+    there = [c['mean'] for c in summary.get('comparisons', [])
+             if (c['metric'],c['a'],c['b'])==('n_tokens',model,d.get('against'))]
+    return longer is None or not there or math.isclose(longer, there[0], rel_tol=1e-9,
+                                                       abs_tol=1e-12)
 
 def _prompts_judged(sm:dict, rates:dict)->str:
     "Which prompts the win rates of a judge are of, where they are not those of summary `sm`; else None"
@@ -157,8 +181,10 @@ def _prompts_judged(sm:dict, rates:dict)->str:
     own = all(d is sm.get('models', {}).get(m, {}).get('win_rate') for m,d in rates.items())
     if not ds or own: return None
     if any('prompts' in d for d in ds):
-        return next((d.get('prompts') for d in ds if d.get('split')!=sm.get('split') or not d.get('split')), None)
-    if all(_same_answers(sm, m, d) for m,d in rates.items()): return None
+        return next((d.get('prompts') for d in ds
+                     if d.get('split')!=sm.get('split') or not d.get('split')), None)
+    if all(_same_answers(sm, m, d) for m,d in rates.items()):
+        return None
     return 'unknown prompts (the report on it is of an older version)'
 
 def _other_prompts(runs:dict)->list:
@@ -168,24 +194,28 @@ def _other_prompts(runs:dict)->list:
         sm,judges = r.get('summary', {}),{}                        # judges: prompts -> names
         for j,rates in by_judge(r.get('win_rates', {})).items():
             prompts = _prompts_judged(sm, rates)
-            if prompts and prompts!=sm.get('source'): judges.setdefault(prompts, []).append(md_inline(j))
+            if prompts and prompts!=sm.get('source'):
+                judges.setdefault(prompts, []).append(md_inline(j))
         for prompts,js in judges.items():
             said = f"Judged by {', '.join(js)}: {md_inline(prompts)}, not the prompts of the other tables."
             out.append(f'- {_for_each(s, runs, said)}')
     return out
 
 # %% ../nbs/24a_claims.ipynb #cla0rew1
-def _accuracy(d:dict)->str: return interval(dict(d, mean=d['accuracy']), '.3f')
+def _accuracy(d:dict)->str:
+    return interval(dict(d, mean=d['accuracy']), '.3f')
 
 def reward_model_lines(runs:dict)->list:
     "A table of the reward model's accuracy in each run"
     found = each_run(runs, 'reward_model') or each_run(runs, 'summary', 'reward_model')
     if not found: return None
-    rows = [['seed','head','accuracy on held-out pairs','n','a rule that reads nothing','best possible','ECE']]
+    rows = [['seed','head','accuracy on held-out pairs','n','a rule that reads nothing',
+             'best possible','ECE']]
     for s,d in found.items():
         rule = f"{md_inline(d['rule'])}: {_accuracy(d['rule_accuracy'])}" if 'rule' in d else ''
         best = _accuracy(d['bayes']) if 'bayes' in d else ''
-        rows.append([s,md_inline(d.get('head', '')),_accuracy(d['accuracy']),d['accuracy']['n'],rule,best,short(d.get('ece'))])
+        rows.append([s,md_inline(d.get('head', '')),_accuracy(d['accuracy']),d['accuracy']['n'],
+                     rule,best,short(d.get('ece'))])
     return [md_table(rows)]
 
 class Beside(NamedTuple):
@@ -210,14 +240,18 @@ def _beside_best_of_n(runs:dict)->dict:
             if name=='reference': continue
             for metric,key in (('gold_reward','gold'),('reward','reward')):
                 point = best_at(r['frontier']['best_of_n'], m['kl']['mean'], key)
-                if metric in m and point: out.setdefault((name,metric), []).append(Beside(s, m[metric], m['kl']['mean'], point[key], point))
+                if metric in m and point:
+                    out.setdefault((name,metric),
+                                   []).append(Beside(s, m[metric], m['kl']['mean'], point[key], point))
     return out
 
 def _place(found:list)->str:
     "above or below best-of-n in every run; else nothing"
     enough = all(min(o.mine.get('n') or 0, o.best.get('n') or 0)>=fewest for o in found)
-    if enough and all(o.mine['low']>o.best['high'] for o in found): return 'above'
-    if enough and all(o.mine['high']<o.best['low'] for o in found): return 'below'
+    if enough and all(o.mine['low']>o.best['high'] for o in found):
+        return 'above'
+    if enough and all(o.mine['high']<o.best['low'] for o in found):
+        return 'below'
     return ''
 
 def _beside_text(o:Beside)->str:
@@ -229,7 +263,8 @@ def _beside_text(o:Beside)->str:
 def _beside_line(name:str, metric:str, found:list)->str:
     "All runs"
     n,place,what = len(found),_place(found),f'- {md_name(name)}, {_spaced(metric)}'
-    if place: return f"{what}: {place} best-of-n at no more KL in {n} of {n} runs ({'; '.join(map(_beside_text, found))})."
+    if place:
+        return f"{what}: {place} best-of-n at no more KL in {n} of {n} runs ({'; '.join(map(_beside_text, found))})."
     mine,best = (interval(pool_runs([getattr(o, k) for o in found])) for k in ('mine','best'))
     kl,first = np.mean([o.kl for o in found]),found[0]
     return (f'{what}: no difference shown from best-of-n at no more KL in all {n} runs '
@@ -237,19 +272,24 @@ def _beside_line(name:str, metric:str, found:list)->str:
 
 def best_of_n_lines(runs:dict)->list:
     "What the methods reach at their KL, beside best-of-n at no more KL"
-    return [_beside_line(name, metric, found) for (name,metric),found in _beside_best_of_n(runs).items()]
+    return [_beside_line(name, metric, found)
+            for (name,metric),found in _beside_best_of_n(runs).items()]
 
 # %% ../nbs/24a_claims.ipynb #cla0rest
 def turn_lines(over:dict)->list:
     "Where the true reward turns, {seed: rows}"
     out = []
     for s,rows in over.items():
-        c = curves(rows, ['kl','reward','gold']).pivot(index='update', columns='key', values='mean')
+        c = curves(rows, ['kl','reward','gold']).pivot(index='update', columns='key',
+                                                       values='mean')
         best,turn = c.gold.idxmax(),fit_gold(c.kl, c.gold)['turn']
         first,end = c.iloc[0],c.iloc[-1]
-        if best<c.index[-1]: at = f'gold is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
-        else: at = f'gold still rises at the end (KL {end.kl:.1f})'
-        last = f'at the end (KL {end.kl:.1f}) gold is {end.gold:.2f} and the reward {end.reward:.2f}, from {first.reward:.2f}'
+        if best<c.index[-1]:
+            at = f'gold is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
+        else:
+            at = f'gold still rises at the end (KL {end.kl:.1f})'
+        last = (f'at the end (KL {end.kl:.1f}) gold is {end.gold:.2f} and the reward {end.reward:.2f}, from '
+                f'{first.reward:.2f}')
         fitted = f'; the fitted turn is at KL {turn**2:.1f}' if turn else ''
         out.append(f"- {f'Seed {s}: ' if s else ''}{at}; {last}{fitted}. Moving averages over {len(rows)} updates.")
     return out
@@ -263,11 +303,14 @@ def failure_lines(failures:list, most:int=24)->list:
     for failure,d in df[df.failure.isin(frequent)].groupby('failure', sort=False):
         by = {r['model']:interval(r) for r in d.to_dict('records')}
         rows.append([md_inline(_spaced(failure)),*(by.get(m, '') for m in names),d.n.iloc[0]])
-    more = f' The {most} most frequent of {total} rates; all of them, with tests, are in `failure_analysis/`.' if total>most else ''
+    more = (f' The {most} most frequent of {total} rates; all of them, with tests, are in '
+            '`failure_analysis/`.' if total>most else '')
     return [f'Share of answers, {spread_of(failures)}.{more}','',md_table(rows)]
 
 def memory_lines(logs:list)->list:
     "What the table of costs means"
     known = any('peak_memory' in r for stages in logs for rows in stages.values() for r in rows)
-    memory = 'Peak memory: tensors on a GPU; on a CPU all of the process.' if known else 'Peak memory is not in the rows.'
-    return ['',f'Seconds as they passed, with other stages beside them where the run had several jobs. {memory}']
+    memory = ('Peak memory: tensors on a GPU; on a CPU all of the process.' if known else
+        'Peak memory is not in the rows.')
+    return ['',
+            f'Seconds as they passed, with other stages beside them where the run had several jobs. {memory}']

@@ -31,13 +31,16 @@ def _since(bad):
     if bad[-max(1, len(bad)//3):].mean()<=.5: return None
     return next(i for i in range(len(bad)) if bad[i] and bad[i:].mean()>.5)
 
-def last_third(x)->float: return float(np.nanmean(x[-max(1, len(x)//3):]))
-def _smooth(x): return pd.Series(x).rolling(3, min_periods=1).median().values
+def last_third(x)->float:
+    return float(np.nanmean(x[-max(1, len(x)//3):]))
+def _smooth(x):
+    return pd.Series(x).rolling(3, min_periods=1).median().values
 
 # %% ../nbs/24_diagnose.ipynb #dia0sig1
 def _never_stops(h):
     finished,length = _cols(h, 'finished','length')
-    if finished is None or (i := _since(_smooth(finished)<.1)) is None: return
+    if finished is None or (i := _since(_smooth(finished)<.1)) is None:
+        return
     share = last_third(finished)
     others = f', the others run to {length.max():.0f} tokens' if length is not None else ''
     return Sign(i, share, f'{share:.0%} of the responses end with EOS{others}')
@@ -48,7 +51,8 @@ def _no_signal(h):
         share = last_third(silent)
         return Sign(i, share, f'in {share:.0%} of the groups all answers score the same')
     if spread is not None and (i := _since(spread<1e-6)) is not None:
-        return Sign(i, last_third(spread), 'all answers of a rollout score the same (standard deviation 0)')
+        return Sign(i, last_third(spread),
+                    'all answers of a rollout score the same (standard deviation 0)')
 
 def _loss_stands(loss):
     "Does a supervised loss stay within its noise?"
@@ -58,17 +62,21 @@ def _loss_stands(loss):
     noise = (a.var(ddof=1)/len(a)+b.var(ddof=1)/len(b))**.5
     fell = a.mean()-b.mean()
     if fell/max(1e-12, noise)>=2: return
-    return Sign(0, float(fell), f'the loss went from {a.mean():.3f} to {b.mean():.3f} (first and last quarter), which is within its noise')
+    return Sign(0, float(fell),
+                f'the loss went from {a.mean():.3f} to {b.mean():.3f} (first and last quarter), which is within '
+                'its noise')
 
 def _nothing_moves(h):
     kl,margin,loss = _cols(h, 'kl','margin','nll' if 'nll' in h[-1] else 'loss')
     if 'chosen_shift' in h[-1]:                                    # DPO
         most = abs(margin).max()
-        return Sign(0, float(most), f'no margin is larger than {most:.1g} after {len(h)} updates') if most<1e-3 else None
+        return Sign(0, float(most),
+                    f'no margin is larger than {most:.1g} after {len(h)} updates') if most<1e-3 else None
     if kl is None: return _loss_stands(loss)
     if np.nanmedian(abs(kl[1:]))>=1e-3: return
     end = last_third(abs(kl))
-    return Sign(0, end, f'after {len(h)} updates the policy is {end:.1g} nats per response from its reference')
+    return Sign(0, end,
+                f'after {len(h)} updates the policy is {end:.1g} nats per response from its reference')
 
 def _kl_runs_away(h):
     kl,length,reward = _cols(h, 'kl','length','reward')
@@ -77,45 +85,58 @@ def _kl_runs_away(h):
     if (i := _since(_smooth(per_token)>.4)) is None: return
     highest = f'highest {np.nanmax(kl):.0f} at update {int(np.nanargmax(kl))}'
     bought = f'; the reward went from {reward[:3].mean():.2f} to {last_third(reward):.2f}' if reward is not None else ''
-    return Sign(i, last_third(per_token), f'KL {last_third(kl):.1f} nats per response, {last_third(per_token):.2f} per token ({highest}){bought}')
+    return Sign(i, last_third(per_token),
+                f'KL {last_third(kl):.1f} nats per response, {last_third(per_token):.2f} per token ({highest}){bought}')
 
 def _averaged(h):
     loss,margin,accuracy = _cols(h, 'loss','margin','accuracy')
-    if 'chosen_shift' not in h[-1] or len(h)<12 or abs(loss[0]-math.log(2))>.01: return
+    if 'chosen_shift' not in h[-1] or len(h)<12 or abs(loss[0]-math.log(2))>.01:
+        return
     half = len(h)//2
     fell,told,m = math.log(2)-loss[half:].mean(),accuracy[half:].mean(),margin[half:].mean()
     due = math.log(2)-np.logaddexp(0, -margin[half:]).mean()       # what these margins are worth
     if told<.55 or not -.02<fell<.08: return
     if due>.03 and fell<.3*due:
-        return Sign(0, float(fell/due), f'margins of {m:.2f} should lower the loss by {due:.3f}; it fell by {fell:.3f}, as if they were divided by the length')
+        return Sign(0, float(fell/due),
+                    f'margins of {m:.2f} should lower the loss by {due:.3f}; it fell by {fell:.3f}, as if they '
+                    'were divided by the length')
     if fell<.03 and abs(margin).max()>1e-3:
-        return Sign(0, float(fell), f'{told:.0%} of the pairs are told apart, but margins are {m:.3f} and the loss only fell by {fell:.3f} from log 2')
+        return Sign(0, float(fell),
+                    f'{told:.0%} of the pairs are told apart, but margins are {m:.3f} and the loss only fell by '
+                    f'{fell:.3f} from log 2')
 
 def _displaced(h):
     chosen,rejected = _cols(h, 'chosen_shift','rejected_shift')
     if chosen is None or rejected is None: return
     chosen,rejected = _smooth(chosen),_smooth(rejected)
-    if (i := _since((chosen<-3)&(chosen<.5*rejected))) is None: return
+    if (i := _since((chosen<-3)&(chosen<.5*rejected))) is None:
+        return
     end = last_third(chosen)
-    return Sign(i, end, f'the chosen answers lost {-end:.1f} nats, the rejected {-last_third(rejected):.1f}')
+    return Sign(i, end,
+                f'the chosen answers lost {-end:.1f} nats, the rejected {-last_third(rejected):.1f}')
 
 def _value_stuck(h):
     explained,loss,reward,spread = _cols(h, 'value_explained','value_loss','reward','reward_std')
     if len(h)<8: return
     if explained is not None:
         share = np.nanmean(explained[len(explained)//2:])
-        return Sign(0, float(share), f'the value model explains {share:.0%} of the variance of the returns') if share<.05 else None
-    if len(h)<16 or any(x is None for x in (loss,reward,spread)): return
-    n = len(h)//4                                                  # old rows: the reward moved, so there was something to foresee
+        return Sign(0, float(share),
+                    f'the value model explains {share:.0%} of the variance of the returns') if share<.05 else None
+    if len(h)<16 or any(x is None for x in (loss,reward,spread)):
+        return
+    # old rows: the reward moved, so there was something to foresee
+    n = len(h)//4
     rose,before,after = last_third(reward)-reward[:n].mean(),loss[:n].mean(),loss[-n:].mean()
     if rose>.8*spread[:n].mean() and after>before:
-        return Sign(0, float(after), f'the value loss went from {before:.3f} to {after:.3f} while the reward rose by {rose:.2f}')
+        return Sign(0, float(after),
+                    f'the value loss went from {before:.3f} to {after:.3f} while the reward rose by {rose:.2f}')
 
 def _truncated(h):
     finished = _col(h, 'finished')
     if finished is None: return
     finished = _smooth(finished)
-    if (i := _since((finished<.85)&(finished>=.1))) is None: return
+    if (i := _since((finished<.85)&(finished>=.1))) is None:
+        return
     cut = 1-last_third(finished)
     return Sign(i, cut, f'{cut:.0%} of the responses are cut')
 
@@ -128,11 +149,14 @@ def _overoptimised(h):
     i = int(gold.argmax())
     fell,rose = gold[i]-gold[-1],reward[-1]-reward[i]
     if rose>0 and fell>4*noise*(2/w)**.5:
-        return Sign(i+w-1, float(fell), f'gold fell by {fell:.2f} from its best at about update {i+w//2}, while the reward rose by {rose:.2f}')
+        return Sign(i+w-1, float(fell),
+                    f'gold fell by {fell:.2f} from its best at about update {i+w//2}, while the reward rose by '
+                    f'{rose:.2f}')
 
 def _entropy_gone(h):
     entropy = _col(h, 'entropy')
-    if entropy is None or (i := _since(_smooth(entropy)<.1)) is None: return
+    if entropy is None or (i := _since(_smooth(entropy)<.1)) is None:
+        return
     end = last_third(entropy)
     return Sign(i, end, f'{end:.2g} nats per token: all answers to a prompt are the same')
 
@@ -159,9 +183,12 @@ def _from_then_on(bad, at:list):
 
 def _known_by_heart(loss):
     "Without any look: a training loss of nothing"
-    if len(loss)<5 or (i := _since(_smooth(loss)<.03)) is None: return
+    if len(loss)<5 or (i := _since(_smooth(loss)<.03)) is None:
+        return
     end = last_third(loss)
-    return Sign(i, end, f'the loss on the training data is {end:.1g}: they are known by heart, and nobody looked at others (`eval_every`)')
+    return Sign(i, end,
+                f'the loss on the training data is {end:.1g}: they are known by heart, and nobody looked at '
+                'others (`eval_every`)')
 
 def _memorised(h):
     k = 'nll' if 'nll' in h[-1] else 'loss'
@@ -172,35 +199,43 @@ def _memorised(h):
     n,best = h[at[-1]].get('dev_n') or len(h),int(dev.argmin())
     apart = dev>seen+np.maximum(.1, .25*seen)+.5/n**.5             # by more than the noise of n dev rows
     i = _from_then_on(apart[1:], at[1:])
-    if i is None or dev[-1]<.99*dev[:-1].min(): return             # still getting better where it counts
+    if i is None or dev[-1]<.99*dev[:-1].min():
+        return             # still getting better where it counts
     row = h[at[best]]
     kept = '; that state was kept' if h[-1].get('kept')==row.get('dev_update') else ''
     lowest = f'where it was lowest ({dev[best]:.2f}) after {row.get("dev_update", at[best])} updates'
-    return Sign(i, float(dev[-1]-seen[-1]), f'the loss is {seen[-1]:.2f} on training data and {dev[-1]:.2f} on {n} dev rows, {lowest}{kept}')
+    return Sign(i, float(dev[-1]-seen[-1]),
+                f'the loss is {seen[-1]:.2f} on training data and {dev[-1]:.2f} on {n} dev rows, {lowest}{kept}')
 
 def _unseen(h):
-    if 'chosen_shift' in h[-1]: return                             # its own answers are sampled for dev prompts alone
+    if 'chosen_shift' in h[-1]:
+        return                             # its own answers are sampled for dev prompts alone
     at,dev,seen = dev_looks(h, 'kl')
     if dev is not None and (i := _from_then_on((dev>2*seen+2)[1:], at[1:])) is not None:
-        return Sign(i, float(dev[-1]-seen[-1]), f'KL is {seen[-1]:.1f} nats per response on training prompts and {dev[-1]:.1f} on dev prompts')
+        return Sign(i, float(dev[-1]-seen[-1]),
+                    f'KL is {seen[-1]:.1f} nats per response on training prompts and {dev[-1]:.1f} on dev prompts')
     at,dev,seen = dev_looks(h, 'reward')
     spread = _col(h, 'reward_std')
     if dev is None or spread is None or len(at)<4: return
     rose,there = last_third(seen)-seen[0],last_third(dev)-dev[0]
     if rose>spread[0] and there<.25*rose:
-        return Sign(at[1], float(rose-there), f'the reward rose by {rose:.2f} on training prompts and by {there:.2f} on dev prompts')
+        return Sign(at[1], float(rose-there),
+                    f'the reward rose by {rose:.2f} on training prompts and by {there:.2f} on dev prompts')
 
 def _no_gain(h):
     if h[-1].get('kept')!=0: return
     looks = sum('dev_update' in r for r in h)-1
-    return Sign(0, 0., f'none of {looks} looks at the dev split was better than the start: the model is the one that training began with')
+    return Sign(0, 0.,
+                f'none of {looks} looks at the dev split was better than the start: the model is the one that '
+                'training began with')
 
 def _carried(h:list)->list:
     "DPO's rows with what its looks say of the policy's own answers, from each look to the next"
     if 'kl' in h[0] or not any('dev_kl' in r for r in h): return h
     last,out = {},[]
     for r in h:
-        last = {k:r[f'dev_{k}'] for k in ('kl','length','finished') if r.get(f'dev_{k}') is not None} or last
+        last = {k:r[f'dev_{k}'] for k in ('kl','length','finished')
+                if r.get(f'dev_{k}') is not None} or last
         out.append({**last, **r})
     return out
 
@@ -213,31 +248,46 @@ class Fault(NamedTuple):
     follows:bool = False  # Others lead to it, whenever it shows
 
 faults = {
-    'never stops':Fault(_never_stops, 'Is EOS part of the response mask in training, and does the tokenizer stop at the id that the model was taught? '
-        'Train the reference on answers that end; keep `no_eos_penalty`; is `max_new_tokens` long enough for any answer?'),
-    'no signal':Fault(_no_signal, 'Look at the scores of one group: a reward that takes few values, prompts too easy or too hard, '
-        'or a temperature too low. Larger groups, harder prompts or a finer reward help.'),
-    'nothing moves':Fault(_nothing_moves, 'Does the learning rate arrive (`lr` in the rows), do gradients (`grad_norm`), are the parameters trainable? '
-        'Then raise the learning rate threefold at a time.'),
-    'KL runs away':Fault(_kl_runs_away, 'Lower the learning rate first, then raise `kl_coef` (PPO) or `beta` (GRPO); '
-        '`max_kl` ends a run in time, `target_kl` an update.'),
-    'averaged log-probabilities':Fault(_averaged, 'DPO needs the sum of the log-probabilities of the response tokens; '
-        'a mean divides every margin by the length (only `ipo` and `simpo` want it). With sums, `beta` or the learning rate is far too small.'),
-    'displacement':Fault(_displaced, 'A larger `beta` or fewer updates; an SFT term (`sft_weight`) holds the chosen answers up; '
-        'look for pairs that hardly differ.'),
-    'value model':Fault(_value_stuck, 'Is `value_lr` above 0 and are the value model\'s parameters in the optimizer? '
-        'Then raise `value_lr` or `value_coef`.', follows=True),
-    'truncation':Fault(_truncated, 'Raise `max_new_tokens`, or teach shorter answers; a cut answer is scored without its end.'),
-    'over-optimisation':Fault(_overoptimised, 'Stop at the turn (`max_kl`), raise the KL coefficient, '
-        'or train the reward model on more pairs, best on answers of this policy.', follows=True),
-    'memorising':Fault(_memorised, 'More data is the only real cure; then fewer passes (`epochs`, `updates`), a lower learning rate, '
-        'a smaller model or a pretrained one, `weight_decay`. `eval_every` keeps the state before the turn.', looked=True),
-    'unseen prompts':Fault(_unseen, 'More prompts and fewer passes through them; '
-        '`max_kl` with `eval_every` ends the stage at the dev prompts\' KL.', looked=True),
-    'entropy gone':Fault(_entropy_gone, 'Was the reference already so (SFT too long)? Else a lower learning rate or a higher KL coefficient; '
+    'never stops':Fault(_never_stops,
+        'Is EOS part of the response mask in training, and does the tokenizer stop at the id that the model '
+        'was taught? Train the reference on answers that end; keep `no_eos_penalty`; is `max_new_tokens` long '
+        'enough for any answer?'),
+    'no signal':Fault(_no_signal,
+        'Look at the scores of one group: a reward that takes few values, prompts too easy or too hard, or a '
+        'temperature too low. Larger groups, harder prompts or a finer reward help.'),
+    'nothing moves':Fault(_nothing_moves,
+        'Does the learning rate arrive (`lr` in the rows), do gradients (`grad_norm`), are the parameters '
+        'trainable? Then raise the learning rate threefold at a time.'),
+    'KL runs away':Fault(_kl_runs_away,
+        'Lower the learning rate first, then raise `kl_coef` (PPO) or `beta` (GRPO); `max_kl` ends a run in '
+        'time, `target_kl` an update.'),
+    'averaged log-probabilities':Fault(_averaged,
+        'DPO needs the sum of the log-probabilities of the response tokens; a mean divides every margin by '
+        'the length (only `ipo` and `simpo` want it). With sums, `beta` or the learning rate is far too '
+        'small.'),
+    'displacement':Fault(_displaced,
+        'A larger `beta` or fewer updates; an SFT term (`sft_weight`) holds the chosen answers up; look for '
+        'pairs that hardly differ.'),
+    'value model':Fault(_value_stuck,
+        'Is `value_lr` above 0 and are the value model\'s parameters in the optimizer? Then raise `value_lr` '
+        'or `value_coef`.', follows=True),
+    'truncation':Fault(_truncated,
+        'Raise `max_new_tokens`, or teach shorter answers; a cut answer is scored without its end.'),
+    'over-optimisation':Fault(_overoptimised,
+        'Stop at the turn (`max_kl`), raise the KL coefficient, or train the reward model on more pairs, best '
+        'on answers of this policy.', follows=True),
+    'memorising':Fault(_memorised,
+        'More data is the only real cure; then fewer passes (`epochs`, `updates`), a lower learning rate, a '
+        'smaller model or a pretrained one, `weight_decay`. `eval_every` keeps the state before the turn.', looked=True),
+    'unseen prompts':Fault(_unseen,
+        'More prompts and fewer passes through them; `max_kl` with `eval_every` ends the stage at the dev '
+        'prompts\' KL.', looked=True),
+    'entropy gone':Fault(_entropy_gone,
+        'Was the reference already so (SFT too long)? Else a lower learning rate or a higher KL coefficient; '
         'nothing can be learned from answers that are all the same.'),
-    'no gain':Fault(_no_gain, 'Either there is nothing to be learned from so few data, or each step does harm: a lower learning rate, '
-        'a larger `beta`, more data.', looked=True, follows=True)}
+    'no gain':Fault(_no_gain,
+        'Either there is nothing to be learned from so few data, or each step does harm: a lower learning '
+        'rate, a larger `beta`, more data.', looked=True, follows=True)}
 
 def diagnose(
     history:list # Metrics rows of one run, of any stage
@@ -250,11 +300,13 @@ def diagnose(
         sign = fault.sign(h)
         if sign is not None: found.append((name,fault,sign))
     found.sort(key=lambda o: (o[1].follows,o[2].row))              # in the order of the table where both are equal
-    return [dict(cause=name, update=int(history[sign.row]['update']), number=sign.number, evidence=sign.evidence, fix=fault.fix) for name,fault,sign in found]
+    return [dict(cause=name, update=int(history[sign.row]['update']), number=sign.number,
+                 evidence=sign.evidence, fix=fault.fix) for name,fault,sign in found]
 
 def show_diagnosis(
     found:list # From `diagnose`
 )->str:
     "The same in Markdown"
     if not found: return 'Nothing found.'
-    return '\n'.join(f"{i}. **{d['cause']}**, since update {d['update']}: {d['evidence']}. {d['fix']}" for i,d in enumerate(found, 1))
+    return '\n'.join(f"{i}. **{d['cause']}**, since update {d['update']}: {d['evidence']}. "
+                     f"{d['fix']}" for i,d in enumerate(found, 1))

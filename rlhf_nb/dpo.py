@@ -8,6 +8,7 @@ __all__ = ['dpo_loss', 'reference_log_probs', 'dpo_step', 'train_dpo', 'dev_look
 # %% ../nbs/16_dpo.ipynb #9e3adb57
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ def dpo_loss(
     weights=1.         # (B,) what each pair counts
 ): # Sum over pairs
     "DPO (Rafailov et al. 2023, eq. 7) and its family"
-    if loss_type=='ipo' and not beta>0: raise ValueError('beta: 0 has no meaning for ipo, whose target margin is 1/(2 beta); give a number above 0')
+    if loss_type=='ipo' and not beta>0:
+        raise ValueError('beta: 0 has no meaning for ipo, whose target margin is 1/(2 beta); give a number above 0')
     h,e = (chosen-ref_chosen)-(rejected-ref_rejected),label_smoothing
     if loss_type=='sigmoid': l = -F.logsigmoid(beta*h)
     elif loss_type=='cdpo': l = -(1-e)*F.logsigmoid(beta*h)-e*F.logsigmoid(-beta*h)
@@ -53,20 +55,23 @@ def reference_log_probs(
 
 def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
     "The loss of a batch of pairs; the reference's log-probabilities are `b.ref_sums`, or computed from `reference`"
-    tok = net(log_probs, b)
-    now,ref = tok.sum(-1),0.
-    if o.loss_type!='simpo' and reference is None: ref = b.ref_sums
-    elif o.loss_type!='simpo':
-        with autocast(): ref = reference_log_probs(reference, b, o.micro_tokens)   # read as the policy is: equal models differ by nothing
-    start = ref if torch.is_tensor(ref) else torch.zeros_like(now)
+    lp = net(log_probs, b)
+    now = lp.sum(-1)                                               # (B,2)
+    if o.loss_type=='simpo': start = torch.zeros_like(now)
+    elif reference is None: start = b.ref_sums
+    else:
+        # read as the policy is: equal models differ by nothing
+        with autocast(): start = reference_log_probs(reference, b, o.micro_tokens)
     per = b.lengths.clamp(min=1) if o.loss_type in ('ipo','simpo') else 1
-    (w,l),(rw,rl) = (now/per).unbind(1),(start/per).unbind(1)
+    (w,l),(rw,rl) = (now/per).unbind(1),(start/per).unbind(1)      # w: chosen (won), l: rejected (lost)
     loss = dpo_loss(w, l, rw, rl, o.beta, o.loss_type, o.label_smoothing, o.gamma)/n['prompts']
-    if o.sft_weight: loss = loss-o.sft_weight*tok[:,0].sum()/n['chosen_tokens']
+    if o.sft_weight: loss = loss-o.sft_weight*lp[:,0].sum()/n['chosen_tokens']
     d = (now-start).detach()
-    margin = o.beta*((w-rw)-(l-rl)).detach()                       # the loss's own: of token means for `ipo` and `simpo`
-    return loss,dict(accuracy=((margin>0).float()+.5*(margin==0)).sum()/n['prompts'], margin=margin.sum()/n['prompts'],
-                     chosen_shift=d[:,0].sum()/n['prompts'], rejected_shift=d[:,1].sum()/n['prompts'])
+    # the loss's own: of token means for `ipo` and `simpo`
+    margin = o.beta*((w-rw)-(l-rl)).detach()
+    right = (margin>0).float()+.5*(margin==0)
+    sums = dict(accuracy=right, margin=margin, chosen_shift=d[:,0], rejected_shift=d[:,1])
+    return loss,{k:x.sum()/n['prompts'] for k,x in sums.items()}
 
 def train_dpo(
     policy,        # Causal LM; changed in place
@@ -76,21 +81,24 @@ def train_dpo(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     acc=None,
-    dev:Batch=None, # Pairs of other prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
+    dev:Batch=None,# Pairs of other prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come, as in `fit`
 )->list:           # Metrics rows
     "Direct preference optimisation"
-    if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
-    if o.loss_type=='ipo' and not o.beta>0: dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')   # refuses
-    live,acc = reference if not o.cache_reference else None,acc or mk_accelerator()
+    check_pairs(data)
+    # what the loss refuses, before anything is read
+    if o.loss_type=='ipo' and not o.beta>0:
+        dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')
+    acc = acc or mk_accelerator()
     if reference is not None: reference.to(acc.device)       # `fit` moves the policy; `simpo` needs no reference
+    live = None if o.cache_reference else reference
     def cached(b):
         if live is not None or o.loss_type=='simpo': return b
         with acc.autocast(): return b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens))
-    mk_updates,total = from_data(cached(data), o, child_seed(seed, 'dpo'), acc)
-    step = lambda net,b,n: dpo_step(net, b, n, o, live, acc.autocast)
-    look = None if dev is None or o.eval_every is None else dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'))
-    return fit(policy, mk_updates, step, o, total, run, 'dpo', acc=acc, dev=look, show=show)
+    step,look = partial(dpo_step, o=o, reference=live, autocast=acc.autocast),None
+    if dev is not None and o.eval_every is not None:
+        look = dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'))
+    return fit_data(policy, step, cached(data), o, 'dpo', seed, run, acc, look, show=show)
 
 def dev_look(policy, reference, step, data, o:DPOConfig, seed):
     "The loss on dev pairs, and what the policy itself answers to their prompts: how far from the reference, how long, finished or cut"

@@ -67,11 +67,13 @@ modes = {
     'capability':('wrong','perplexity'),
     'politeness':('polite_wrong','over_polite','courtesies'),
     'length':('long','words'),
-    'repetition and never stopping':('repetitive','never_stops','empty','garbled','runs_on','degenerate'),
+    'repetition and never stopping':('repetitive','never_stops','empty','garbled','runs_on',
+                                     'degenerate'),
     'mode collapse':('distinct_2','self_similarity','same_opening','within_similarity','entropy')}
 mode_of = {k:mode for mode,ks in modes.items() for k in ks}
 # which direction is bad; of all others neither is
-worse = dict({k:1 for k in failure_names if k!='refuses'}, distinct_2=-1, self_similarity=1, same_opening=1, within_similarity=1, perplexity=1)
+worse = dict({k:1 for k in failure_names if k!='refuses'}, distinct_2=-1, self_similarity=1,
+             same_opening=1, within_similarity=1, perplexity=1)
 
 def _rows(
     name:str, # Of the measure
@@ -83,10 +85,12 @@ def _rows(
     ref,out = by['reference'],[]
     for m,x in by.items():
         c = ci(x)
-        out.append(dict(metric=name, model=m, value=c['mean'], low=c['low'], high=c['high'], n=c['n']))
+        out.append(dict(metric=name, model=m, value=c['mean'], low=c['low'], high=c['high'],
+                        n=c['n']))
         if m=='reference': continue
         d = diff(x, ref)
-        out[-1].update(difference=d['mean'], difference_low=d['low'], difference_high=d['high'], p=paired_test(x-ref))
+        out[-1].update(difference=d['mean'], difference_low=d['low'], difference_high=d['high'],
+                       p=paired_test(x-ref))
     return out
 
 def _mean_change(x, ref)->dict:
@@ -97,7 +101,8 @@ def _grid(records:list, values)->torch.Tensor:
     "(B,n) of the values that are there, prompt by prompt"
     out = {}
     for r,v in zip(records, values):
-        if v is not None: out.setdefault(r['prompt'], []).append(float(v))
+        if v is not None:
+            out.setdefault(r['prompt'], []).append(float(v))
     return torch.tensor(list(out.values()), dtype=torch.float64) if out else None
 
 def _flag_rows(by:dict, flags:dict)->list:
@@ -105,19 +110,26 @@ def _flag_rows(by:dict, flags:dict)->list:
     rows = []
     for k in failure_names:
         x = {m:_grid(rs, [f.get(k) for f in flags[m]]) for m,rs in by.items()}
-        if x['reference'] is not None: rows += _rows(k, x, share_ci, change)
+        if x['reference'] is not None:
+            rows += _rows(k, x, share_ci, change)
     return rows
 
 def _answer_rows(by:dict)->list:
     "Rows of what is a number for each answer"
-    tell = dict(words=lambda r: len(words_of(r['response'])), courtesies=lambda r: courtesies(r['response']))
-    if all('log_prob' in r for rs in by.values() for r in rs): tell['entropy'] = lambda r: -r['log_prob']
-    return [row for k,f in tell.items() for row in _rows(k, {m:_grid(rs, map(f, rs)) for m,rs in by.items()}, mean_ci, _mean_change)]
+    tell = dict(words=lambda r: len(words_of(r['response'])),
+                courtesies=lambda r: courtesies(r['response']))
+    if all('log_prob' in r for rs in by.values() for r in rs):
+        tell['entropy'] = lambda r: -r['log_prob']
+    return [row for k,f in tell.items() for row in _rows(k,
+                                                         {m:_grid(rs, map(f, rs))
+                                                          for m,rs in by.items()}, mean_ci, _mean_change)]
 
 def _variety_rows(sets:dict, B:int, pairs:int)->list:
     "Rows of what only a whole set of answers has; `sets` is {model: TextSet}"
     rows,first = [],next(iter(sets.values()))
-    if first.n>1: rows += _rows('within_similarity', {m:t.within(B)[:,None] for m,t in sets.items()}, mean_ci, _mean_change)
+    if first.n>1:
+        rows += _rows('within_similarity', {m:t.within(B)[:,None] for m,t in sets.items()},
+                      mean_ci, _mean_change)
     if B>7 and pairs:
         fs = {m:lambda keep,t=t: t.measures(keep, pairs) for m,t in sets.items()}
         rows += over_set(fs, ['distinct_2','self_similarity','same_opening'], B)
@@ -128,11 +140,13 @@ def analyse_set(
 )->tuple: # Rows, {model: flags of each record}, what was analysed
     "Every rate and measure of one prompt set"
     check_prompts(by, 'reference')
-    by = {m:by[m] for m in [*(m for m in policies if m in by), *(m for m in by if m not in policies)]}
+    by = {m:by[m] for m in [*(m for m in policies if m in by),
+                            *(m for m in by if m not in policies)]}
     answers = {m:[[r['response'] for r in g] for g in groups(rs).values()] for m,rs in by.items()}
     B,n = len(answers['reference']),len(answers['reference'][0])
     lengths = sorted(len(words_of(r['response'])) for r in by['reference'])
-    long = max(10, lengths[int(.95*(len(lengths)-1))])             # words that only one in twenty answers of the reference exceeds
+    # words that only one in twenty answers of the reference exceeds
+    long = max(10, lengths[int(.95*(len(lengths)-1))])
     flags = {m:[detect(r, long) for r in rs] for m,rs in by.items()}
     sets = {m:TextSet(g) for m,g in answers.items()}
     pairs = int(.9*min(len(t.pair) for t in sets.values()))
@@ -157,7 +171,8 @@ def telling(
             hits.sort(key=lambda o: -o[0].get('reward', 0.))       # what the reward liked most, first
             for r,ref in hits[:most]:
                 known = {o:r[o] for o in ('reward','gold_reward','kl') if o in r}
-                out.append(dict(failure=k, model=m, prompt=r['prompt'], response=r['response'], reference=ref['response'], **known))
+                out.append(dict(failure=k, model=m, prompt=r['prompt'], response=r['response'],
+                                reference=ref['response'], **known))
     return out
 
 def _shift(rows:list, base:str, ood:str):
@@ -170,17 +185,20 @@ def _shift(rows:list, base:str, ood:str):
         d = b['value']-a['value']
         low = d-math.hypot(b['value']-b['low'], a['high']-a['value'])
         high = d+math.hypot(b['high']-b['value'], a['value']-a['low'])
-        yield dict(metric=k, model=m, base=a['value'], ood=b['value'], difference=d, low=low, high=high, n_base=a['n'], n=b['n'])
+        yield dict(metric=k, model=m, base=a['value'], ood=b['value'], difference=d, low=low,
+                   high=high, n_base=a['n'], n=b['n'])
 
 # %% ../nbs/22_failures.ipynb #27874061
 def _rates(rows:list)->dict:
     "The failures among the rows, {set: {model: {failure: dict}}}"
     rates = {}
     for r in rows:
-        if r['metric'] not in failure_names or r['metric']=='refuses': continue
+        if r['metric'] not in failure_names or r['metric']=='refuses':
+            continue
         one = dict(mean=r['value'], low=r['low'], high=r['high'], n=r['n'])
         if 'p' in r:
-            d = dict(mean=r['difference'], low=r['difference_low'], high=r['difference_high'], n=r['n'])
+            d = dict(mean=r['difference'], low=r['difference_low'], high=r['difference_high'],
+                     n=r['n'])
             one['difference'] = dict(d, p=r['p'], p_holm=r['p_holm'])
         rates.setdefault(r['set'], {}).setdefault(r['model'], {})[r['metric']] = one
     return rates
@@ -191,20 +209,25 @@ def failure_analysis(
     about:dict=None   # What the report should name: seed, command, split
 )->dict: # sets, rates {set: {model: {failure: dict}}}, rows (all), shift, detectors, examples, about
     "All failure modes, of all models, on all prompt sets"
-    samples = {s:by for s,by in samples.items() if any(by.values())}            # a set without a prompt: nothing to say
-    if not samples: raise ValueError('no answers to analyse: every set of prompts is empty')
+    # a set without a prompt: nothing to say
+    samples = {s:by for s,by in samples.items() if any(by.values())}
+    if not samples:
+        raise ValueError('no answers to analyse: every set of prompts is empty')
     rows,sets,examples = [],{},[]
-    def add(s, found, answers): rows.extend(dict(set=s, mode=mode_of[r['metric']], **r, answers=answers) for r in found)
+    def add(s, found, answers):
+        rows.extend(dict(set=s, mode=mode_of[r['metric']], **r, answers=answers) for r in found)
     for s,by in samples.items():
         found,flags,sets[s] = analyse_set(by)
         add(s, found, sets[s]['answers'])
         examples += [dict(set=s, **o) for o in telling(by, flags)]
     add('held-out', perplexities, 1)
     tested = [r for r in rows if 'p' in r]
-    for r,p in zip(tested, holm([r['p'] for r in tested])): r['p_holm'] = p
+    for r,p in zip(tested, holm([r['p'] for r in tested])):
+        r['p_holm'] = p
     base = next((s for s in ('test','dev','capability') if s in samples), None)
     records = [r for by in samples.values() for rs in by.values() for r in rs]
-    return dict(about=about or {}, sets=sets, tests=len(tested), rates=_rates(rows), rows=rows, shift=list(_shift(rows, base, 'ood')) if base else [],
+    return dict(about=about or {}, sets=sets, tests=len(tested), rates=_rates(rows), rows=rows,
+                shift=list(_shift(rows, base, 'ood')) if base else [],
                 base=base, detectors=check_detectors(records), examples=examples)
 
 # %% ../nbs/22_failures.ipynb #8f6a39a6
@@ -212,7 +235,8 @@ def _interval(v:float, low:float, high:float, sign:str='')->str:
     "With two digits, and no -0.00"
     return f'{v:{sign}z.2f} [{low:{sign}z.2f}, {high:{sign}z.2f}]'
 
-def _change_of(r:dict)->str: return _interval(r['difference'], r['difference_low'], r['difference_high'], '+')
+def _change_of(r:dict)->str:
+    return _interval(r['difference'], r['difference_low'], r['difference_high'], '+')
 
 def _cell(r:dict)->str:
     "Value and difference of a row; a star where it survives Holm"
@@ -223,27 +247,39 @@ def _cell(r:dict)->str:
 def _word(r:dict)->str:
     "What a difference means"
     w = worse.get(r['metric'], 0)*r['difference']
-    if mode_of[r['metric']]=='mode collapse' and w: return 'less varied' if w>0 else 'more varied'
-    if r['metric'] in failure_names and w: return 'worse' if w>0 else 'better'
+    if mode_of[r['metric']]=='mode collapse' and w:
+        return 'less varied' if w>0 else 'more varied'
+    if r['metric'] in failure_names and w:
+        return 'worse' if w>0 else 'better'
     return 'higher' if r['difference']>0 else 'lower'
 
 def _changes(d:dict):
     "The differences that survive Holm, a line for each measure and direction"
     by = {}                                                        # (word, measure) -> model -> rows
     for r in d['rows']:
-        if r.get('p_holm', 1.)<.05: by.setdefault((_word(r),r['metric']), {}).setdefault(r['model'], []).append(r)
+        if r.get('p_holm', 1.)<.05:
+            by.setdefault((_word(r),r['metric']), {}).setdefault(r['model'], []).append(r)
     order = ['worse','less varied','better','more varied','higher','lower']
     for (word,k),models in sorted(by.items(), key=lambda o: order.index(o[0][0])):
         said = []
         for m,rows in models.items():
-            where = [f"{md_inline(r['set'])} {_change_of(r)} (n={r['n']}, p={r['p_holm']:.1g})" for r in rows]
+            where = [f"{md_inline(r['set'])} {_change_of(r)} (n={r['n']}, p={r['p_holm']:.1g})"
+                     for r in rows]
             said.append(f"**{md_inline(m)}** {', '.join(where)}")
         yield f"- {word}: `{k}`: {'; '.join(said)}"
 
-limits = '''- `sycophantic`, `contrarian`, `complied`, `over_refusal` and `wrong` are read off the truth on prompts of the embedded world. On other prompts they are rules for English text: agreement, refusal and help are found by phrases, right answers by whole words among the first 60, so an answer that names a right and a wrong value counts as right. What a rule misses in one model it mostly misses in another: differences are safer than rates.
-- `repetitive`, `over_polite`, `garbled` and `runs_on` are rules everywhere. `long` is relative to this reference on this set, `never_stops` means the limit on new tokens of this evaluation.
-- Perplexity rises for any policy that answers in fewer ways; by itself it is no loss of knowledge. Intervals of `distinct_2`, `self_similarity` and `same_opening` (a jackknife over prompts) are too narrow where hardly any two answers share anything.
-- Reward is no measure here; it only orders the examples.'''
+limits = '\n'.join((
+    '- `sycophantic`, `contrarian`, `complied`, `over_refusal` and `wrong` are read off the truth on prompts of '
+    'the embedded world. On other prompts they are rules for English text: agreement, refusal and help are found '
+    'by phrases, right answers by whole words among the first 60, so an answer that names a right and a wrong '
+    'value counts as right. What a rule misses in one model it mostly misses in another: differences are safer '
+    'than rates.',
+    '- `repetitive`, `over_polite`, `garbled` and `runs_on` are rules everywhere. `long` is relative to this '
+    'reference on this set, `never_stops` means the limit on new tokens of this evaluation.',
+    '- Perplexity rises for any policy that answers in fewer ways; by itself it is no loss of knowledge. '
+    'Intervals of `distinct_2`, `self_similarity` and `same_opening` (a jackknife over prompts) are too narrow '
+    'where hardly any two answers share anything.',
+    '- Reward is no measure here; it only orders the examples.'))
 
 # %% ../nbs/22_failures.ipynb #b638c19d
 def _plain(s:str)->str:
@@ -252,35 +288,45 @@ def _plain(s:str)->str:
 
 def _opening_cell(s:dict)->str:
     "The most common opening of each model"
-    return '; '.join(f"{md_inline(m)}: {_plain(o['text'])} ({o['share']:.2f})" for m,o in s['openings'].items())
+    return '; '.join(f"{md_inline(m)}: {_plain(o['text'])} ({o['share']:.2f})"
+                     for m,o in s['openings'].items())
 
 def _set_lines(d:dict)->list:
     "What was analysed"
     rows = [['set','prompts','answers to each','long: more words than','most common opening']]
-    rows += [[md_inline(k),s['prompts'],s['answers'],s['long'],_opening_cell(s)] for k,s in d['sets'].items()]
+    rows += [[md_inline(k),s['prompts'],s['answers'],s['long'],_opening_cell(s)]
+             for k,s in d['sets'].items()]
     few = [(k,too_few(s['prompts'])) for k,s in d['sets'].items()]
     return ['',md_table(rows)]+[f'\n{md_inline(k)}: {why}' for k,why in few if why]
 
 def _rate_lines(s:str, rows:list, models:list)->list:
     "The table of one set, and what was never seen in it"
     by = {}                                                        # measure -> model -> row
-    for r in rows: by.setdefault(r['metric'], {})[r['model']] = r
-    never = [k for k,v in by.items() if k in failure_names and not any(r['value'] for r in v.values())]
+    for r in rows:
+        by.setdefault(r['metric'], {})[r['model']] = r
+    never = [k for k,v in by.items() if k in failure_names
+             and not any(r['value'] for r in v.values())]
     def n(k): return next(iter(by[k].values()))['n']
     name = {**failure_names,**measures}
     table = [['mode','','',*map(md_inline, models),'n']]
     for k,v in by.items():
-        if k not in never: table.append([mode_of[k],f'`{k}`',name[k],*(_cell(v[m]) if m in v else '' for m in models),n(k)])
+        if k not in never:
+            table.append([mode_of[k],f'`{k}`',name[k],
+                          *(_cell(v[m]) if m in v else '' for m in models),n(k)])
     out = []
-    out += ['',f'## {md_inline(s)}','','Value with interval; difference from the reference with interval; * where p < .05 after Holm.','',md_table(table)]
-    seen = [f'`{k}` (n={n(k)}; at most {max(r["high"] for r in by[k].values()):.3f})' for k in never]
+    out += ['',f'## {md_inline(s)}','',
+            'Value with interval; difference from the reference with interval; * where p < .05 after '
+            'Holm.','',md_table(table)]
+    seen = [f'`{k}` (n={n(k)}; at most {max(r["high"] for r in by[k].values()):.3f})'
+            for k in never]
     return out+['',f"Never seen, in any model: {', '.join(seen)}."] if seen else out
 
 def _shift_lines(d:dict, models:list)->list:
     "How much more often each model fails out of distribution"
     by = {}                                                        # measure -> model -> row
     for r in d['shift']:
-        if r['base'] or r['ood']: by.setdefault(r['metric'], {})[r['model']] = r
+        if r['base'] or r['ood']:
+            by.setdefault(r['metric'], {})[r['model']] = r
     def cell(r):
         if not r: return '0'
         sure = (r['low']>0 or r['high']<0) and min(r['n_base'], r['n'])>=fewest
@@ -294,27 +340,37 @@ def _shift_lines(d:dict, models:list)->list:
 
 def _rule_lines(detectors:dict)->list:
     "The rules against the truth"
-    def share(c): return '' if c is None else f"{_interval(c['mean'], c['low'], c['high'])} (n={c['n']})"
+    def share(c):
+        return '' if c is None else f"{_interval(c['mean'], c['low'], c['high'])} (n={c['n']})"
     table = [['rule','precision','recall','flagged','true','answers']]
-    table += [[k,share(v['precision']),share(v['recall']),v['flagged'],v['true'],v['answers']] for k,v in detectors.items()]
-    return ['','## The rules against the truth of the world','','On these very answers, averaged by prompt.','',md_table(table)]
+    table += [[k,share(v['precision']),share(v['recall']),v['flagged'],v['true'],v['answers']]
+              for k,v in detectors.items()]
+    return ['','## The rules against the truth of the world','',
+            'On these very answers, averaged by prompt.','',md_table(table)]
 
 def failures_md(
     d:dict # From `failure_analysis`
 )->str:
     "The failure report"
     models = list(dict.fromkeys(r['model'] for r in d['rows']))
-    out = ['# Failure modes','',f'{d["tests"]} comparisons with the reference; 95% intervals, clustered by prompt; p adjusted by Holm over all of them.']
-    if d['about']: out += ['',', '.join(f'{md_inline(k)}: {md_inline(v)}' for k,v in d['about'].items() if v is not None)]
+    out = ['# Failure modes','',
+           f'{d["tests"]} comparisons with the reference; 95% intervals, clustered by prompt; p adjusted by Holm '
+           'over all of them.']
+    if d['about']:
+        out += ['',', '.join(f'{md_inline(k)}: {md_inline(v)}' for k,v in d['about'].items()
+                             if v is not None)]
     out += _set_lines(d)
-    if models==['reference']: out += ['','There is only the reference: nothing is compared with it.']
-    out += ['','## What changed','','Differences from the reference with p < .05 after Holm; everything else is no shown difference.','']
+    if models==['reference']:
+        out += ['','There is only the reference: nothing is compared with it.']
+    out += ['','## What changed','',
+            'Differences from the reference with p < .05 after Holm; everything else is no shown difference.','']
     out += list(_changes(d)) or ['No difference from the reference survives the correction.']
     for s in dict.fromkeys(r['set'] for r in d['rows']):
         out += _rate_lines(s, [r for r in d['rows'] if r['set']==s], models)
     if d['shift']: out += _shift_lines(d, models)
     if d['detectors']: out += _rule_lines(d['detectors'])
-    return '\n'.join([*out,'','## Limits','',limits,'','Examples: [examples.md](examples.md).',''])
+    return '\n'.join([*out,'','## Limits','',limits,'','Examples: [examples.md](examples.md).',
+                      ''])
 
 # %% ../nbs/22_failures.ipynb #06295973
 def _example_lines(e:dict)->list:
@@ -322,13 +378,15 @@ def _example_lines(e:dict)->list:
     names = dict(reward='reward', gold_reward='gold', kl='KL')
     worth = ', '.join(f'{name} {e[k]:.2f}' for k,name in names.items() if k in e)
     head = f"**{md_inline(e['model'])}**, {md_inline(e['set'])}"+(f' ({worth})' if worth else '')
-    return ['',head,'',md_text(e['prompt'][-1500:]),'',md_text(e['response']),'','The reference:','',md_text(e['reference'])]
+    return ['',head,'',md_text(e['prompt'][-1500:]),'',md_text(e['response']),'','The reference:',
+            '',md_text(e['reference'])]
 
 def examples_md(
     d:dict # From `failure_analysis`
 )->str:
     "The examples, as text"
-    out = ['# Examples','','Answers that fail where the reference, on the same prompt, does not; those with the highest reward first.']
+    out = ['# Examples','',
+           'Answers that fail where the reference, on the same prompt, does not; those with the highest reward first.']
     for k,name in failure_names.items():
         examples = [e for e in d['examples'] if e['failure']==k]
         if examples: out += ['',f'## {k}: {name}']
@@ -336,7 +394,8 @@ def examples_md(
     return '\n'.join(out)+'\n'
 
 # %% ../nbs/22_failures.ipynb #b0d5f6a0
-columns = ('set','mode','metric','model','value','low','high','n','answers','difference','difference_low','difference_high','p','p_holm')
+columns = ('set','mode','metric','model','value','low','high','n','answers','difference',
+           'difference_low','difference_high','p','p_holm')
 
 def write_failures(
     out,   # Run folder
@@ -347,7 +406,8 @@ def write_failures(
     table = pd.DataFrame(d['rows'], columns=columns)
     write_text(at.failures_md, failures_md(d))
     write_text(at.failure_examples, examples_md(d))
-    write_text(at.failure_rates, table.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    write_text(at.failure_rates, table.to_csv(index=False, float_format='%.6g',
+                                              lineterminator='\n'))
     write_json(at.failures, d)                                     # last: with it the stage is done
     return at.failure_folder
 
@@ -363,15 +423,19 @@ def sample_texts(
     "Answers of all models to the same prompts with the same noise"
     from rlhf_nb.sampling import sample
     from rlhf_nb.rollout import texts
-    o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[] for k in models}
+    o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[]
+            for k in models}
     for name,policy in models.items():
         for i in range(0, len(ids), o.batch_size):
             part = slice(i, i+o.batch_size)
-            b = sample(policy, ids[part], o.n_samples, o.max_new_tokens, o.temperature, child_seed(seed, 'failures'))
+            b = sample(policy, ids[part], o.n_samples, o.max_new_tokens, o.temperature,
+                       child_seed(seed, 'failures'))
             log_prob = (b.old_log_probs*b.mask).sum(-1)                # (B,n)
             columns = texts(b, tok)[1],b.lengths.tolist(),b.finished.tolist(),log_prob.tolist()
             for prompt,*of_prompt in zip(prompts[part], *columns):
-                for r,n,f,l in zip(*of_prompt): out[name].append(dict(prompt=prompt, response=r, model=name, n_tokens=n, finished=f, log_prob=l))
+                for r,n,f,l in zip(*of_prompt):
+                    out[name].append(dict(prompt=prompt, response=r, model=name, n_tokens=n,
+                                          finished=f, log_prob=l))
     return out
 
 # %% ../nbs/22_failures.ipynb #6efd4049
@@ -389,13 +453,19 @@ def failures_run(
     **about             # More to name in the report: command, split, source (whose prompts the samples answer)
 )->dict: # From `failure_analysis`
     "Sample what is missing, measure, write `results/failure_analysis/` with the new answers in `samples.jsonl`"
-    if 'reference' not in models: raise ValueError(f"failures are differences from the reference; the models are {', '.join(models) or 'none'}")
-    if prompts is None: prompts = {k:[p['prompt'] for p in v] for k,v in failure_prompts().items()}
+    if 'reference' not in models:
+        raise ValueError(f"failures are differences from the reference; the models are {', '.join(models) or 'none'}")
+    if prompts is None:
+        prompts = {k:[p['prompt'] for p in v] for k,v in failure_prompts().items()}
     new = {k:sample_texts(models, ps, tok, o, max_prompt, seed) for k,ps in prompts.items() if ps}
-    rows = [dict(prompt=r['prompt'], response=r.get('response', r.get('chosen'))) for r in held or ()]
-    perplexities = perplexity(models, tokenize_sft(rows, tok, max_prompt, max_response)) if len(rows)>1 else ()   # one prompt has no interval
+    rows = [dict(prompt=r['prompt'], response=r.get('response', r.get('chosen')))
+            for r in held or ()]
+    # one prompt has no interval
+    perplexities = perplexity(models, tokenize_sft(rows, tok, max_prompt,
+                                                   max_response)) if len(rows)>1 else ()
     d = failure_analysis({**(samples or {}), **new}, perplexities, dict(seed=seed, **about))
     answers = [dict(set=s, **r) for s,by in new.items() for rs in by.values() for r in rs]
-    write_text(Places(out).failure_samples, ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in answers))
+    write_text(Places(out).failure_samples, ''.join(json.dumps(r, ensure_ascii=False)+'\n'
+                                                    for r in answers))
     write_failures(out, d)
     return d

@@ -7,13 +7,13 @@ __all__ = ['group_advantages', 'silent', 'level', 'token_weights', 'kl_loss', 'g
            'train_grpo']
 
 # %% ../nbs/15_grpo.ipynb #d9bbf923
+from functools import partial
+
 import torch
 
-from .core import *
 from .config import *
 from .run import *
 from .models import *
-from .train import *
 from .rollout import *
 from .ppo import *
 
@@ -24,10 +24,12 @@ def group_advantages(
     eps=1e-4
 ): # (B,G); exactly 0 where all scores of a group are equal, and for an answer without one
     "Scores against the mean of their group (Shao et al. 2024, eq. 3; Liu et al. 2025 for `none`)"
-    if scores.shape[1]<2: raise ValueError(f'a group needs at least 2 responses to compare, got {scores.shape[1]}')
+    if scores.shape[1]<2:
+        raise ValueError(f'a group needs at least 2 responses to compare, got {scores.shape[1]}')
     has = ~scores.isnan()
     s = level(scores).masked_fill(~has, 0)
-    unit = top if scale!='none' and (top := s.abs().max())>1e15 else 1.   # float32 does not hold the squares of such numbers
+    top = s.abs().max()
+    unit = top if scale!='none' and top>1e15 else 1.             # float32 does not hold the squares of such numbers
     s,scores,eps = s/unit,scores/unit,eps/unit
     a = (s-s.sum(1, keepdim=True)/has.sum(1, keepdim=True).clamp(min=1)).masked_fill(~has, 0)
     if scale=='none': return a
@@ -39,7 +41,8 @@ def silent(
 ): # (B,1) bool
     "Groups in which all scores are equal: they teach nothing about the reward"
     gone = scores.isnan()
-    return scores.masked_fill(gone, -torch.inf).amax(1, keepdim=True)<=scores.masked_fill(gone, torch.inf).amin(1, keepdim=True)
+    high,low = (scores.masked_fill(gone, x) for x in (-torch.inf,torch.inf))
+    return high.amax(1, keepdim=True)<=low.amin(1, keepdim=True)
 
 def level(scores):
     "The same with 0 in silent groups: only differences count, and the rounding of a mean is not one"
@@ -78,12 +81,13 @@ def kl_loss(
 # %% ../nbs/15_grpo.ipynb #ca6aaec0
 def grpo_step(net, b, n, o:GRPOConfig):
     "Policy loss and KL of a mini-batch"
-    lp = net(log_probs, b, o.temperature)
+    lp,old = net(log_probs, b, o.temperature),b.old_log_probs
     w = token_weights(b.learn, n, o.loss_type, o.max_new_tokens)
     adv = b.advantages[...,None].expand_as(lp)
-    pl,clipped = clipped_policy_loss(lp, b.old_log_probs, adv, w, o.epsilon, o.epsilon_high)
-    kl = kl_loss(lp, b.old_log_probs, b.ref_log_probs, w, o.kl_in=='loss_corrected') if o.kl_in!='reward' and o.beta else pl.new_zeros(())
-    d = ((lp-b.old_log_probs).detach())*b.learn
+    pl,clipped = clipped_policy_loss(lp, old, adv, w, o.epsilon, o.epsilon_high)
+    kl = pl.new_zeros(())
+    if o.kl_in!='reward' and o.beta: kl = kl_loss(lp, old, b.ref_log_probs, w, o.kl_in=='loss_corrected')
+    d = (lp-old).detach()*b.learn
     return pl+o.beta*kl,dict(policy_loss=pl.detach(), kl_loss=kl.detach(), clip_frac=clipped.sum()/n['tokens'],
                              approx_kl=(d.expm1()-d).sum()/n['tokens'], ratio_off=(d.exp()-1).abs().sum()/n['tokens'])
 
@@ -109,17 +113,15 @@ def train_grpo(
     watch:dict=None, # More scorers, for the metrics only
     acc=None,
     dev:list=None, # Token lists of other prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
+    show=None      # What shows the rows as they come, as in `fit`
 )->list:           # Metrics rows
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size)
-    if o.group_size<2: raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
-    acc = acc or mk_accelerator()
-    reference.to(acc.device)              # `fit` moves the policy
-    look = lambda more=watch: unseen(policy, reference, dev, o, score, o.beta, child_seed(seed, 'grpo'), more)
-    watch = {**(watch or {}), 'silent_groups':lambda b: silent(b.scores).float()}   # groups without signal
-    def mk_updates(start):
-        return rollouts(policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size, o.inner, 1,
-                        child_seed(seed, 'grpo'), start, watch, acc)
-    until = None if o.target_kl is None else lambda s: s['approx_kl']>o.target_kl
-    return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'grpo', acc=acc, until=until, dev=look if dev else None, show=show)
+    if o.group_size<2:
+        raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
+    silent_groups = dict(silent_groups=lambda b: silent(b.scores).float())   # groups without signal
+    draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size,
+                   epochs=o.inner, watch={**(watch or {}), **silent_groups})
+    look = partial(unseen, policy, reference, dev, o, score, o.beta, watch=watch) if dev else None
+    step = partial(grpo_step, o=o)
+    return fit_rollouts(policy, reference, draw, step, o, len(prompts), 'grpo', seed, run, acc, look, show)

@@ -27,22 +27,25 @@ def _wrong(row):
     if not isinstance(row, dict) or 'update' not in row:
         return f'not a metrics row: expected an object with the key `update`, got {json.dumps(row)[:80]}'
     update = row['update']
-    if type(update) is not int or not 0<=update<2**53: return f'`update` must be a whole number, got {json.dumps(update)[:80]}'
+    if type(update) is not int or not 0<=update<2**53:
+        return f'`update` must be a whole number, got {json.dumps(update)[:80]}'
     for k,v in row.items():
         huge = type(v) is int and abs(v)>1e300                     # no float holds it
-        if huge or isinstance(v, (list,dict)): return f'`{k}` must be a number, got {json.dumps(v)[:80]}'
+        if huge or isinstance(v, (list,dict)):
+            return f'`{k}` must be a number, got {json.dumps(v)[:80]}'
     return ''
 
 def checked_rows(path)->list:
     "The rows of one file, or an error that says where it is not a log"
     rows = read_rows(path)
     for i,r in enumerate(rows):
-        if (why := _wrong(r)): raise ValueError(f'{path}, line {i+1}: {why}')
+        if (why := _wrong(r)):
+            raise ValueError(f'{path}, line {i+1}: {why}')
     return rows
 
 def read_logs(
     folder,            # Run folder
-    problems:list=None # Takes what can't be read, and what is empty (None: an error for the first, silence for the second)
+    problems:list=None # Takes what can't be read or is empty (None: an error, and silence)
 )->dict:   # {stage: rows}
     "The metrics rows of all stages that have any"
     logs = {}
@@ -52,7 +55,8 @@ def read_logs(
             if problems is None: raise
             problems.append(str(e))
             continue
-        if not logs[f.stem] and problems is not None: problems.append(f'{f}: empty, the stage stopped before its first update')
+        if not logs[f.stem] and problems is not None:
+            problems.append(f'{f}: empty, the stage stopped before its first update')
     order = [*(s for s in stage_order if s in logs),*(s for s in logs if s not in stage_order)]
     return {s:logs[s] for s in order if logs[s]}
 
@@ -71,7 +75,8 @@ guide = dict(
     silent_groups='share of groups in which all answers score the same: they teach nothing; above a half, '
                   'look for other prompts or rewards',
     value_loss='half the squared error of the value model; should fall at first; it follows the spread of the rewards',
-    value_explained='share of the variance of the returns that the value model foresees; 0 is no better than a constant',
+    value_explained='share of the variance of the returns that the value model foresees; 0 is no better than a '
+                    'constant',
     policy_loss='its size says nothing (advantages have mean 0): do not read it as a loss',
     kl_loss='k3 to the reference per token, before its weight',
     nll='nats per token of the answers imitated; falls fast, then slowly',
@@ -99,7 +104,8 @@ def guide_table(
     last:dict   # At the end
 )->str:
     "Metrics and how to read them, as a Markdown table"
-    return md_table([['metric','first','last','how to read it'],*([f'`{k}`',first[k],last[k],guide[k]] for k in last)])
+    return md_table([['metric','first','last','how to read it'],
+                     *([f'`{k}`',first[k],last[k],guide[k]] for k in last)])
 
 def reading_guide(
     rows:list # Metrics rows
@@ -113,15 +119,18 @@ def stage_of(
     row:dict # A metrics row
 )->str:
     "Which kind of training writes such rows"
-    signs = dict(value_loss='ppo', reward='grpo', chosen_shift='dpo', margin='reward')     # the first that is there decides
+    # the first that is there decides
+    signs = dict(value_loss='ppo', reward='grpo', chosen_shift='dpo', margin='reward')
     return next((stage for k,stage in signs.items() if k in row), 'sft')
 
-def by_seed(rows)->dict: return rows if isinstance(rows, dict) else {0:rows}
+def by_seed(rows)->dict:
+    return rows if isinstance(rows, dict) else {0:rows}
 
 def _band(x:pd.DataFrame, window:int):
     "Mean, low, high of a metric, x (updates, runs): over several runs lowest to highest, of one Student's interval of the window"
     m = x.rolling(window, center=True, min_periods=1).mean()
-    if x.shape[1]>1: return m.mean(axis=1),m.min(axis=1),m.max(axis=1)
+    if x.shape[1]>1:
+        return m.mean(axis=1),m.min(axis=1),m.max(axis=1)
     m,at = m.iloc[:,0],x.iloc[:,0].rolling(window, center=True, min_periods=min(4, window))
     n,sd = at.count(),at.std()
     h = pd.Series([t_quantile(int(c)-1) if c>3 else math.nan for c in n], x.index)*sd/n**.5
@@ -136,37 +145,45 @@ def curves(
     runs,out = by_seed(rows),[]
     size = window or max(5, max(map(len, runs.values()))//10)
     for k in keys or [k for k in guide if any(k in r[-1] for r in runs.values())]:
-        values = {s:{r['update']:r[k] for r in rs if r.get(k) is not None} for s,rs in runs.items()}
+        values = {s:{r['update']:r[k] for r in rs if r.get(k) is not None}
+                  for s,rs in runs.items()}
         x = pd.DataFrame({s:pd.Series(v, dtype=float) for s,v in values.items()})
         mean,low,high = _band(x, 1 if k.startswith('dev_') else size)      # a look is already a mean
-        out.append(pd.DataFrame(dict(key=k, update=x.index, mean=mean.values, low=low.values, high=high.values, runs=x.count(axis=1).values)))
+        out.append(pd.DataFrame(dict(key=k, update=x.index, mean=mean.values, low=low.values,
+                                     high=high.values, runs=x.count(axis=1).values)))
     return pd.concat(out, ignore_index=True)
 
 # %% ../nbs/22a_metrics.ipynb #de023d19
 def _cost(rows:list)->dict:
     "What one stage cost; NaN where the rows do not say"
-    def total(k): return sum(r[k] for r in rows) if all(k in r for r in rows) else math.nan
+    def total(k):
+        return sum(r[k] for r in rows) if all(k in r for r in rows) else math.nan
     parts = {f'{k}_seconds':total(f'{k}_seconds') for k in ('sample','score','train')}
     seconds = sum(v for v in parts.values() if v==v) or math.nan
     per_second = total('tokens')/seconds
     sampled = total('new_tokens')/(parts['sample_seconds'] or math.nan)
     memory = max((r['peak_memory'] for r in rows if 'peak_memory' in r), default=math.nan)
-    return dict(updates=len(rows), seconds=seconds, **parts, tokens=total('tokens'), tokens_per_second=per_second,
+    return dict(updates=len(rows), seconds=seconds, **parts, tokens=total('tokens'),
+                tokens_per_second=per_second,
                 sampled_per_second=sampled, peak_memory=memory)
 
 def costs(
     logs:dict # {stage: rows}, or {seed: {stage: rows}}
-)->pd.DataFrame: # stage, runs, updates, seconds and its parts, tokens (trained on), tokens_per_second (of all seconds), sampled_per_second (of those spent sampling), peak_memory (bytes): means over runs
+# stage, runs, updates, seconds and its parts, tokens (trained on), tokens_per_second (of all seconds), sampled_per_second (of those spent sampling), peak_memory (bytes): means over runs
+)->pd.DataFrame:
     "Seconds, tokens and memory of each stage; NaN where the rows do not say"
     runs = logs if logs and not isinstance(next(iter(logs)), str) else {0:logs}
     rows = [dict(stage=s, **_cost(rs)) for stages in runs.values() for s,rs in stages.items()]
-    if not rows: return pd.DataFrame(columns=['stage','runs',*_cost([dict(update=0)])])
+    if not rows:
+        return pd.DataFrame(columns=['stage','runs',*_cost([dict(update=0)])])
     by_stage = pd.DataFrame(rows).groupby('stage', sort=False)
     mean = by_stage.mean()
     return mean.assign(runs=by_stage.size()).reset_index()[['stage','runs',*mean.columns]]
 
-_cost_heads = dict(updates='updates', seconds='seconds', sample_seconds='of them sampling', score_seconds='scoring', train_seconds='training',
-    tokens='tokens trained on', tokens_per_second='tokens per second', sampled_per_second='sampled per second of sampling', peak_memory='peak memory')
+_cost_heads = dict(updates='updates', seconds='seconds', sample_seconds='of them sampling',
+                   score_seconds='scoring', train_seconds='training',
+    tokens='tokens trained on', tokens_per_second='tokens per second',
+    sampled_per_second='sampled per second of sampling', peak_memory='peak memory')
 
 def costs_table(
     df:pd.DataFrame # From `costs`
@@ -178,7 +195,8 @@ def costs_table(
     rows = [['stage','runs',*_cost_heads.values()]]
     for r in df.to_dict('records'):
         numbers = [cell(r[k]) for k in _cost_heads if k!='peak_memory']
-        rows.append([md_inline(r['stage']),r['runs'],*numbers,cell(r['peak_memory']/2**20, ' MiB')])
+        rows.append([md_inline(r['stage']),r['runs'],*numbers,
+                     cell(r['peak_memory']/2**20, ' MiB')])
     return md_table(rows)
 
 # %% ../nbs/22a_metrics.ipynb #ad5bec66
@@ -188,7 +206,9 @@ def pool_runs(ds:list)->dict:
     "One number with its interval stays as it is; of several runs the mean, from lowest to highest"
     ds = [d for d in ds if d]
     means,n = [mean_of(d) for d in ds],ds[0].get('n')
-    if len(ds)==1: return dict(mean=means[0], low=ds[0].get('low', math.nan), high=ds[0].get('high', math.nan), n=n, runs=1)
+    if len(ds)==1:
+        return dict(mean=means[0], low=ds[0].get('low', math.nan),
+                    high=ds[0].get('high', math.nan), n=n, runs=1)
     return dict(mean=float(np.mean(means)), low=min(means), high=max(means), n=n, runs=len(ds))
 
 class Point(NamedTuple):
@@ -206,13 +226,15 @@ class Point(NamedTuple):
 
 def _point(kind:str, name:str, kl:dict, value:dict)->Point:
     "From two numbers with their intervals"
-    return Point(kind, name, kl['mean'], kl['low'], kl['high'], value['mean'], value['low'], value['high'], value['n'], value['runs'])
+    return Point(kind, name, kl['mean'], kl['low'], kl['high'], value['mean'], value['low'],
+                 value['high'], value['n'], value['runs'])
 
 def _method_points(models:list, key:str):
     "The models that have KL and reward in every run"
     for name in models[0] if models else ():
         ds = [m.get(name, {}) for m in models]
-        if all(key in d and 'kl' in d for d in ds): yield _point('method', name, *(pool_runs([d[k] for d in ds]) for k in ('kl',key)))
+        if all(key in d and 'kl' in d for d in ds):
+            yield _point('method', name, *(pool_runs([d[k] for d in ds]) for k in ('kl',key)))
 
 def _yardstick_points(frontiers, metric:str):
     "Best-of-n and Gibbs, which need no training"
@@ -220,15 +242,18 @@ def _yardstick_points(frontiers, metric:str):
         for rs in zip(*(f[k] for f in frontiers if k in f)):
             if metric not in rs[0]: continue
             name = str(rs[0].get('n', rs[0].get('beta')))
-            yield _point(kind, name, pool_runs([dict(mean=r['kl']) for r in rs]), pool_runs([r[metric] for r in rs]))
+            yield _point(kind, name, pool_runs([dict(mean=r['kl']) for r in rs]),
+                         pool_runs([r[metric] for r in rs]))
 
 def _training_points(logs, metric:str):
     "The way of each method through training"
     for stage in policies:
         runs = {i:stages[stage] for i,stages in enumerate(logs) if stage in stages}
-        if not runs or not all(metric in rs[-1] for rs in runs.values()): continue        # DPO's rows have no reward
+        if not runs or not all(metric in rs[-1] for rs in runs.values()):
+            continue        # DPO's rows have no reward
         kl,value = (curves(runs, [k]).set_index('update') for k in ('kl',metric))
-        for update,a in kl.iterrows(): yield _point('training', stage, a, dict(value.loc[update], n=None, runs=len(runs)))
+        for update,a in kl.iterrows():
+            yield _point('training', stage, a, dict(value.loc[update], n=None, runs=len(runs)))
 
 def frontier_data(
     models:list,    # The `models` of the summaries of one or more runs
@@ -238,30 +263,36 @@ def frontier_data(
 )->pd.DataFrame:    # The fields of `Point`
     "All that belongs on the reward-KL plane"
     key = dict(reward='reward', gold='gold_reward')[metric]
-    return pd.DataFrame([*_method_points(models, key),*_yardstick_points(frontiers, metric),*_training_points(logs, metric)])
+    return pd.DataFrame([*_method_points(models, key),*_yardstick_points(frontiers, metric),
+                         *_training_points(logs, metric)])
 
 # %% ../nbs/22a_metrics.ipynb #70b983e9
 def fit_gold(
     kl,   # Nats per response
     gold  # True reward
-)->dict:  # alpha, beta, start (gold at KL 0), turn (sqrt of the KL at which gold is best; None without a turn in the data)
+# alpha, beta, start (gold at KL 0), turn (sqrt of the KL at which gold is best; None without a turn in the data)
+)->dict:
     "Least squares for gold - start = d (alpha - beta ln d), d = sqrt(KL) (Gao et al. 2023, eq. 2)"
     kl,gold = (np.asarray(x, float) for x in (kl,gold))
     ok = kl>1e-6
     d,gold = np.sqrt(kl[ok]),gold[ok]
-    near = d<=2.5*d[gold.argmax()]                                 # a policy that has fallen apart is beyond what the curve describes
-    if near.sum()<5: return dict(alpha=None, beta=None, start=None, turn=None)
+    # a policy that has fallen apart is beyond what the curve describes
+    near = d<=2.5*d[gold.argmax()]
+    if near.sum()<5:
+        return dict(alpha=None, beta=None, start=None, turn=None)
     terms = np.stack([d,-d*np.log(d),np.ones_like(d)], 1)
     (a,b,c),*_ = np.linalg.lstsq(terms[near], gold[near], rcond=None)
     turn = math.exp(a/b-1) if b>1e-9 and a/b<50 else math.inf
-    return dict(alpha=float(a), beta=float(b), start=float(c), turn=turn if turn<d[near].max() else None)
+    return dict(alpha=float(a), beta=float(b), start=float(c), turn=turn
+                if turn<d[near].max() else None)
 
 # %% ../nbs/22a_metrics.ipynb #86ce8f06
 def by_judge(
     win_rates:dict # {judge: {model: win rate}}, or {model: win rate with `by`}
 )->dict:           # {judge: {model: win rate}}
     "Win rates by judge, from any `win_rates.json`"
-    if not any('rate' in v for v in win_rates.values()): return win_rates
+    if not any('rate' in v for v in win_rates.values()):
+        return win_rates
     judge = next(iter(win_rates.values())).get('by', 'reward')
     return {judge.replace('_reward', ''):win_rates}
 
@@ -272,17 +303,21 @@ def flatten_rates(
     "All rates of a nested dictionary with the keys that lead to them"
     if not isinstance(d, dict): return []
     found = []
-    if {'low','high'}<=set(d) and mean_of(d) is not None: found.append(dict(path=path, mean=mean_of(d), low=d['low'], high=d['high'], n=d.get('n')))
-    for k,v in d.items(): found += flatten_rates(v, (*path, str(k)))
+    if {'low','high'}<=set(d) and mean_of(d) is not None:
+        found.append(dict(path=path, mean=mean_of(d), low=d['low'], high=d['high'], n=d.get('n')))
+    for k,v in d.items():
+        found += flatten_rates(v, (*path, str(k)))
     return found
 
-_not_a_failure = 'sets','models','rates','failures','rate','results'               # keys on the way to a rate that are no names
+# keys on the way to a rate that are no names
+_not_a_failure = 'sets','models','rates','failures','rate','results'
 _of_differences = 'difference','diff','against_reference'
 
 def _known_models(failures:list)->set:
     "The policies, and of our own files ({set: {model: ...}}) every model"
     known = set(policies)
-    if all('rates' in f and 'sets' in f for f in failures): known.update(m for f in failures for models in f['rates'].values() for m in models)
+    if all('rates' in f and 'sets' in f for f in failures):
+        known.update(m for f in failures for models in f['rates'].values() for m in models)
     return known
 
 def failure_data(
@@ -294,7 +329,9 @@ def failure_data(
     known,rows = _known_models(failures),[]
     for path in runs[0]:
         model = next((p for p in path if p in known), None)
-        if model is None or set(path)&set(_of_differences): continue
+        if model is None or set(path)&set(_of_differences):
+            continue
         name = ', '.join(p for p in path if p!=model and p not in _not_a_failure)
-        rows.append(dict(failure=name, model=model, **pool_runs([r[path] for r in runs if path in r])))
+        rows.append(dict(failure=name, model=model,
+                         **pool_runs([r[path] for r in runs if path in r])))
     return pd.DataFrame(rows)

@@ -23,7 +23,8 @@ from .text import *
 from .metrics import *
 
 # %% ../nbs/23_plots.ipynb #e265d58d
-colours = {**{name:stage.colour for name,stage in policies.items()}, 'reward':'#cc78bc', 'gold':'#d55e00'}
+colours = {**{name:stage.colour for name,stage in policies.items()}, 'reward':'#cc78bc',
+           'gold':'#d55e00'}
 markers = dict(zip(policies, 'so^Dphd'))
 _spare = '#56b4e9','#ca9161','#ece133','#fbafe4'   # for models and parts that are not in the table
 _ink,_title,_text,_small = '#333333',9,8,7         # black is for what belongs to no model; letters in points
@@ -37,7 +38,8 @@ def look_of(name:str, i:int=0)->Look:
     "Colour and marker of a model; others get the next free ones"
     return Look(colours.get(name, _spare[i%len(_spare)]), markers.get(name, 'vPX*<>'[i%6]))
 
-def label_of(name:str)->str: return policies[name].label if name in policies else name
+def label_of(name:str)->str:
+    return policies[name].label if name in policies else name
 def md_name(name)->str: return md_inline(label_of(str(name)))
 
 def _drawn(s:str)->str:
@@ -70,7 +72,8 @@ def _label(ax, title:str='', x:str='', y:str='', legend:bool=True):
     ax.set_title(title, fontsize=_text)
     ax.set_xlabel(x, fontsize=_small)
     ax.set_ylabel(y, fontsize=_small)
-    if legend and ax.get_legend_handles_labels()[0]: ax.legend(fontsize=_small, frameon=False)
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=_small, frameon=False)
 
 def _arms(mean:float, low:float, high:float)->list:
     "Both arms of an interval, as matplotlib wants them; of an end that is not there nothing is drawn"
@@ -83,24 +86,33 @@ def _spread(runs:int, one:str='95% intervals')->str:
 
 # %% ../nbs/23_plots.ipynb #plo0trai
 panels = dict(
-    ppo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac',),('value_loss','policy_loss')),
-    grpo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac','silent_groups'),('policy_loss','kl_loss')),
-    dpo=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',),('chosen_shift','rejected_shift'),('grad_norm',),('dev_kl',)),
+    ppo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac',),
+         ('value_loss','policy_loss')),
+    grpo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),
+          ('clip_frac','silent_groups'),('policy_loss','kl_loss')),
+    dpo=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',),
+         ('chosen_shift','rejected_shift'),('grad_norm',),('dev_kl',)),
     reward=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',)),
     sft=(('nll','dev_nll'),('grad_norm',)))
-units = dict(reward='reward', gold='reward', kl='nats per response', entropy='nats per token', nll='nats per token', kl_loss='nats per token', length='tokens',
-             chosen_shift='nats', rejected_shift='nats', finished='share', accuracy='share of pairs', clip_frac='share of tokens', silent_groups='share of groups')
+units = dict(reward='reward', gold='reward', kl='nats per response', entropy='nats per token',
+             nll='nats per token', kl_loss='nats per token', length='tokens',
+             chosen_shift='nats', rejected_shift='nats', finished='share',
+             accuracy='share of pairs', clip_frac='share of tokens',
+             silent_groups='share of groups')
 
-def _metric(k:str)->str: return k.replace('_', ' ').replace('gold', 'true reward')
+def _metric(k:str)->str:
+    return k.replace('_', ' ').replace('gold', 'true reward')
 
 def _curve_panel(ax, df, keys:list, kind:str):
     "Some metrics over the updates"
     method = colours.get(stage_table[kind].policy, _ink)
     for k,dash in zip(keys, ('-','--',':')):
         d,colour = df[df.key==k],colours.get(k.removeprefix('dev_'), method)
-        ax.plot(d['update'], d['mean'], color=colour, ls=dash, lw=1.2, label=_metric(k) if len(keys)>1 else None)
+        ax.plot(d['update'], d['mean'], color=colour, ls=dash, lw=1.2, label=_metric(k)
+                if len(keys)>1 else None)
         ax.fill_between(d['update'], d.low, d.high, color=colour, alpha=.2, lw=0)
-    _label(ax, ' and '.join(map(_metric, keys)), 'update', units.get(keys[0].removeprefix('dev_'), ''))
+    _label(ax, ' and '.join(map(_metric, keys)), 'update',
+           units.get(keys[0].removeprefix('dev_'), ''))
 
 def plot_training(
     rows,        # Metrics rows of a run, or {seed: rows} of several
@@ -117,10 +129,13 @@ def plot_training(
     shown,known = {k for g in groups for k in g},list(guide)
     df = curves(runs, sorted(shown, key=lambda k: (*known,k).index(k)), window)
     fig,axs = _axes(len(groups))
-    for ax,g in zip(axs, groups): _curve_panel(ax, df, g, kind)
+    for ax,g in zip(axs, groups):
+        _curve_panel(ax, df, g, kind)
     band = f'{len(runs)} seeds, band: lowest to highest' if len(runs)>1 else 'one run, band: 95% of the moving average'
-    ends = {k:f"{k} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}" for k,d in df.groupby('key', sort=False)}
-    found = [ends[k].replace('_', ' ') for k in ('reward','kl','nll','loss','accuracy') if k in ends][:2]
+    ends = {k:f"{k} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}"
+            for k,d in df.groupby('key', sort=False)}
+    found = [ends[k].replace('_', ' ') for k in ('reward','kl','nll','loss','accuracy')
+             if k in ends][:2]
     fig.suptitle(f"{_drawn(stage or kind)}: {', '.join(found)}\n{band}", fontsize=_title)
     fig.alt = f"{stage or kind}, {int(df['update'].max())+1} updates, {band}. {'; '.join(ends.values())}."
     return fig,df
@@ -140,7 +155,8 @@ def save_plot(
     (fig,df),path = plot,Path(path)
     alt = visible(alt or fig.alt).replace('\n', ' ')
     png = path.with_suffix('.png')
-    with replacing(png) as tmp: fig.savefig(tmp, format='png', dpi=150, metadata=dict(Description=alt))
+    with replacing(png) as tmp:
+        fig.savefig(tmp, format='png', dpi=150, metadata=dict(Description=alt))
     write_text(path.with_suffix('.csv'), df.to_csv(index=False, float_format='%.6g'))
     return f'![{_alt_md(alt)}]({quote(png.name)})'
 
@@ -149,7 +165,7 @@ def live(
     rows,            # Iterable of metrics rows
     total:int=None,  # How many there will be
     desc:str='',     # Shown in front
-    keys:tuple=('reward','gold','kl','entropy','length','loss','accuracy','margin','nll'), # Columns, where rows have them
+    keys:tuple=('reward','gold','kl','entropy','length','loss','accuracy','margin','nll'), # Columns, if known
     every:float=2.,  # Seconds between two drawings
     show=None        # `show(plot, table)` (None: in place, in the notebook)
 ):
@@ -167,7 +183,8 @@ def live(
 def _live_view(rows:list, total:int, desc:str, keys:tuple):
     "Curves, and a table of the last rows"
     known = [k for k in keys if k in rows[-1]]
-    table = md_table([['update',*known],*([r['update'],*(short(r[k]) for k in known)] for r in rows[-5:])])
+    table = md_table([['update',*known],*([r['update'],*(short(r[k]) for k in known)]
+                                          for r in rows[-5:])])
     head = f"**{desc}** update {rows[-1]['update']+1}"+(f' of {total}' if total else '')
     return plot_training(rows, desc or None)[0],f'{head}\n\n{table}'
 
@@ -191,7 +208,8 @@ def _token(
 )->str:
     "One token"
     shown = html.escape(text).replace('\n', '↵\n') or '∅'
-    if x!=x: return f'<span title="{html.escape(name)}: not known">{shown}</span>'
+    if x!=x:
+        return f'<span title="{html.escape(name)}: not known">{shown}</span>'
     strength,full,line = abs(x),_above if x>=0 else _below,'solid' if x>=0 else 'dashed'
     rgb = ','.join(str(int(255-strength*(255-c))) for c in full)
     border = f';border-bottom:{1+round(3*strength)}px {line} #333' if strength>=.05 else ''
@@ -206,11 +224,13 @@ def token_html(
 )->str:
     "Tokens coloured by value, with a legend, as HTML"
     vs = [math.nan if v is None else float(v) for v in values]
-    if len(vs)!=len(tokens): raise ValueError(f'token_html: {len(tokens)} tokens and {len(vs)} values')
+    if len(vs)!=len(tokens):
+        raise ValueError(f'token_html: {len(tokens)} tokens and {len(vs)} values')
     known = [v for v in vs if math.isfinite(v)]
     zero = min(known, default=0.) if center is None else center
     top = scale or max((abs(v-zero) for v in known), default=0.) or 1.
-    def share(v): return max(-1., min(1., (v-zero)/top)) if math.isfinite(v) else math.nan
+    def share(v):
+        return max(-1., min(1., (v-zero)/top)) if math.isfinite(v) else math.nan
     spans = ''.join(_token(t, v, share(v), name) for t,v in zip(tokens, vs))
     steps = (0,1) if center is None else (-1,0,1)
     legend = ' '.join(_token(short(zero+x*top), zero+x*top, float(x), name) for x in steps)
@@ -218,7 +238,8 @@ def token_html(
     return f'<div style="{style}"><span style="font-size:85%"><b>{html.escape(name)}</b> {legend}</span>\n{spans}</div>'
 
 # %% ../nbs/23_plots.ipynb #0c79da41
-_token_fields = {'old_log_probs':'log-probability', 'kl':'KL (exact)', 'KL (k1)':'KL (k1)', 'rewards':'reward', 'advantages':'advantage', 'values':'value'}
+_token_fields = {'old_log_probs':'log-probability', 'kl':'KL (exact)', 'KL (k1)':'KL (k1)',
+                 'rewards':'reward', 'advantages':'advantage', 'values':'value'}
 
 def token_views(
     batch:Batch, # With some of `old_log_probs`, `ref_log_probs`, `kl`, `rewards`, `advantages`, `values`
@@ -230,13 +251,19 @@ def token_views(
     "All that is known of the tokens of one response, one coloured copy for each, as HTML"
     n = int(batch.lengths[i,g])
     texts = [tok.decode([t]) for t in batch.responses[i,g,:n].tolist()]
-    fields = {k:v[i,g] for k,v in batch.fields.items() if v.shape[:2]==batch.shape[:2]}    # (R,), or one number for all
+    # (R,), or one number for all
+    fields = {k:v[i,g] for k,v in batch.fields.items() if v.shape[:2]==batch.shape[:2]}
     if 'kl' not in fields and {'old_log_probs','ref_log_probs'}<=fields.keys():
         fields['KL (k1)'] = fields['old_log_probs']-fields['ref_log_probs']
-    def values(k): return (fields[k][:n] if fields[k].ndim else fields[k].expand(n)).tolist()
-    out = [token_html(texts, values(k), name, 0.) for k,name in _token_fields.items() if k in fields]
-    if not out: raise ValueError(f"token_views: the batch has none of log_probs, kl, rewards, advantages, values; it has {', '.join(batch.fields) or 'no fields'}")
-    head = f'<div style="white-space:pre-wrap;color:#555">{html.escape(tok.decode(batch.prompts[i]).strip())}</div>' if prompt else ''
+    def values(k):
+        return (fields[k][:n] if fields[k].ndim else fields[k].expand(n)).tolist()
+    out = [token_html(texts, values(k), name, 0.) for k,name in _token_fields.items()
+           if k in fields]
+    if not out:
+        raise ValueError(f"token_views: the batch has none of log_probs, kl, rewards, advantages, values; it has "
+                         f"{', '.join(batch.fields) or 'no fields'}")
+    asked = html.escape(tok.decode(batch.prompts[i]).strip())
+    head = f'<div style="white-space:pre-wrap;color:#555">{asked}</div>' if prompt else ''
     return head+''.join(out)
 
 # %% ../nbs/23_plots.ipynb #plo0cos1
@@ -252,8 +279,11 @@ def plot_costs(
         left = left+seconds
     ax.invert_yaxis()
     _label(ax, x='seconds, mean over runs')
-    if left.any(): fig.suptitle(f'{_drawn(df.stage.iloc[int(left.argmax())])} takes longest: {left.max()/left.sum():.0%} of {short(left.sum())} seconds', fontsize=_title)
-    fig.alt = 'Seconds of each stage: '+', '.join(f'{r.stage} {short(r.seconds)}' for r in df.itertuples())+'.'
+    if left.any():
+        fig.suptitle(f'{_drawn(df.stage.iloc[int(left.argmax())])} takes longest: {left.max()/left.sum():.0%} of '
+                     f'{short(left.sum())} seconds', fontsize=_title)
+    fig.alt = 'Seconds of each stage: '+', '.join(f'{r.stage} {short(r.seconds)}'
+                                                  for r in df.itertuples())+'.'
     return fig,df
 
 # %% ../nbs/23_plots.ipynb #plo0fron
@@ -265,15 +295,19 @@ def _draw_yardsticks(ax, d):
         ax.plot(k.kl, k.value, ls=dash, marker=marker, ms=4, lw=1, color=_ink, label=kind)
         ax.fill_between(k.kl, k.low, k.high, color=_ink, alpha=.1, lw=0)
     for r in d[d.kind=='best-of-n'].itertuples():
-        ax.annotate(r.name, (r.kl,r.value), fontsize=_small-1, xytext=(2,-7), textcoords='offset points')
+        ax.annotate(r.name, (r.kl,r.value), fontsize=_small-1, xytext=(2,-7),
+                    textcoords='offset points')
 
 def _draw_methods(ax, d):
     "Where training went, and where the methods ended"
     for name,k in d[d.kind=='training'].groupby('name', sort=False):
-        ax.plot(k.kl, k.value, lw=.7, color=look_of(name).colour, alpha=.7, label=f'{label_of(name)} in training')
+        ax.plot(k.kl, k.value, lw=.7, color=look_of(name).colour, alpha=.7,
+                label=f'{label_of(name)} in training')
     for i,r in enumerate(d[d.kind=='method'].itertuples()):
         look = look_of(r.name, i)
-        ax.errorbar(r.kl, r.value, _arms(r.value, r.low, r.high), _arms(r.kl, r.kl_low, r.kl_high), color=look.colour, marker=look.marker,
+        ax.errorbar(r.kl, r.value, _arms(r.value, r.low, r.high),
+                    _arms(r.kl, r.kl_low, r.kl_high),
+                    color=look.colour, marker=look.marker,
                     ms=4, lw=1, ls='', label=_drawn(label_of(r.name)))
 
 def _gains(methods)->str:
@@ -282,7 +316,8 @@ def _gains(methods)->str:
     what = 'true reward' if d.metric.iloc[0]=='gold' else 'reward'
     if 'reference' not in d.index: return f'{what} and KL'
     up = [_drawn(label_of(m)) for m,r in d.iterrows() if r.low>d.loc['reference'].high]
-    return f"more {what} than the reference: {', '.join(up)}" if up else f'no {what} above that of the reference is shown'
+    return (f"more {what} than the reference: {', '.join(up)}" if up else
+        f'no {what} above that of the reference is shown')
 
 def plot_frontier(
     models:list,  # As in `frontier_data`
@@ -292,19 +327,25 @@ def plot_frontier(
     "Methods, their way through training, best-of-n and Gibbs on the reward-KL plane, for the reward and, where it is known, for gold"
     dfs = [frontier_data(models, frontiers, logs, m).assign(metric=m) for m in ('reward','gold')]
     dfs = [d for d in dfs if len(d) and (d.kind!='training').any()]
-    if not dfs: raise ValueError('plot_frontier: no model has both a reward and a KL')
-    df = pd.concat([d.astype({k:float for k in ('kl','kl_low','kl_high','value','low','high')}) for d in dfs], ignore_index=True)   # no interval (one prompt): no bar
+    if not dfs:
+        raise ValueError('plot_frontier: no model has both a reward and a KL')
+    # no interval (one prompt): no bar
+    df = pd.concat([d.astype({k:float for k in ('kl','kl_low','kl_high','value','low','high')})
+                    for d in dfs], ignore_index=True)
     fig,axs = _axes(len(dfs), 2, 2.8)
     for ax,(metric,d) in zip(axs, df.groupby('metric', sort=False)):
         _draw_yardsticks(ax, d)
         _draw_methods(ax, d)
-        _label(ax, dict(gold='true reward').get(metric, metric), 'KL(policy ‖ reference), nats per response', 'reward', legend=False)
+        _label(ax, dict(gold='true reward').get(metric, metric),
+               'KL(policy ‖ reference), nats per response', 'reward', legend=False)
     names = {label:handle for ax in axs for handle,label in zip(*ax.get_legend_handles_labels())}
     fig.legend(names.values(), names, fontsize=_small, frameon=False, loc='outside right center')
     methods = df[df.kind=='method']
-    runs,found = (int(methods.runs.max()),_gains(methods)) if len(methods) else (1,'reward and KL')
+    runs,found = (int(methods.runs.max()),_gains(methods)) if len(methods) else (1,
+            'reward and KL')
     fig.suptitle(f'{found}\n{_spread(runs)}', fontsize=_title)
-    fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {r.metric} {r.value:.2f} at KL {r.kl:.2f}' for r in methods.itertuples())+'.'
+    fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {r.metric} {r.value:.2f} at KL '
+                                              f'{r.kl:.2f}' for r in methods.itertuples())+'.'
     return fig,df
 
 # %% ../nbs/23_plots.ipynb #plo0ove1
@@ -315,7 +356,8 @@ def plot_overoptimisation(
     "Proxy and gold over the square root of the KL, and where gold turns"
     runs,out = by_seed(rows),[]
     for seed,rs in runs.items():
-        c = curves(rs, ['kl','reward','gold'], window).pivot(index='update', columns='key', values='mean').reset_index()
+        c = curves(rs, ['kl','reward','gold'], window).pivot(index='update', columns='key',
+                                                             values='mean').reset_index()
         turn = fit_gold(c.kl, c.gold)['turn']
         out.append(c.assign(seed=seed, d=np.sqrt(c.kl.clip(lower=0)), turn=turn or math.nan))
     df = pd.concat(out, ignore_index=True)[['seed','update','d','kl','reward','gold','turn']]
@@ -323,14 +365,18 @@ def plot_overoptimisation(
     for i,(_,k) in enumerate(df.sort_values('d').groupby('seed', sort=False)):
         for key,name,dash in (('reward','reward','--'),('gold','true reward','-')):
             label = name+(' (each line a seed)' if len(runs)>1 else '')
-            ax.plot(k.d, k[key], color=colours[key], ls=dash, lw=1, marker='.', ms=3, label=None if i else label)
-        if not math.isnan(k.turn.iloc[0]): ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':', label=None if i else 'fitted turn')
+            ax.plot(k.d, k[key], color=colours[key], ls=dash, lw=1, marker='.', ms=3, label=None
+                    if i else label)
+        if not math.isnan(k.turn.iloc[0]):
+            ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':', label=None
+                       if i else 'fitted turn')
     _label(ax, x='√KL(policy ‖ reference), nats per response', y='reward')
     turns = [f'{t**2:.1f}' for t in df.groupby('seed', sort=False).turn.first() if t==t]
     found = f"the true reward turns at KL {', '.join(turns)}" if turns else 'no turn of the true reward in these data'
     fig.suptitle(f'{found}\nmoving averages over updates', fontsize=_title)
     best = df.loc[df.groupby('seed').gold.idxmax()]
-    fig.alt = 'Reward and gold over the square root of the KL. '+'; '.join(f'seed {r.seed}: gold best {r.gold:.2f} at KL {r.kl:.1f}' for r in best.itertuples())+'.'
+    fig.alt = 'Reward and gold over the square root of the KL. '+'; '.join(
+        f'seed {r.seed}: gold best {r.gold:.2f} at KL {r.kl:.1f}' for r in best.itertuples())+'.'
     return fig,df
 
 # %% ../nbs/23_plots.ipynb #plo0win1
@@ -339,14 +385,16 @@ def _ranges(ax, ys:list, df, null:float=None):
     for i,(y,r) in enumerate(zip(ys, df.itertuples())):
         look = look_of(r.model, i)
         hollow = null is not None and r.low<=null<=r.high
-        ax.errorbar(r.mean, y, xerr=_arms(r.mean, r.low, r.high), color=look.colour, marker=look.marker, ms=4, lw=1, ls='', mfc='w' if hollow else look.colour)
+        ax.errorbar(r.mean, y, xerr=_arms(r.mean, r.low, r.high), color=look.colour,
+                    marker=look.marker, ms=4, lw=1, ls='', mfc='w' if hollow else look.colour)
 
 def _verdicts(df)->str:
     "Which models are better or worse than the reference by every judge"
     said = []
     for word,sure in (('better',df.low>.5),('worse',df.high<.5)):
         models = [_drawn(label_of(m)) for m,s in sure.groupby(df.model, sort=False) if s.all()]
-        if models: said.append(f"{word} than the reference: {', '.join(models)}")
+        if models:
+            said.append(f"{word} than the reference: {', '.join(models)}")
     return '; '.join(said) or 'no difference from the reference by every judge'
 
 def plot_win_rates(
@@ -358,7 +406,8 @@ def plot_win_rates(
     for judge,models in runs[0].items():
         for m,d in models.items():
             if d.get('rate') is None: continue
-            rows.append(dict(judge=judge, model=m, **pool_runs([r[judge][m] for r in runs if m in r.get(judge, {})])))
+            rows.append(dict(judge=judge, model=m,
+                             **pool_runs([r[judge][m] for r in runs if m in r.get(judge, {})])))
     df = pd.DataFrame(rows)
     fig,(ax,) = _axes(1, height=min(2.8, .9+.25*len(df)), width=5.)
     ys = list(range(len(df)))[::-1]
@@ -366,10 +415,12 @@ def plot_win_rates(
     ax.axvline(.5, color=_ink, lw=.6, ls=':')
     ax.set_yticks(ys, [_drawn(f'{label_of(r.model)}, judge {r.judge}') for r in df.itertuples()])
     ax.set_xlim(0, 1)
-    _label(ax, x=f'win rate against the reference, n = {df.n.iloc[0]} prompts; hollow: the interval holds 1/2')
+    _label(ax,
+           x=f'win rate against the reference, n = {df.n.iloc[0]} prompts; hollow: the interval holds 1/2')
     fig.suptitle(f'{_verdicts(df)}\n{_spread(df.runs.max())}', fontsize=_title)
     df = df.rename(columns=dict(mean='rate'))
-    fig.alt = 'Win rates against the reference. '+'; '.join(f'{r.model} by {r.judge}: {r.rate:.2f} ({r.low:.2f} to {r.high:.2f})' for r in df.itertuples())+'.'
+    fig.alt = 'Win rates against the reference. '+'; '.join(f'{r.model} by {r.judge}: {r.rate:.2f} ({r.low:.2f} '
+                                                            f'to {r.high:.2f})' for r in df.itertuples())+'.'
     return fig,df
 
 # %% ../nbs/23_plots.ipynb #plo0fai1
@@ -379,7 +430,8 @@ def plot_failures(
 ):              # Figure, data
     "Failure rates by model"
     df = failure_data(failures)
-    if not len(df): raise ValueError('plot_failures: no rate with an interval for reference, ppo, grpo or dpo')
+    if not len(df):
+        raise ValueError('plot_failures: no rate with an interval for reference, ppo, grpo or dpo')
     top = df.groupby('failure').high.max().sort_values(ascending=False).index[:most]
     shown,names = df[df.failure.isin(top)],list(dict.fromkeys(df.model))
     step = .6/max(1, len(names)-1)                                 # the models of one failure share its line
@@ -389,14 +441,17 @@ def plot_failures(
         _ranges(ax, [i+.3-step*names.index(m) for m in d.model], d)
     for m in names:
         look = look_of(m)
-        ax.plot([], [], color=look.colour, marker=look.marker, ms=4, ls='', label=_drawn(label_of(m)))
+        ax.plot([], [], color=look.colour, marker=look.marker, ms=4, ls='',
+                label=_drawn(label_of(m)))
     ax.set_yticks(range(len(top))[::-1], [_drawn(str(t)[:48].replace('_', ' ')) for t in top])
     ax.set_xlim(-.02, min(1.02, shown.high.max()*1.1))
     ax.set_ylim(-.6, len(top)-.4)
     _label(ax, x='share of answers that fail', legend=False)
     fig.legend(fontsize=_small, frameon=False, loc='outside right center')
     worst = shown.loc[shown['mean'].idxmax()]
-    found = f"most frequent: {worst.failure.replace('_', ' ')}, {worst['mean']:.2f} of the answers of {label_of(worst.model)}"
+    found = (f"most frequent: {worst.failure.replace('_', ' ')}, {worst['mean']:.2f} of the answers of "
+             f"{label_of(worst.model)}")
     fig.suptitle(f'{_drawn(found[:90])}\n{_spread(df.runs.max())}', fontsize=_title)
-    fig.alt = 'Failure rates. '+'; '.join(f'{r.failure}: {r.model} {r.mean:.2f} ({r.low:.2f} to {r.high:.2f})' for r in shown.itertuples())+'.'
+    fig.alt = 'Failure rates. '+'; '.join(f'{r.failure}: {r.model} {r.mean:.2f} ({r.low:.2f} to '
+                                          f'{r.high:.2f})' for r in shown.itertuples())+'.'
     return fig,df

@@ -6,10 +6,11 @@
 __all__ = ['kl_rewards', 'gae', 'whiten', 'clipped_policy_loss', 'clipped_value_loss', 'ppo_step', 'ppo_advantages', 'train_ppo']
 
 # %% ../nbs/14_ppo.ipynb #b2d36936
+from functools import partial
+
 import torch
 from torch import nn
 
-from .core import *
 from .config import *
 from .run import *
 from .models import *
@@ -52,7 +53,8 @@ def whiten(
 ):
     "Mean 0 and variance 1 over the response tokens of the whole rollout; 0 elsewhere, and everywhere if all are equal"
     m = mask.to(x); n = m.sum()
-    if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)   # else the rounding of their mean would be all that is left
+    # else the rounding of their mean would be all that is left
+    if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)
     if (top := x[mask].abs().max())>1e15: x = x/top                # float32 does not hold the squares of such numbers
     c = (x-(x*m).sum()/n)*m
     return c*((c**2).sum()/n+eps).rsqrt()
@@ -84,7 +86,9 @@ def clipped_value_loss(
     return .5*(torch.max((values-returns)**2, (near-returns)**2)*weights).sum()
 
 # %% ../nbs/14_ppo.ipynb #75c44f1d
-def _both(m, b, temperature): return log_probs(m['policy'], b, temperature),values(m['value'], b)
+def _both(m, b, temperature):
+    "What policy and value model say, in one forward of `Net`"
+    return log_probs(m['policy'], b, temperature),values(m['value'], b)
 
 def ppo_step(net, b, n, o:PPOConfig):
     "Policy and value loss of a mini-batch"
@@ -99,7 +103,8 @@ def ppo_step(net, b, n, o:PPOConfig):
 def ppo_advantages(b, value, o:PPOConfig):
     "Values, rewards, advantages (whitened) and returns of a rollout"
     v = in_pieces(lambda x: values(value, x), b, o.micro_tokens)
-    r = kl_rewards(b.scores.masked_fill(b.scores.isnan(), 0), b.old_log_probs, b.ref_log_probs, b.mask, o.kl_coef)
+    s = b.scores.masked_fill(b.scores.isnan(), 0)
+    r = kl_rewards(s, b.old_log_probs, b.ref_log_probs, b.mask, o.kl_coef)
     adv,ret = gae(r, v, b.mask, o.gamma, o.lam)
     return b.plus(values=v, rewards=r, advantages=whiten(adv, b.learn), returns=ret)
 
@@ -115,17 +120,14 @@ def train_ppo(
     watch:dict=None, # More scorers, for the metrics only
     acc=None,
     dev:list=None, # Token lists of other prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
+    show=None      # What shows the rows as they come, as in `fit`
 )->list:           # Metrics rows
     "Proximal policy optimisation"
     check_rollouts(policy, prompts, o, 1, o.mini_batches)
-    acc = acc or mk_accelerator()
-    reference.to(acc.device)              # `fit` moves the models that learn
-    model = nn.ModuleDict(dict(policy=policy, value=value))
+    models = nn.ModuleDict(dict(policy=policy, value=value))
     opt = mk_optimizer(dict(policy=(policy,o.lr), value=(value,o.value_lr)), o)
-    def mk_updates(start):
-        return rollouts(policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o), 1, o.epochs, o.mini_batches,
-                        child_seed(seed, 'ppo'), start, watch, acc)
-    until = None if o.target_kl is None else lambda s: s['approx_kl']>o.target_kl
-    look = lambda: unseen(policy, reference, dev, o, score, o.kl_coef, child_seed(seed, 'ppo'), watch)
-    return fit(model, mk_updates, lambda net,b,n: ppo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'ppo', opt, acc, until, look if dev else None, show=show)
+    draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o),
+                   epochs=o.epochs, mini_batches=o.mini_batches, watch=watch)
+    look = partial(unseen, policy, reference, dev, o, score, o.kl_coef, watch=watch) if dev else None
+    step = partial(ppo_step, o=o)
+    return fit_rollouts(models, reference, draw, step, o, len(prompts), 'ppo', seed, run, acc, look, show, opt)

@@ -40,16 +40,20 @@ parts = dict(
     last_token=Part('last_token'),
     seconds=Part('seconds'))
 
-def part_path(folder, part:str)->Path: return getattr(Places(folder), parts[part].place)
+def part_path(folder, part:str)->Path:
+    return getattr(Places(folder), parts[part].place)
 
 def _checked_json(path, keys:tuple, kind):
     "A JSON file with these keys; a ValueError where it is not one of ours"
     d,foreign = read_results(path),f'{path}: not a file of this kind of run'
     if not d: raise ValueError(f'{path}: empty')
-    if kind and not isinstance(d, kind): raise ValueError(f"{foreign}: expected {'a list' if kind is list else 'an object'}")
-    if keys and not isinstance(d, dict): raise ValueError(f'{foreign}: expected an object with {", ".join(map(repr, keys))}')
+    if kind and not isinstance(d, kind):
+        raise ValueError(f"{foreign}: expected {'a list' if kind is list else 'an object'}")
+    if keys and not isinstance(d, dict):
+        raise ValueError(f'{foreign}: expected an object with {", ".join(map(repr, keys))}')
     missing = [k for k in keys if k not in d]
-    if missing: raise ValueError(f"{foreign}: no key {', '.join(map(repr, missing))}")
+    if missing:
+        raise ValueError(f"{foreign}: no key {', '.join(map(repr, missing))}")
     return d
 
 def _get(problems:list, path, keys=(), kind=None):
@@ -72,25 +76,32 @@ def _json_parts(folder, problems:list)->dict:
     def refuse(k, why):
         problems.append(f'{part_path(folder, k)}: not a file of this kind of run: {why}')
         run[k] = None
-    if run['reward_model'] and not isinstance(run['reward_model']['accuracy'], dict): refuse('reward_model', "'accuracy' is no object")
-    for k,inner,entry in (('summary','models','model'),('win_rates',None,'model'),('failures','rates','prompt set')):
+    if run['reward_model'] and not isinstance(run['reward_model']['accuracy'], dict):
+        refuse('reward_model', "'accuracy' is no object")
+    for k,inner,entry in (('summary','models','model'),('win_rates',None,'model'),
+                          ('failures','rates','prompt set')):
         if run[k] is None: continue
         d = run[k].get(inner, {}) if inner else run[k]
         objects = isinstance(d, dict) and all(isinstance(v, dict) for v in d.values())
-        if not objects: refuse(k, f'expected an object for each {entry}')
+        if not objects:
+            refuse(k, f'expected an object for each {entry}')
     return run
 
 def _from_samples(recs:dict, src:dict)->dict:
     "What evaluate would say of these samples"
-    return dict(models=summarise(recs), comparisons=compare(recs), from_samples=True, split=src['split'], source=src['text'], source_md=src['md'])
+    return dict(models=summarise(recs), comparisons=compare(recs), from_samples=True,
+                split=src['split'], source=src['text'], source_md=src['md'])
 
-def _has_samples(folder)->bool: return any(f for at in (folder,Places(folder).samples) for f in at.glob('*_samples.json'))
+def _has_samples(folder)->bool:
+    return any(f for at in (folder,Places(folder).samples) for f in at.glob('*_samples.json'))
 
 def _read_run(folder, problems:list)->dict:
     "What one run has"
     run = _json_parts(folder, problems)
     run['logs'] = read_logs(folder, problems)
-    if run['summary'] and run['summary'].get('from_samples'): run['summary'] = None          # what we wrote ourselves; the samples may have changed
+    # what we wrote ourselves; the samples may have changed
+    if run['summary'] and run['summary'].get('from_samples'):
+        run['summary'] = None
     if run['summary'] is None and _has_samples(folder):
         try:
             recs = read_samples(folder)
@@ -102,14 +113,18 @@ def _read_run(folder, problems:list)->dict:
 def _published_runs(folder, over:dict, problems:list)->dict:
     "The runs of published results: `over` is their seeds.json, and summary.json has what is keyed by seed"
     more = _get(problems, Places(folder).summary)
-    if not isinstance(more, dict) or not more.get('seeds'): more = {}
+    if not isinstance(more, dict) or not more.get('seeds'):
+        more = {}
     def of_seed(k, s): return more.get(k, {}).get(s)
     runs = {}
     for i,(s,models) in enumerate(zip(map(str, over['seeds']), over['runs'])):
-        summary = dict(models=models, split=over.get('split'), comparisons=of_seed('comparisons', s))
+        summary = dict(models=models, split=over.get('split'),
+                       comparisons=of_seed('comparisons', s))
         training = {stage:by[s] for stage,by in more.get('training', {}).items() if s in by}
-        found = dict(failures=of_seed('failures', s), win_rates=of_seed('judges', s), training=training)
-        lists = {k:over[k][i] for k in ('frontier','overoptimise','reward_model','last_token') if k in over}
+        found = dict(failures=of_seed('failures', s), win_rates=of_seed('judges', s),
+                     training=training)
+        lists = {k:over[k][i] for k in ('frontier','overoptimise','reward_model','last_token')
+                 if k in over}
         runs[s] = dict(summary=summary, **lists, **{k:v for k,v in found.items() if v})
     return runs
 
@@ -118,7 +133,8 @@ def _tidy(run:dict):
     s = run.get('summary')
     if not s: return
     if 'models' not in s: return run.pop('summary')
-    s['comparisons'] = [c for c in s.get('comparisons') or [] if isinstance(c, dict) and {'metric','a','b'}<=set(c)]
+    s['comparisons'] = [c for c in s.get('comparisons') or []
+                        if isinstance(c, dict) and {'metric','a','b'}<=set(c)]
     s['models'] = {k:v for k,v in s['models'].items() if isinstance(v, dict) and 'reward' in v}
     own = {k:v['win_rate'] for k,v in s['models'].items() if isinstance(v.get('win_rate'), dict)}
     if own: run.setdefault('win_rates', own)
@@ -133,21 +149,26 @@ def read_runs(
 )->dict:   # folder, command, split, source, runs: {seed: what there is}, problems: texts
     "Everything of a folder that a report can use"
     folder,problems = Path(folder),[]
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
-    seeds = sorted((p for p in folder.glob('seed*') if p.is_dir()), key=lambda p: (len(p.name),p.name))
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder}: no such folder')
+    seeds = sorted((p for p in folder.glob('seed*') if p.is_dir()),
+                   key=lambda p: (len(p.name),p.name))
     over = _get(problems, Places(folder).seeds, ('runs','seeds')) or {}
-    if seeds: runs = {md_inline(p.name[4:]):_read_run(p, problems) for p in seeds}
+    if seeds:
+        runs = {md_inline(p.name[4:]):_read_run(p, problems) for p in seeds}
     elif over: runs = _published_runs(folder, over, problems)
     else: runs = {'':_read_run(folder, problems)}
     runs = {s if s else md_inline(_seed_of(r)):r for s,r in runs.items() if r}
     if not runs:
         why = ''.join(f'\n- {p}' for p in problems)
-        raise ValueError(f'{folder}: nothing to analyse: expected logs/*.jsonl, output_samples/*_samples.json or results/*.json, in it or in its seed*/ folders{why}')
+        raise ValueError(f'{folder}: nothing to analyse: expected logs/*.jsonl, output_samples/*_samples.json or '
+                         f'results/*.json, in it or in its seed*/ folders{why}')
     for r in runs.values(): _tidy(r)
     summaries = [r.get('summary', {}) for r in runs.values()]
     split = next((str(s['split']) for s in summaries if s.get('split')), None)
     source = next((s.pop('source_md') for s in summaries if 'source_md' in s), None)
-    return dict(folder=str(folder), command=over.get('command'), problems=problems, runs=runs, split=split, source=source)
+    return dict(folder=str(folder), command=over.get('command'), problems=problems, runs=runs,
+                split=split, source=source)
 
 # %% ../nbs/25_report.ipynb #rep0cav1
 def _reference_caveat(rows:list, causes:dict):
@@ -155,13 +176,16 @@ def _reference_caveat(rows:list, causes:dict):
     looks = dev_looks(rows, 'nll')
     counting = rows[looks.at[-1]].get('dev_unigram') if looks.at else None
     if counting and looks.dev is not None and looks.dev.min()>.75*counting:
-        yield (f'The reference has learned little language: on dev answers it needs {looks.dev.min():.2f} nats per token, counting how often each token occurs needs {counting:.2f}; '
+        yield (f'The reference has learned little language: on dev answers it needs {looks.dev.min():.2f} nats '
+               f'per token, counting how often each token occurs needs {counting:.2f}; '
                'its answers are hardly more than frequent words, and all that starts from it builds on that.')
-    elif 'memorising' in causes: yield f"The reference knows its training answers by heart: {causes['memorising']}."
+    elif 'memorising' in causes:
+        yield f"The reference knows its training answers by heart: {causes['memorising']}."
 
 def _reward_caveat(run:dict):
     "Does the reward model tell answers apart?"
-    a = (run.get('reward_model') or run.get('summary', {}).get('reward_model') or {}).get('accuracy')
+    a = (run.get('reward_model') or run.get('summary', {}).get('reward_model')
+         or {}).get('accuracy')
     if not a or a['low']>.5: return
     shown = f"{a['accuracy']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {a['n']}"
     yield (f'The reward model is not shown to do better than guessing on pairs that it has not seen ({shown}): '
@@ -170,19 +194,28 @@ def _reward_caveat(run:dict):
 def _method_caveats(name:str, model:dict, rows:list, causes:dict):
     "Is a policy worse than where it began, the same, or another one on these prompts than on those of training?"
     win,kl,tokens = model.get('win_rate'),mean_of(model.get('kl', {})),model.get('n_tokens')
-    if win and claim([win])=='worse': yield f"{name} is worse than its reference (win rate {interval(win)}, n = {win['n']})."
-    if 'no gain' in causes: yield f'{name} is its reference: no state of its training was better on dev data.'
-    elif 'memorising' in causes: yield f"{name} memorises: {causes['memorising']}."
+    if win and claim([win])=='worse':
+        yield f"{name} is worse than its reference (win rate {interval(win)}, n = {win['n']})."
+    if 'no gain' in causes:
+        yield f'{name} is its reference: no state of its training was better on dev data.'
+    elif 'memorising' in causes:
+        yield f"{name} memorises: {causes['memorising']}."
     seen = [r['kl'] for r in rows if 'kl' in r]
     trained_kl = last_third(np.array(seen)) if kl is not None and seen else math.inf
-    if kl is not None and kl>2*trained_kl+2: yield f'{name} is {kl:.1f} nats from its reference on these prompts and {trained_kl:.1f} on those that it was trained on.'
-    elif 'unseen prompts' in causes: yield f"{name} does to prompts that it has not seen something else: {causes['unseen prompts']}."
-    if kl is not None and tokens and kl>.4*tokens['mean']: yield f"{name} has left its reference behind: KL {kl:.1f} nats in {tokens['mean']:.0f} tokens."
+    if kl is not None and kl>2*trained_kl+2:
+        yield (f'{name} is {kl:.1f} nats from its reference on these prompts and {trained_kl:.1f} on those that '
+               'it was trained on.')
+    elif 'unseen prompts' in causes:
+        yield f"{name} does to prompts that it has not seen something else: {causes['unseen prompts']}."
+    if kl is not None and tokens and kl>.4*tokens['mean']:
+        yield f"{name} has left its reference behind: KL {kl:.1f} nats in {tokens['mean']:.0f} tokens."
 
 def _cut_caveat(models:dict):
     "Do answers end?"
-    cut = {k:1-m['finished']['mean'] for k,m in models.items() if m.get('finished', {}).get('mean', 1.)<.85}
-    if cut: yield f"Many answers are cut: {', '.join(f'{md_name(k)} {v:.0%}' for k,v in cut.items())}."
+    cut = {k:1-m['finished']['mean'] for k,m in models.items()
+           if m.get('finished', {}).get('mean', 1.)<.85}
+    if cut:
+        yield f"Many answers are cut: {', '.join(f'{md_name(k)} {v:.0%}' for k,v in cut.items())}."
 
 _no_methods = ('reference',*(s for s in trained if s not in policies))
 
@@ -194,20 +227,23 @@ def _caveats(run:dict):
     yield from _reward_caveat(run)
     for k in dict.fromkeys((*models,*logs)):
         if k in _no_methods: continue
-        yield from _method_caveats(md_name(k), models.get(k, {}), logs.get(k, []), causes.get(k, {}))
+        yield from _method_caveats(md_name(k), models.get(k, {}), logs.get(k, []),
+                                   causes.get(k, {}))
     yield from _cut_caveat(models)
 
 def caveats(
     runs:dict # From `read_runs`
 )->list:      # Sentences, what the others follow from first; empty: nothing found
     "What takes the meaning from the numbers of a run: nothing was learned, it holds for training data only, or answers are not answers"
-    return [f"{f'Seed {s}: ' if len(runs)>1 else ''}{o}" for s,r in runs.items() for o in _caveats(r)]
+    return [f"{f'Seed {s}: ' if len(runs)>1 else ''}{o}" for s,r in runs.items()
+            for o in _caveats(r)]
 
 # %% ../nbs/25_report.ipynb #rep0trn1
 def _stage_summary(rows:list)->dict:
     "Metrics at the start and the end of one stage, and its diagnosis"
     n = max(1, len(rows)//10)
-    def mean(k, rs): return float(np.mean([r[k] for r in rs if k in r]))
+    def mean(k, rs):
+        return float(np.mean([r[k] for r in rs if k in r]))
     known = [k for k in guide if k in rows[-1] and k in rows[0]]
     metrics = {k:dict(first=mean(k, rows[:n]), last=mean(k, rows[-n:])) for k in known}
     return dict(updates=len(rows), metrics=metrics, diagnosis=diagnose(rows))
@@ -218,37 +254,50 @@ def training_summary(
     "What the logs say in numbers: each metric at the start and the end (means of the first and the last tenth), and the diagnosis"
     out = {}
     for s,r in runs.items():
-        for stage,rows in r.get('logs', {}).items(): out.setdefault(stage, {})[s] = _stage_summary(rows)
-        for stage,d in r.get('training', {}).items(): out.setdefault(stage, {})[s] = d     # published without logs
+        for stage,rows in r.get('logs', {}).items():
+            out.setdefault(stage, {})[s] = _stage_summary(rows)
+        for stage,d in r.get('training', {}).items():
+            out.setdefault(stage, {})[s] = d     # published without logs
     return out
 
 def _diagnosis_lines(by:dict)->list:
     "Of one stage, {seed: its summary}"
     several = len(by)>1
-    if not any(d['diagnosis'] for d in by.values()): return [f"Nothing found{f' in any of {len(by)} seeds' if several else ''}.",'']
+    if not any(d['diagnosis'] for d in by.values()):
+        return [f"Nothing found{f' in any of {len(by)} seeds' if several else ''}.",'']
     out = []
-    for s,d in by.items(): out += [f'Seed {s}:' if several else '','',show_diagnosis(d['diagnosis']),'']
+    for s,d in by.items():
+        out += [f'Seed {s}:' if several else '','',show_diagnosis(d['diagnosis']),'']
     return out
 
 def _stage_lines(stage:str, by:dict, picture:list)->list:
     "The training of one stage, {seed: its summary}"
     several = len(by)>1
     known = [k for k in guide if all(k in d['metrics'] for d in by.values())]
-    def at(end): return {k:interval(pool_runs([dict(mean=d['metrics'][k][end]) for d in by.values()]), '.3g') for k in known}
-    updates = ', '.join(f"{d['updates']}{f' (seed {s})' if several else ''}" for s,d in by.items())
-    what = 'mean of the first and the last tenth'+(', mean over seeds [lowest, highest].' if several else '.')
-    return [f'### {md_inline(stage)}','',*picture,'',f'Updates: {updates}. First and last: {what}','',guide_table(at('first'), at('last')),'',
+    def at(end):
+        return {k:interval(pool_runs([dict(mean=d['metrics'][k][end]) for d in by.values()]),
+                           '.3g') for k in known}
+    updates = ', '.join(f"{d['updates']}{f' (seed {s})' if several else ''}"
+                        for s,d in by.items())
+    what = 'mean of the first and the last tenth'+(', mean over seeds [lowest, highest].'
+                                                   if several else '.')
+    return [f'### {md_inline(stage)}','',*picture,'',
+            f'Updates: {updates}. First and last: {what}',
+            '',guide_table(at('first'), at('last')),'',
             '**Diagnosis** (from the rows alone):','',*_diagnosis_lines(by)]
 
 # %% ../nbs/25_report.ipynb #rep0mis1
 def _of_other_answers(run:dict)->bool:
     "Does an older failure report give the name of the split to answers that are not the comparison's?"
     failures,summary = run.get('failures', {}),run.get('summary', {})
-    if 'source' in (failures.get('about') or {}): return False            # its sets are named after their prompts
+    if 'source' in (failures.get('about') or {}):
+        return False            # its sets are named after their prompts
     for m,d in failures.get('rates', {}).get(summary.get('split'), {}).items():
-        cut,done = d.get('never_stops') or {},summary.get('models', {}).get(m, {}).get('finished') or {}
+        cut,done = d.get('never_stops') or {},summary.get('models', {}).get(m,
+                {}).get('finished') or {}
         if not {'mean','n'}<=cut.keys()&done.keys(): continue
-        if cut['n']!=done['n'] or not math.isclose(cut['mean'], 1-done['mean'], abs_tol=1e-9): return True
+        if cut['n']!=done['n'] or not math.isclose(cut['mean'], 1-done['mean'], abs_tol=1e-9):
+            return True
     return False
 
 def _failure_prompts(runs:dict)->list:
@@ -257,19 +306,25 @@ def _failure_prompts(runs:dict)->list:
     for s,r in runs.items():
         if not _of_other_answers(r): continue
         start = f'Seed {s}: t' if len(runs)>1 else 'T'
-        out.append(f"{start}he set {md_inline(r['summary']['split'])} of the failures is of unknown prompts: its numbers are not those of the comparison.")
+        out.append(f"{start}he set {md_inline(r['summary']['split'])} of the failures is of unknown prompts: its "
+                   "numbers are not those of the comparison.")
     return ['',*out] if out else []
 
 def _absent(runs:dict)->list:
     "Stages and parts that some runs have and others lack"
     def names(r):
-        logs,models = r.get('logs') or r.get('training', {}),r.get('summary', {}).get('models', {})
-        return {*(f'log of {md_inline(k)}' for k in logs),*(f'model {md_inline(k)}' for k in models)}
+        logs,models = r.get('logs') or r.get('training', {}),r.get('summary', {}).get('models',
+                {})
+        return {*(f'log of {md_inline(k)}' for k in logs),
+                *(f'model {md_inline(k)}' for k in models)}
     have = {s:names(r) for s,r in runs.items()}
     want = set().union(*have.values())
-    if any(w.startswith('log') for w in want): want |= {f'log of {k}' for k in trained}
-    if any(w.startswith('model') for w in want): want |= {f'model {k}' for k in policies}
-    return [f"{w}: missing{f' in seed {s}' if len(runs)>1 else ''}" for s,h in have.items() for w in sorted(want-h)]
+    if any(w.startswith('log') for w in want):
+        want |= {f'log of {k}' for k in trained}
+    if any(w.startswith('model') for w in want):
+        want |= {f'model {k}' for k in policies}
+    return [f"{w}: missing{f' in seed {s}' if len(runs)>1 else ''}" for s,h in have.items()
+            for w in sorted(want-h)]
 
 # %% ../nbs/25_report.ipynb #d712240c
 _sources = {
@@ -289,13 +344,19 @@ class _Material:
         self.runs,self.problems,self.out = data['runs'],data['problems'],out
         self.logs,self.models = self.each('logs'),[s['models'] for s in self.each('summary')]
         self.training = self.part('Training', training_summary, self.runs) or {}
-        self.pictures = {k:self.part('Training', self.draw_stage, k) or [] for k in dict.fromkeys(k for stages in self.logs for k in stages)}
+        self.pictures = {k:self.part('Training', self.draw_stage, k) or []
+                         for k in dict.fromkeys(k for stages in self.logs for k in stages)}
         over = each_run(self.runs, 'overoptimise')
-        self.over = {s:o for s,o in over.items() if len(o)>1 and isinstance(o[0], dict) and 'gold' in o[0]}
-        self.failures = self.part('Failures', lambda: [f for f in self.each('failures') if len(failure_data(f))])
-        self.costs = self.part('What training cost', costs, dict(enumerate(self.logs))) if self.logs else None
+        self.over = {s:o for s,o in over.items()
+                     if len(o)>1 and isinstance(o[0], dict) and 'gold' in o[0]}
+        self.failures = self.part('Failures',
+                                  lambda: [f for f in self.each('failures')
+                                           if len(failure_data(f))])
+        self.costs = self.part('What training cost', costs,
+                               dict(enumerate(self.logs))) if self.logs else None
 
-    def each(self, k:str)->list: return [r[k] for r in self.runs.values() if k in r]
+    def each(self, k:str)->list:
+        return [r[k] for r in self.runs.values() if k in r]
 
     def part(self, name:str, f, *args):
         "`f` of `args`, or None where the file behind it is not what a run writes"
@@ -316,25 +377,32 @@ class _Material:
 
 def _judge_section(m:_Material):
     lines = judge_lines(m.runs)
-    return lines and m.draw('training_analysis', 'win_rates', plot_win_rates, m.each('win_rates'))+lines
+    return lines and m.draw('training_analysis', 'win_rates', plot_win_rates,
+                            m.each('win_rates'))+lines
 
 def _frontier_section(m:_Material):
-    if not any('kl' in d for models in m.models for d in models.values()): return None
-    return m.draw('training_analysis', 'frontier', plot_frontier, m.models, m.each('frontier'), m.logs)+best_of_n_lines(m.runs)
+    if not any('kl' in d for models in m.models for d in models.values()):
+        return None
+    return m.draw('training_analysis', 'frontier', plot_frontier, m.models, m.each('frontier'),
+                  m.logs)+best_of_n_lines(m.runs)
 
 def _over_section(m:_Material):
-    return m.over and m.draw('training_analysis', 'overoptimisation', plot_overoptimisation, m.over)+turn_lines(m.over)
+    return m.over and m.draw('training_analysis', 'overoptimisation', plot_overoptimisation,
+                             m.over)+turn_lines(m.over)
 
 def _failure_section(m:_Material):
     if not m.failures: return None
-    return m.draw('failure_analysis', 'failures', plot_failures, m.failures)+failure_lines(m.failures)+_failure_prompts(m.runs)
+    return m.draw('failure_analysis', 'failures', plot_failures,
+                  m.failures)+failure_lines(m.failures)+_failure_prompts(m.runs)
 
 def _cost_section(m:_Material):
     if m.costs is None: return None
-    return m.draw('training_analysis', 'costs', plot_costs, m.costs)+[costs_table(m.costs)]+memory_lines(m.logs)
+    return m.draw('training_analysis', 'costs', plot_costs,
+                  m.costs)+[costs_table(m.costs)]+memory_lines(m.logs)
 
 def _training_section(m:_Material):
-    return [line for stage,by in m.training.items() for line in _stage_lines(stage, by, m.pictures.get(stage, []))]
+    return [line for stage,by in m.training.items()
+            for line in _stage_lines(stage, by, m.pictures.get(stage, []))]
 
 _sections = {   # in the order of the report
     'The models':lambda m: model_lines(m.runs),
@@ -350,12 +418,16 @@ _sections = {   # in the order of the report
 def _about(data:dict, command:str)->str:
     "What the report is of, and who made it"
     seeds,several = list(data['runs']),len(data['runs'])>1
-    runs = f"the seeds {', '.join(seeds)}" if several else 'one run'+(f' (seed {seeds[0]})' if seeds[0] else '')
+    runs = f"the seeds {', '.join(seeds)}" if several else 'one run'+(f' (seed {seeds[0]})'
+            if seeds[0] else '')
     of = f", {md_inline(data['split'])} split" if data['split'] else f"; {data['source']}" if data.get('source') else ''
-    means = 'Intervals over seeds go from the lowest to the highest; intervals of one seed are 95%' if several else 'Intervals are 95%'
+    means = ('Intervals over seeds go from the lowest to the highest; intervals of one seed are '
+             '95%' if several else 'Intervals are 95%')
     made = [f'The report: {md_code(command)}.'] if command else []
-    if data.get('command'): made.append(f"The runs: {md_code(data['command'])}.")
-    elif not command: made.append('The command that made it is not recorded.')
+    if data.get('command'):
+        made.append(f"The runs: {md_code(data['command'])}.")
+    elif not command:
+        made.append('The command that made it is not recorded.')
     return f"Of {runs}{of}. {means}, clustered by prompt. {' '.join(made)}"
 
 def _few_lines(models:list)->list:
@@ -368,11 +440,13 @@ def _numbers(m:_Material)->dict:
     "What the report is made of, for summary.json; what belongs to a run is keyed by its seed, also where there is one"
     cost = json.loads(m.costs.to_json(orient='records')) if m.costs is not None else None
     judges = {s:by_judge(r['win_rates']) for s,r in m.runs.items() if 'win_rates' in r}
-    out = dict(training=m.training, costs=cost, judges=judges or None, failures=each_run(m.runs, 'failures') or None)
+    out = dict(training=m.training, costs=cost, judges=judges or None,
+               failures=each_run(m.runs, 'failures') or None)
     summary = next(iter(m.runs.values())).get('summary', {})
     if len(m.runs)>1:
         comparisons = each_run(m.runs, 'summary', 'comparisons')
-        out.update(seeds=list(m.runs), models=pooled_models(m.models), runs=each_run(m.runs, 'summary', 'models'), comparisons=comparisons)
+        out.update(seeds=list(m.runs), models=pooled_models(m.models),
+                   runs=each_run(m.runs, 'summary', 'models'), comparisons=comparisons)
     elif summary.get('from_samples'): out.update(summary)
     return out
 
@@ -385,16 +459,23 @@ def mk_report(
     m = _Material(data, out)
     sections = {title:m.part(title, f, m) for title,f in _sections.items()}
     first = m.part('What comes first', caveats, m.runs)
-    missing = [f'{title}: no {_sources[title]}' for title,lines in sections.items() if not lines]+_absent(m.runs)
+    missing = [f'{title}: no {_sources[title]}' for title,lines in sections.items()
+               if not lines]+_absent(m.runs)
     md = ['# Analysis','']
     if first: md += [f"**Read this first.** {' '.join(first)}",'']
     md += [_about(data, command),'',*_few_lines(m.models)]
     for title,lines in sections.items():
         if lines: md += [f'## {title}','',*lines,'']
-    if missing: md += ['## Missing','','Nothing is said about these, because the data are not there:','',*(f'- {o}' for o in missing),'']
-    if m.problems: md += ['## Not used','','Files that could not be read; everything else is above:','',*(f'- {md_code(p)}' for p in m.problems),'']
-    numbers = dict(_numbers(m), missing=missing, problems=m.problems, read_first=first or None, command=command or data.get('command'))
-    return '\n'.join(md).replace('\n\n\n', '\n\n'),{k:v for k,v in numbers.items() if v is not None}
+    if missing:
+        md += ['## Missing','','Nothing is said about these, because the data are not there:','',
+               *(f'- {o}' for o in missing),'']
+    if m.problems:
+        md += ['## Not used','','Files that could not be read; everything else is above:','',
+               *(f'- {md_code(p)}' for p in m.problems),'']
+    numbers = dict(_numbers(m), missing=missing, problems=m.problems, read_first=first or None,
+                   command=command or data.get('command'))
+    return '\n'.join(md).replace('\n\n\n', '\n\n'),{k:v for k,v in numbers.items()
+                                                    if v is not None}
 
 def analyze(
     folder,      # A run, a folder of several seeds, or one with samples only
@@ -405,7 +486,9 @@ def analyze(
     md,numbers = mk_report(data, command, at.results)
     old = _get([], at.summary) if at.summary.exists() else {}
     ours = isinstance(old, dict) and (not old or 'models' in old or _ours(at.summary))
-    if ours: write_json(at.summary, {**old, **numbers})            # a file that is not ours is left alone, and named in the report
+    # a file that is not ours is left alone, and named in the report
+    if ours: write_json(at.summary, {**old, **numbers})
     write_text(at.analysis_md, md)                                 # last: with it the stage is done
-    for p in data['problems']: print(f'not used: {visible(p)}')
+    for p in data['problems']:
+        print(f'not used: {visible(p)}')
     return md

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .core import *
 from .config import *
 from .run import *
+from .text import *
 from .stats import *
 from .models import *
 from .train import *
@@ -30,10 +31,14 @@ def bradley_terry_loss(
 # %% ../nbs/12_reward.ipynb #2e2490c0
 def reward_step(net, b, n, center=0.):
     "Bradley-Terry on groups of two"
-    s = net(scores, b)
-    d = (s[:,0]-s[:,1]).detach()
-    loss = (bradley_terry_loss(s[:,0], s[:,1], b.fields.get('margin', 0.))+center*(s.sum(1)**2).sum())/n['prompts']
-    return loss,{'accuracy':((d>0).float()+.5*(d==0)).sum()/n['prompts'], 'margin':d.sum()/n['prompts']}
+    chosen,rejected = net(scores, b).unbind(1)
+    d = (chosen-rejected).detach()
+    loss = bradley_terry_loss(chosen, rejected, b.fields.get('margin', 0.))+center*((chosen+rejected)**2).sum()
+    return loss/n['prompts'],dict(accuracy=_right(d).sum()/n['prompts'], margin=d.sum()/n['prompts'])
+
+def _right(d):
+    "Is the chosen one above, by its differences `d`? Ties count half"
+    return (d>0).float()+.5*(d==0)
 
 def train_reward(
     rm,            # From `mk_reward_model`; changed in place
@@ -42,14 +47,13 @@ def train_reward(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     acc=None,
-    dev:Batch=None, # Pairs of other prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
+    dev:Batch=None,# Pairs of other prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come, as in `fit`
 )->list:           # Metrics rows
     "Train a reward model on preferences"
-    if data.shape[1]!=2: raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
-    mk_updates,total = from_data(data, o, child_seed(seed, 'reward'), acc)
-    step = lambda net,b,n: reward_step(net, b, n, o.center)
-    return fit(rm, mk_updates, step, o, total, run, 'reward', acc=acc, dev=on_dev(rm, step, dev, o), from_start=False, show=show)
+    check_pairs(data)
+    def step(net, b, n): return reward_step(net, b, n, o.center)
+    return fit_data(rm, step, data, o, 'reward', seed, run, acc, on_dev(rm, step, dev, o), from_start=False, show=show)
 
 # %% ../nbs/12_reward.ipynb #165e853c
 def pair_scores(
@@ -65,20 +69,22 @@ def accuracy(
     where=None  # (B,) bool: only these pairs
 )->dict:        # accuracy, low, high, n
     "How often the chosen response scores higher, with its 95% interval (Wilson); ties count half"
-    d = (s[:,0]-s[:,1])[where] if where is not None else s[:,0]-s[:,1]
-    n,k = len(d),((d>0).sum()+.5*(d==0).sum()).item()
-    lo,hi = wilson(k, n)
-    return dict(accuracy=k/n if n else math.nan, low=lo, high=hi, n=n)
+    d = s[:,0]-s[:,1]
+    if where is not None: d = d[where]
+    n,k = len(d),_right(d).sum().item()
+    low,high = wilson(k, n)
+    return dict(accuracy=k/n if n else math.nan, low=low, high=high, n=n)
 
 def by_length(s, data:Batch)->dict:
     "Accuracy where the chosen response is longer, equally long, shorter"
     d = data.lengths[:,0]-data.lengths[:,1]
-    return {k:accuracy(s, w) for k,w in (('chosen longer',d>0),('same length',d==0),('chosen shorter',d<0)) if w.any()}
+    kinds = {'chosen longer':d>0, 'same length':d==0, 'chosen shorter':d<0}
+    return {k:accuracy(s, w) for k,w in kinds.items() if w.any()}
 
 def show_accuracy(d:dict)->str:
     "`d` of name: accuracy as a Markdown table"
-    return '\n'.join(['| pairs | accuracy | 95% interval | n |', '|---|---|---|---|']+
-                     [f"| {k} | {v['accuracy']:.3f} | {v['low']:.3f} to {v['high']:.3f} | {v['n']} |" for k,v in d.items()])
+    rows = [(k, f"{v['accuracy']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}", v['n']) for k,v in d.items()]
+    return md_table([('pairs','accuracy','95% interval','n'), *rows])
 
 # %% ../nbs/12_reward.ipynb #51db0fad
 def calibration(
@@ -87,12 +93,13 @@ def calibration(
 )->dict:         # ece, n, and a row per bin: p (predicted), right (share), low, high, n
     "Is the higher score preferred as often as sigmoid(difference) says?"
     d = s[:,0]-s[:,1]
-    p,right = d.abs().sigmoid(),(d>0).float()+.5*(d==0)
+    p,right = d.abs().sigmoid(),_right(d)
     rows = []
     for i in p.argsort().tensor_split(min(bins, max(1, len(p)))):
-        lo,hi = wilson(right[i].sum().item(), len(i))
-        rows.append(dict(p=p[i].mean().item(), right=right[i].mean().item(), low=lo, high=hi, n=len(i)))
-    return dict(ece=sum(abs(r['p']-r['right'])*r['n'] for r in rows)/len(p), n=len(p), bins=rows)
+        low,high = wilson(right[i].sum().item(), len(i))
+        rows.append(dict(p=p[i].mean().item(), right=right[i].mean().item(), low=low, high=high, n=len(i)))
+    ece = sum(abs(r['p']-r['right'])*r['n'] for r in rows)/len(p)       # expected calibration error
+    return dict(ece=ece, n=len(p), bins=rows)
 
 # %% ../nbs/12_reward.ipynb #4637078a
 def normalise(
@@ -102,9 +109,11 @@ def normalise(
 ):
     "Set mean 0 and standard deviation 1 on `samples`, in place"
     s = in_pieces(lambda b: scores(rm, b), samples, micro_tokens)
-    if s.numel()<2: raise ValueError(f'a standard deviation needs at least 2 samples (reward.n_normalise), got {s.numel()}')
+    if s.numel()<2:
+        raise ValueError(f'a standard deviation needs at least 2 samples (reward.n_normalise), got {s.numel()}')
     std = s.std().item()
-    if not std>0: raise ValueError(f'the reward model gives all {s.numel()} samples the same score ({s.flatten()[0]:.3g}); it has learned nothing')
+    if not std>0:
+        raise ValueError(f'the reward model gives all {s.numel()} samples the same score ({s.flatten()[0]:.3g}); it has learned nothing')
     rm.config.reward_mean = (rm.config.reward_mean+s.mean().item())/std
     if isinstance(rm, LogProbReward): rm.rescale(std)
     else: rm.score.weight.data /= std

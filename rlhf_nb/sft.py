@@ -31,6 +31,7 @@ def sft_loss(
     return -(log_probs*mask).sum()
 
 def sft_step(net, b, n):
+    "Loss and metrics of a micro-batch"
     lp = net(log_probs, b)
     loss = sft_loss(lp, b.mask)/n['tokens']
     return loss,{'nll':loss.detach()}
@@ -46,6 +47,13 @@ def unigram(
     n = torch.bincount(data.responses[data.mask].cpu(), minlength=vocab).double()+add
     return -(n/n.sum()).log()[dev.responses[dev.mask].cpu()].mean().item()
 
+def _beside(look, **more):
+    "A look, with more metrics"
+    def both():
+        metrics,good = look()
+        return dict(metrics, **more),good
+    return both
+
 def train_sft(
     policy,        # Causal LM; changed in place
     data:Batch,    # Responses to imitate, groups of one
@@ -53,16 +61,13 @@ def train_sft(
     seed:int=0,
     run:Run=None,  # Run folder for log and checkpoints
     acc=None,
-    dev:Batch=None, # Responses to others' prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come: `show(rows, total, desc)`, as in `fit`
+    dev:Batch=None,# Responses to others' prompts, for `o.eval_every`
+    show=None      # What shows the rows as they come, as in `fit`
 )->list:           # Metrics rows
     "Supervised fine-tuning"
-    mk_updates,total = from_data(data, o, child_seed(seed, 'sft'), acc)
-    look,counts = on_dev(policy, sft_step, dev, o),None if dev is None else unigram(data, dev, policy.get_input_embeddings().num_embeddings)
-    def beside():
-        m,good = look()
-        return dict(m, unigram=counts),good
-    return fit(policy, mk_updates, sft_step, o, total, run, 'sft', acc=acc, dev=look and beside, show=show)
+    look = on_dev(policy, sft_step, dev, o)
+    if look: look = _beside(look, unigram=unigram(data, dev, policy.get_input_embeddings().num_embeddings))
+    return fit_data(policy, sft_step, data, o, 'sft', seed, run, acc, look, show=show)
 
 # %% ../nbs/11_sft.ipynb #7e6df727
 def generate_plain(
@@ -74,12 +79,12 @@ def generate_plain(
 )->Batch:                  # Groups of one
     "Sample with `transformers`' own `generate`"
     seed_all(seed)
-    pad = lambda p: [tok.pad_token_id]*(max(map(len, prompts))-len(p))
-    rows = lambda on: [pad(p)*on+[0]*len(pad(p))*(not on)+(p if on else [1]*len(p)) for p in prompts]
-    ids,mask = (torch.tensor(rows(on), device=policy.device) for on in (True,False))
-    out = policy.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=True, top_k=0)[:,ids.shape[1]:].tolist()
-    cut = lambda r: r[:r.index(tok.eos_token_id)+1] if tok.eos_token_id in r else r
-    return Batch.from_tokens(prompts, [[cut(r)] for r in out])
+    x = tok.pad(dict(input_ids=prompts), padding_side='left', return_tensors='pt').to(policy.device)
+    out = policy.generate(**x, max_new_tokens=max_new_tokens, do_sample=True, top_k=0)
+    def said(r):
+        "A response up to its EOS"
+        return r[:r.index(tok.eos_token_id)+1] if tok.eos_token_id in r else r
+    return Batch.from_tokens(prompts, [[said(r)] for r in out[:,x.input_ids.shape[1]:].tolist()])
 
 # %% ../nbs/11_sft.ipynb #ee7ff007
 def small_reference(
@@ -88,7 +93,8 @@ def small_reference(
     "A small world and a reference trained on it; trained once, then read from the temporary folder"
     world = make_world(WorldConfig(n_pairs=5000))
     here = Path(rlhf_nb.__file__).parent
-    code = ''.join((here/f'{o}.py').read_text(encoding='utf-8') for o in ('core','world','text','data','forward','models','load','train','sft'))
+    modules = 'core','world','text','data','forward','models','load','train','sft'
+    code = ''.join((here/f'{o}.py').read_text(encoding='utf-8') for o in modules)
     path = Path(tempfile.gettempdir())/f'rlhf_nb_{child_seed(updates, code, torch.__version__):x}'
     if not path.exists():
         tok = world_tokenizer(world)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dtypes', 'counts', 'micro_batches', 'in_pieces', 'Net', 'lr_factor', 'mk_optimizer', 'pick_device', 'best_precision',
-           'Engine', 'mk_accelerator', 'peak_memory', 'steps', 'from_data', 'measured', 'on_dev', 'Best', 'fit',
-           'save_checkpoint', 'load_checkpoint']
+           'Engine', 'mk_accelerator', 'peak_memory', 'steps', 'from_data', 'check_pairs', 'measured', 'on_dev', 'Best',
+           'StageLog', 'fit', 'fit_data', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/10_train.ipynb #c9484837
 import json,math,os,re,sys,time
@@ -29,7 +29,8 @@ def counts(
     "What a sum over the whole update is divided by"
     B,G,_ = batch.shape
     learn = batch.learn
-    n = torch.tensor([B, learn.any(-1).sum() if 'learn' in batch.fields else B*G, learn.sum(), learn[:,0].sum()], dtype=torch.float64)
+    responses = learn.any(-1).sum() if 'learn' in batch.fields else B*G
+    n = torch.tensor([B, responses, learn.sum(), learn[:,0].sum()], dtype=torch.float64)
     if acc is not None and acc.num_processes>1: n = acc.reduce(n.to(acc.device, torch.float32))
     n = n.clamp(min=1)               # an update in which every response is masked divides zero by one
     return dict(zip(('prompts','responses','tokens','chosen_tokens'), n.tolist()))
@@ -85,21 +86,24 @@ def mk_optimizer(
     o:Optim
 ):
     "Fused AdamW; each group remembers its peak learning rate"
-    groups = model if isinstance(model, dict) else {'': (model, o.lr)}
-    return torch.optim.AdamW([dict(params=[p for p in m.parameters() if p.requires_grad], lr=lr, peak=lr) for m,lr in groups.values()],
-                             betas=(.9,o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True)
+    models = model if isinstance(model, dict) else {'': (model, o.lr)}
+    groups = [dict(params=[p for p in m.parameters() if p.requires_grad], lr=lr, peak=lr) for m,lr in models.values()]
+    return torch.optim.AdamW(groups, betas=(.9,o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 def pick_device(
     device:str='auto' # `auto` (a GPU where there is one, else the CPU), `cpu`, `cuda`, `cuda:1` and so on, `mps`
 )->torch.device:
     "The device of that name, which must be there"
-    if not re.fullmatch(r'auto|cpu|mps|cuda(:\d+)?', str(device)): raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got '{device}'")
+    if not re.fullmatch(r'auto|cpu|mps|cuda(:\d+)?', str(device)):
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got '{device}'")
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device=='auto': device = 'cuda' if n else 'cpu'
     d = torch.device(device)
     if d.type=='cuda' and (d.index or 0)>=n:
-        raise ValueError(f'device: {device} was asked for, but torch sees '+(f'GPUs up to cuda:{n-1}' if n else 'no GPU (torch.cuda.is_available() is False)'))
-    if d.type=='mps' and not torch.backends.mps.is_available(): raise ValueError('device: mps was asked for, but torch sees none (torch.backends.mps.is_available() is False)')
+        seen = f'GPUs up to cuda:{n-1}' if n else 'no GPU (torch.cuda.is_available() is False)'
+        raise ValueError(f'device: {device} was asked for, but torch sees {seen}')
+    if d.type=='mps' and not torch.backends.mps.is_available():
+        raise ValueError('device: mps was asked for, but torch sees none (torch.backends.mps.is_available() is False)')
     return d
 
 dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -108,10 +112,11 @@ def best_precision(
     device # `cpu`, `cuda`, ...; or a torch.device
 )->str:
     "What `auto` means: bf16 where it is native, fp16 on older GPUs, else float32; or what the environment variable RLHF_NB_PRECISION says"
-    d = torch.device(device)
-    if (p := os.environ.get('RLHF_NB_PRECISION')):
-        if p not in dtypes: raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{p}'")
-        return p
+    d,asked = torch.device(device),os.environ.get('RLHF_NB_PRECISION')
+    if asked:
+        if asked not in dtypes:
+            raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{asked}'")
+        return asked
     if d.type=='cuda': return 'bf16' if torch.cuda.get_device_capability(d)>=(8,0) else 'fp16'
     native = d.type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bf16' if native else 'fp32'
@@ -143,8 +148,10 @@ def mk_accelerator(
     d = pick_device(device)
     if d.type=='cuda' and d.index is not None: torch.cuda.set_device(d)   # what says `cuda` alone means this one
     if precision=='auto': precision = best_precision(d)
-    if precision not in dtypes: raise ValueError(f"model.precision: expected auto, {', '.join(dtypes)}, got '{precision}'")
-    if precision=='fp16' and d.type=='cpu': raise ValueError('model.precision: fp16 needs a GPU, and the device is cpu; use auto, bf16 or fp32')
+    if precision not in dtypes:
+        raise ValueError(f"model.precision: expected auto, {', '.join(dtypes)}, got '{precision}'")
+    if precision=='fp16' and d.type=='cpu':
+        raise ValueError('model.precision: fp16 needs a GPU, and the device is cpu; use auto, bf16 or fp32')
     return Engine(precision, d)
 
 # %% ../nbs/10_train.ipynb #82586203
@@ -155,7 +162,8 @@ def peak_memory(
     if device.type=='cuda': return dict(peak_memory=torch.cuda.max_memory_allocated(device))
     if sys.platform=='win32': return {}
     import resource
-    return dict(peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024))
+    unit = 1 if sys.platform=='darwin' else 1024
+    return dict(peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit)
 
 def steps(
     model,           # Module, or ModuleDict of several
@@ -172,7 +180,7 @@ def steps(
     acc = acc or mk_accelerator()
     net,opt = acc.prepare(Net(model, acc.autocast), opt or mk_optimizer(model, o))
     for i,(batches,row) in enumerate(updates, start):
-        t0,f = time.perf_counter(),lr_factor(o, i, total)
+        began,f = time.perf_counter(),lr_factor(o, i, total)
         for g in opt.param_groups: g['lr'] = g['peak']*f
         sums,done,tokens = defaultdict(float),0,0
         for batch in batches:
@@ -181,30 +189,41 @@ def steps(
             done += 1
             for k,v in stats.items(): sums[k] += v
             if until and until(stats): break
+        means = {k:v/done for k,v in sums.items()} if done else dict(loss=0., grad_norm=0.)
         if acc.num_processes>1: tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
-        yield dict(update=i, **row, **({k:v/done for k,v in sums.items()} if done else dict(loss=0., grad_norm=0.)), lr=o.lr*f, steps=done, tokens=tokens, train_seconds=round(time.perf_counter()-t0, 4), **peak_memory(acc.device))
+        took = round(time.perf_counter()-began, 4)
+        yield dict(update=i, **row, **means, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=took, **peak_memory(acc.device))
+
+def _weighted_pieces(batch, tokens, acc):
+    "Micro-batches and their weights: each process runs the same number, the extra ones with weight 0"
+    pieces = [(batch[i],1.) for i in micro_batches(batch, tokens)]
+    if acc.num_processes==1: return pieces
+    most = int(acc.gather(torch.tensor([len(pieces)], device=acc.device)).max())
+    return pieces+[(pieces[0][0],0.)]*(most-len(pieces))
+
+def _over_processes(stats, acc):
+    "Sums over all processes, as numbers; the host waits for the device once"
+    v = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=acc.device) for x in stats.values()])
+    if acc.num_processes>1: v = acc.reduce(v)
+    return dict(zip(stats, v.tolist()))
 
 def _step(net, batch, step, opt, o, acc, i):
     "One optimizer step over all micro-batches of `batch`"
-    n,pieces = counts(batch, acc),[(batch[j],1.) for j in micro_batches(batch, o.micro_tokens)]
-    if acc.num_processes>1:   # every process runs the same number, the extra ones with weight 0
-        most = int(acc.gather(torch.tensor([len(pieces)], device=acc.device)).max())
-        pieces += [(pieces[0][0],0.)]*(most-len(pieces))
+    n,pieces = counts(batch, acc),_weighted_pieces(batch, o.micro_tokens, acc)
     stats = defaultdict(float)
     for j,(b,w) in enumerate(pieces):
         with acc.no_sync(net) if j<len(pieces)-1 else nullcontext():
             loss,s = step(net, b.to(acc.device), n)
             acc.backward(loss*(w*acc.num_processes))   # data-parallel gradients are averaged: undo it
         for k,v in dict(s, loss=loss).items(): stats[k] = stats[k]+w*(v.detach() if torch.is_tensor(v) else v)
-    keys = list(stats)
-    v = torch.stack([torch.as_tensor(stats[k], dtype=torch.float32, device=acc.device) for k in keys])
-    if acc.num_processes>1: v = acc.reduce(v)
-    stats = dict(zip(keys, v.tolist()))
+    stats = _over_processes(stats, acc)
     acc.unscale_gradients(opt)
-    stats['grad_norm'] = float(nn.utils.clip_grad_norm_(net.parameters(), o.max_grad_norm or math.inf))   # 0: no clipping
+    most = o.max_grad_norm or math.inf                 # 0: no clipping
+    stats['grad_norm'] = float(nn.utils.clip_grad_norm_(net.parameters(), most))
     if not math.isfinite(stats['loss']) or not (math.isfinite(stats['grad_norm']) or acc.mixed_precision=='fp16'):
-        raise FloatingPointError(f'update {i}: not finite: '+', '.join(f'{k}={x:.4g}' for k,x in stats.items())+
-                                 f" (learning rate {opt.param_groups[0]['lr']:.2g}; a lower one, or float32, may help)")
+        values = ', '.join(f'{k}={x:.4g}' for k,x in stats.items())
+        raise FloatingPointError(f"update {i}: not finite: {values} (learning rate {opt.param_groups[0]['lr']:.2g}; "
+                                 'a lower one, or float32, may help)')
     opt.step()
     opt.zero_grad()
     return stats
@@ -221,9 +240,14 @@ def from_data(
     size = min(o.batch_size, len(data))
     def mk_updates(start):
         for b in batches(data, size, o.updates, o.epochs, seed, start):
-            if len(b)<k: return                # the rest of the last pass, less than a prompt for each process
+            if len(b)<k: return                # the rest of the last pass: not a prompt for each process
             yield [b[r::k] if k>1 else b],{}
     return mk_updates,n_updates(len(data), size, o.updates, o.epochs)
+
+def check_pairs(data:Batch):
+    "Raise where groups are no pairs"
+    if data.shape[1]!=2:
+        raise ValueError(f'a preference has two responses, chosen and rejected; these groups have {data.shape[1]}')
 
 # %% ../nbs/10_train.ipynb #f96e9ed7
 @torch.no_grad()
@@ -234,8 +258,8 @@ def measured(
     o:Optim
 )->dict:
     "Loss and metrics of `step` on `data`, without gradients"
-    n,out,net = counts(data),defaultdict(float),lambda f,*args,**kw: f(model, *args, **kw)
-    device = next(model.parameters()).device
+    def net(f, *args, **kw): return f(model, *args, **kw)
+    n,out,device = counts(data),defaultdict(float),next(model.parameters()).device
     for i in micro_batches(data, o.micro_tokens):
         loss,stats = step(net, data[i].to(device), n)
         for k,v in dict(stats, loss=loss).items(): out[k] += float(v)
@@ -253,20 +277,25 @@ class Best:
     "The best state of a stage, by its dev split"
     def __init__(self, model, dev, o:Optim, total:int, acc, from_start=True):
         self.model,self.dev,self.o,self.acc,self.total,self.from_start = model,dev,o,acc,total,from_start
-        self.kept,self.at,self.bad = None,None,False
-        e = o.eval_every if dev is not None else None
-        self.every = None if e is None else max(1, round(e*total)) if e<1 else int(e)
+        self.kept = None                  # the best state so far: how good it is, after how many updates, its weights
+        self.at,self.bad = None,False     # the last look: after how many updates, and was that state impossible?
+        self.every,e = None,o.eval_every  # updates between looks; given as their number, or as a share of the stage
+        if dev is not None and e is not None: self.every = max(1, round(e*total)) if e<1 else int(e)
     def due(self, n):
         "Is there a look after `n` updates? Row 0 has the one before training"
         return bool(self.every) and (n==self.total or n>1 and n%self.every==0)
     def look(self, n)->dict:
         "Metrics of the state after `n` updates, which is kept if it is the best so far; the training's random numbers stay where they are"
-        with torch.random.fork_rng([self.acc.device] if self.acc.device.type=='cuda' else []), torch.no_grad(), self.acc.autocast():
-            metrics,good = self.dev()
-        if self.acc.num_processes>1: good = float(self.acc.reduce(torch.tensor(float(good), device=self.acc.device), 'mean')) # one decision for all
+        acc = self.acc
+        devices = [acc.device] if acc.device.type=='cuda' else []
+        with torch.random.fork_rng(devices),torch.no_grad(),acc.autocast(): metrics,good = self.dev()
+        # one decision for all
+        if acc.num_processes>1:
+            good = float(acc.reduce(torch.tensor(float(good), device=acc.device), 'mean'))
         if good!=good or not n and not self.from_start: good = -math.inf
         if self.kept is None or good>self.kept['good']:
-            self.kept = dict(good=float(good), update=n, model={k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()})
+            weights = {k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()}
+            self.kept = dict(good=float(good), update=n, model=weights)
         self.at,self.bad = n,not good>-math.inf
         return {**{f'dev_{k}':v for k,v in metrics.items()}, 'dev_update':n}
     def over(self, n):
@@ -279,6 +308,32 @@ class Best:
         return self.kept['update']
 
 # %% ../nbs/10_train.ipynb #70ba4c60
+class StageLog:
+    "What a stage leaves in its run folder: rows and a checkpoint. Without a run, and in all processes but the main one, nothing is written"
+    def __init__(self, run, stage, acc):
+        self.run,self.stage = run,stage
+        self.writes = run is not None and acc.is_main_process
+    def resume(self, model, opt)->tuple: # Index of the next update, the best state so far, the rows
+        "Go on from the checkpoint, where there is one, with the log cut back to it"
+        start,kept,rows = 0,None,[]
+        if self.run is not None and (path := self.run.checkpoint(self.stage)).exists():
+            start,kept = load_checkpoint(path, model, opt)
+            rows = self.run.rows(self.stage)[:start]
+            if [r.get('update') for r in rows]!=list(range(start)):
+                raise ValueError(f'{self.run.log(self.stage)}: does not fit {path}, which is after {start} updates: '
+                                 'their rows are not all there, in order. Remove both to start this stage again')
+        self.rewrite(rows)
+        return start,kept,rows
+    def rewrite(self, rows):
+        "These rows, and no others"
+        if self.writes: write_text(self.run.log(self.stage), ''.join(json.dumps(r)+'\n' for r in rows))
+    def add(self, row):
+        "One more row"
+        if self.writes: append_row(self.run.log(self.stage), row)
+    def checkpoint(self, *state):
+        "The state to go on from, as in `save_checkpoint`"
+        if self.writes: save_checkpoint(self.run.checkpoint(self.stage), *state)
+
 def fit(
     model,           # Module, or ModuleDict of several
     mk_updates,      # `mk_updates(start)` yields the updates from that index on
@@ -296,36 +351,46 @@ def fit(
 )->list:             # All metrics rows
     "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
     acc,opt = acc or mk_accelerator(),opt or mk_optimizer(model, o)
-    start,rows,best = 0,[],Best(model, dev, o, total, acc, from_start)
+    best,log = Best(model, dev, o, total, acc, from_start),StageLog(run, stage, acc)
     model.to(acc.device)
-    write = lambda: write_text(run.log(stage), ''.join(json.dumps(r)+'\n' for r in rows)) if run and acc.is_main_process else None
-    if run:
-        path = run/'checkpoints'/f'{stage}.pt'
-        if path.exists():
-            start,best.kept = load_checkpoint(path, model, opt)
-            rows = run.rows(stage)[:start]
-            if [r.get('update') for r in rows]!=list(range(start)):
-                raise ValueError(f'{run.log(stage)}: does not fit {path}, which is after {start} updates: their rows are not all there, in order. Remove both to start this stage again')
-        write()
+    start,best.kept,rows = log.resume(model, opt)
     n = start
     first = best.look(start) if best.every and best.kept is None else {}
     it = steps(model, mk_updates(start), step, o, total, opt, acc, start, until)
-    for r in (show or progress)(it, total-start, stage) if acc.is_main_process else it:
+    if acc.is_main_process: it = (show or progress)(it, total-start, stage)
+    for r in it:
         n = r['update']+1
         r.update(best.look(n) if best.due(n) else first if n==1 else {})
         rows.append(r)
-        if run and acc.is_main_process: append_row(run.log(stage), r)
+        log.add(r)
         if best.over(n) or r.get('stopped'): break                # no checkpoint: a resumed run would go on from it
-        if run and acc.is_main_process and n%o.checkpoint_every==0 and n<total: save_checkpoint(path, model, opt, n, best.kept)
+        if n%o.checkpoint_every==0 and n<total: log.checkpoint(model, opt, n, best.kept)
     if best.every and rows:
         if best.at!=n: rows[-1].update(best.look(n))     # the updates ended by themselves
         rows[-1]['kept'] = best.restore(n)
-        write()
+        log.rewrite(rows)
     return rows
+
+def fit_data(
+    model,
+    step,
+    data:Batch,    # The whole data set
+    o:Optim,
+    stage:str,
+    seed:int=0,
+    run:Run=None,
+    acc=None,
+    dev=None,      # As for `fit`, from `on_dev`
+    **kw           # More for `fit`
+)->list:           # Metrics rows
+    "`fit` a stage to a data set"
+    mk_updates,total = from_data(data, o, child_seed(seed, stage), acc)
+    return fit(model, mk_updates, step, o, total, run, stage, acc=acc, dev=dev, **kw)
 
 def save_checkpoint(path, model, opt, update:int, kept=None):
     "Weights, optimizer, the index of the next update, and the best state so far"
-    with replacing(path) as tmp: torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), update=update, kept=kept), tmp)
+    state = dict(model=model.state_dict(), opt=opt.state_dict(), update=update, kept=kept)
+    with replacing(path) as tmp: torch.save(state, tmp)
 
 def load_checkpoint(path, model, opt)->tuple: # Index of the next update; the best state so far, or None
     "Restore weights and optimizer"
@@ -335,4 +400,5 @@ def load_checkpoint(path, model, opt)->tuple: # Index of the next update; the be
         opt.load_state_dict(d['opt'])
         return d['update'],d.get('kept')
     except Exception as e:
-        raise ValueError(f'{path}: not a checkpoint of this stage and model ({type(e).__name__}: {e}). Remove it to start this stage again') from e
+        raise ValueError(f'{path}: not a checkpoint of this stage and model ({type(e).__name__}: {e}). '
+                         'Remove it to start this stage again') from e

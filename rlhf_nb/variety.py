@@ -47,7 +47,8 @@ def _vectors(
     weights:list
 )->_Vectors:
     "The items of each prompt, added up by kind"
-    of,kind,w = torch.tensor(prompts, dtype=torch.long),_numbers(kinds),torch.tensor(weights, dtype=torch.float64)
+    of,kind,w = torch.tensor(prompts, dtype=torch.long),_numbers(kinds),torch.tensor(weights,
+            dtype=torch.float64)
     B = int(of.max())+1 if len(of) else 1
     n_kinds = int(kind.max())+1 if len(kind) else 1
     entry,place = torch.unique(of*n_kinds+kind, return_inverse=True)
@@ -61,7 +62,8 @@ class TextSet:
         words = [(i,words_of(t)) for i,texts in enumerate(groups) for t in texts]
         self.n = len(groups[0])
         pairs = [(i,p) for i,w in words for p in zip(w, w[1:])]
-        self.pair_of,self.pair = torch.tensor([i for i,_ in pairs], dtype=torch.long),_numbers(p for _,p in pairs)
+        self.pair_of,self.pair = torch.tensor([i for i,_ in pairs], dtype=torch.long),_numbers(p
+                for _,p in pairs)
         self.bag = self._bags(words)
         openings = [tuple(w[:3]) for _,w in words]
         self.opening = _vectors([i for i,_ in words], openings, [1.]*len(words))
@@ -91,7 +93,8 @@ class TextSet:
     def measures(self, keep, m:int)->torch.Tensor:
         "distinct_2 among `m` word pairs, self_similarity, same_opening, (3,), of the prompts to `keep` (B,)"
         distinct = rarefied(torch.bincount(self.pair[keep[self.pair_of]]), m)
-        return torch.tensor([distinct, self.similar(self.bag, keep), self.similar(self.opening, keep)], dtype=torch.float64)
+        return torch.tensor([distinct, self.similar(self.bag, keep),
+                             self.similar(self.opening, keep)], dtype=torch.float64)
 
 # %% ../nbs/21a_variety.ipynb #da70b775
 def jackknife(
@@ -101,7 +104,8 @@ def jackknife(
 ): # Values and standard errors, (K,)
     "A number about a whole set of prompts, and its standard error from leaving out parts"
     v = f(torch.ones(B, dtype=torch.bool))
-    if B<2: return v,torch.full_like(v, math.inf)     # one prompt says nothing about their spread
+    if B<2:
+        return v,torch.full_like(v, math.inf)     # one prompt says nothing about their spread
     order,g = torch.randperm(B, generator=generator(0, 'jackknife')),min(groups, B)
     parts = []
     for j in range(g):
@@ -128,7 +132,8 @@ def over_set(
     fs:dict,      # {model: f(keep) -> (K,)}, one of them 'reference'
     names:list,   # K names
     B:int         # Prompts
-)->list: # Rows: metric, model, value, low, high, n and, but for the reference, difference, difference_low, difference_high, p
+# Rows: metric, model, value, low, high, n and, but for the reference, difference, difference_low, difference_high, p
+)->list:
     "Values of every model and their differences from the reference, by the jackknife"
     models = list(fs)
     reference,df = models.index('reference'),min(32, B)-1
@@ -144,6 +149,8 @@ def over_set(
             rows.append(dict(metric=name, model=m, value=x, low=x-h*s, high=x+h*s, n=B))
             if i==reference: continue
             d,s = v[len(models)+i,k].item(),se[len(models)+i,k].item()
-            seen = d if abs(d)>1e-9*(abs(x)+abs(x-d)) else 0.      # what is left of two equal sums is rounding, and no difference
-            rows[-1].update(difference=d, difference_low=d-h*s, difference_high=d+h*s, p=student_p(seen, s, df))
+            # what is left of two equal sums is rounding, and no difference
+            seen = d if abs(d)>1e-9*(abs(x)+abs(x-d)) else 0.
+            rows[-1].update(difference=d, difference_low=d-h*s, difference_high=d+h*s,
+                            p=student_p(seen, s, df))
     return rows
