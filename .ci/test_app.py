@@ -431,7 +431,7 @@ def test_page_before_models(folder):
         from rlhf_nb.cards import find
         from rlhf_nb.cards import mk_prompt
         from rlhf_nb.desk import Desk
-        from rlhf_nb.tabs import mk_app
+        from rlhf_nb.app import mk_app
         d = Desk(sys.argv[1], live=False).load()
         mk_app(d)
         board(d.stored(d.ask(d.prompts[0])))

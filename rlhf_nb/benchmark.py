@@ -105,6 +105,7 @@ class Side:
         self.process.stdin.close()
         self.process.wait()
     def kill(self):
+        "End it, whatever it does"
         if self.process and self.process.poll() is None: self.process.kill()
 
 def race(
@@ -187,12 +188,13 @@ def measure(
         if unit=='pairs': return as_batch(part, tok)
         return Batch.from_tokens(prompt_ids(part), [[[0]*new]*group]*k)
     bs = [batch(part) for part in step_rows(rows, k, n, warmup)]
+    # the first report is made before any step, the next ones are the warm-up
     cpu = {s:[o['cpu'] for o in v[1+warmup:]] for s,v in out.items()}
     def speed_of(side):
         done = per_step/EVERY if what in evals and side=='HF' else per_step
         return done*steps/sum(cpu[side])
     speed = {s:speed_of(s) for s in out}
-    rate = sum(o['rate'] for o in out['ours'])/len(out['ours'])
+    rate = sum(o['rate'] for o in out['ours'])/len(out['ours'])    # of a matrix product, in the same minutes
     bound = per_step*steps*rate/sum(step_flops(what, c, b) for b in bs)
     memory = {s:max(o['memory'] for o in v) for s,v in out.items()}
     ratio = {s:speed['ours']/v for s,v in speed.items() if s!='ours'}
@@ -265,6 +267,7 @@ def main(a):
         world = make_world(WorldConfig(n_corpus=4000, n_pairs=1000))
         pairs,tok = world.train,world_tokenizer(world)
     prompts = dict(grpo=a.grpo_prompts, ppo=a.ppo_prompts, gen8=1, gen32=4, **dict.fromkeys(evals, 100))
+    # rows for the longest work: all read the same ones
     need = (a.steps+a.warmup)*max(PAIRS, *(prompts.get(k, 0) for k in a.work))
     result = dict(size=a.size, data=Path(a.pairs).name if a.pairs else 'world', processor=processor(),
                   date=str(date.today()), dtype='float32', threads=1, rows=[])

@@ -62,6 +62,7 @@ class DataReport:
     noted = 'duplicate prompt','prompt cut','response cut','special token as text'
     def __init__(self, name, remarks=()):
         self.name,self.read,self.remarks = name,0,list(remarks)
+        # everything that is counted has its first place, so that somebody can look
         self.counts,self.details = {},{}     # dict(n, first) of each `what`, and of each (what, detail)
         self.lengths,self.splits = {},{}     # `length_stats` of train; {split: pairs}
     def count(self, what, where, detail=''):
@@ -106,7 +107,7 @@ class DataReport:
                 for d,c in why[:most]: add('- '+' '.join(d.split()), c)
                 if len(why)>most: rows.append((f'- {len(why)-most} more','',''))
         for k,n in self.splits.items(): rows.append((f'in {k}',n,''))
-        return md_table(rows, 'lrr')
+        return md_table(rows, 'lrl')
     def _length_tables(self):
         "How long the texts are, and what length alone says"
         l = self.lengths
@@ -161,7 +162,9 @@ def _pairs(rows, report, what='pairs'):
             continue
         if p['prompt'] in seen: report.count('duplicate prompt', where)
         seen.add(p['prompt'])
+        # other columns stay, such as the world's family; `source` is where the row stands
         pairs.append({**row, **p, 'source':where})
+    # what a file lacks shows only when all its rows are seen
     if report.read==start: raise ValueError(f'{report.name}: no rows in it ({what})')
     lack = [k for k in ('chosen','rejected') if k not in keys]
     if keys and lack: raise _no_columns(report.name, keys, lack)
@@ -228,11 +231,11 @@ def split_by_prompt(
     where = {k:[] for k in (*shares,'train')}
     for key,x in at.items(): where[_place(x, shares)].append(key)
     for k,ks in where.items():
-        most = max(where.values(), key=len)
+        most = max(where.values(), key=len)                    # the split with most prompts
         if not ks and len(most)>1: # an empty split gets the next by hash, from the one that has most
             ks.append((max if k=='train' else min)(most, key=at.get))
             most.remove(ks[0])
-    home = {key:k for k,ks in where.items() for key in ks}
+    home = {key:k for k,ks in where.items() for key in ks}     # {key: its split}
     out = {k:[] for k in where}
     for p in pairs: out[home[prompt_key(p['prompt'])]].append(p)
     return out
@@ -334,7 +337,8 @@ def _take_from_train(s, lack, c, seed, report):
     "The splits that the data do not have, as parts of train"
     train = _need(s['train'], report, 'pairs for train')
     if not c.test_size:
-        raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: nothing to test on")
+        raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: "
+                         'nothing to test on')
     new = split_by_prompt(train, {k:c.test_size for k in lack}, seed)
     if not all(new.values()):
         n = sum(len(_by_key(o)) for o in new.values())
@@ -351,7 +355,7 @@ def load_splits(
     c = config.data
     src,names,world = _rows_of(config, source)
     report = DataReport(src.name, src.remarks)
-    def read(k):
+    def read(k): # in this order: the report names the first place of each reason
         if k not in names: return []
         rows = src.splits[names[k]]()
         return _pairs(rows, report, f"split '{names[k]}'")
@@ -359,6 +363,7 @@ def load_splits(
     held = [p for k in _own[1:] for p in s[k]]
     train = _without_leaks(s['train'], held, report)
     s['train'] = _subset(train, c.n_pairs, config.seed, report)
+    # cut once, before splitting: a pair that cutting makes equal must not decide which prompts lie where
     sizes = {}                                                 # {id of a pair: (3,) lengths before cutting}
     for k,pairs in s.items():
         if not pairs or tokenizer is None: continue
@@ -399,5 +404,5 @@ def batches(
     n = len(data)
     for i in range(start, n_updates(n, batch_size, updates, epochs)):
         at = pass_order(n, batch_size, seed, i)
-        left = n*epochs-i*batch_size                           # of the last pass
+        left = n*epochs-i*batch_size                           # of the last pass: only the last update may be short
         yield data[at if updates else at[:left]]

@@ -60,13 +60,15 @@ def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
     if o.loss_type=='simpo': start = torch.zeros_like(now)
     elif reference is None: start = b.ref_sums
     else:
-        with autocast(): start = reference_log_probs(reference, b, o.micro_tokens)   # read as the policy is: equal models differ by nothing
+        # read as the policy is: equal models differ by nothing
+        with autocast(): start = reference_log_probs(reference, b, o.micro_tokens)
     per = b.lengths.clamp(min=1) if o.loss_type in ('ipo','simpo') else 1
     (w,l),(rw,rl) = (now/per).unbind(1),(start/per).unbind(1)      # w: chosen (won), l: rejected (lost)
     loss = dpo_loss(w, l, rw, rl, o.beta, o.loss_type, o.label_smoothing, o.gamma)/n['prompts']
     if o.sft_weight: loss = loss-o.sft_weight*lp[:,0].sum()/n['chosen_tokens']
     d = (now-start).detach()
-    margin = o.beta*((w-rw)-(l-rl)).detach()                       # the loss's own: of token means for `ipo` and `simpo`
+    # the loss's own: of token means for `ipo` and `simpo`
+    margin = o.beta*((w-rw)-(l-rl)).detach()
     right = (margin>0).float()+.5*(margin==0)
     sums = dict(accuracy=right, margin=margin, chosen_shift=d[:,0], rejected_shift=d[:,1])
     return loss,{k:x.sum()/n['prompts'] for k,x in sums.items()}
@@ -84,7 +86,9 @@ def train_dpo(
 )->list:           # Metrics rows
     "Direct preference optimisation"
     check_pairs(data)
-    if o.loss_type=='ipo' and not o.beta>0: dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')   # refuses
+    # what the loss refuses, before anything is read
+    if o.loss_type=='ipo' and not o.beta>0:
+        dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')
     acc = acc or mk_accelerator()
     if reference is not None: reference.to(acc.device)       # `fit` moves the policy; `simpo` needs no reference
     live = None if o.cache_reference else reference

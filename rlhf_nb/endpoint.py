@@ -91,6 +91,7 @@ class Address:
     "An endpoint: `shown` can be told to anybody; user, password, query and the parts of the path that may be a key can't"
     def __init__(self, url):
         u = self._parts(url)
+        # some give the address of the whole call
         path = u.path.rstrip('/').removesuffix('/chat/completions')
         parts = path.split('/')
         host = f'[{u.hostname}]' if ':' in u.hostname else u.hostname
@@ -98,11 +99,13 @@ class Address:
         self.origin = f'{u.scheme}://{host}'+(f':{u.port}' if u.port else '')
         self.shown = self.origin+'/'.join(o if _may_tell(o) else '…' for o in parts)
         self.hidden = path if '…' in self.shown else ''       # two endpoints that look the same are not the same
+        # what goes over the line, spelled as it was given
         self.target = quote(path+'/chat/completions', safe="/%:!$&'()*+,;=~")
         if u.query:
             self.target += '?'+quote(u.query, safe="/%:!$&'()*+,;=~?")
         user,password = unquote(u.username or ''),unquote(u.password or '')
         self.login = f'{user}:{password}' if user or password else None
+        # whatever may be a key is cut out of all that is told
         self.secrets = [u.password or u.username or '']
         self.secrets += [v for _,v in parse_qsl(u.query, keep_blank_values=True)]
         self.secrets += [o for o in parts if not _may_tell(o)]
@@ -129,6 +132,7 @@ class Address:
     @property
     def loopback(self):
         "Is this the machine we are on?"
+        # names that mean this machine, then numbers, then what the system knows
         host = self.host.removesuffix('.')
         if host=='localhost' or host.endswith('.localhost'): return True
         try: return _here(host)
@@ -237,6 +241,7 @@ class Server:
 
     def scrub(self, s:str)->str:
         "Without keys and passwords, however they are spelled"
+        # the longest first: a part of a key must not be cut out of the whole
         spelled = set()
         for k in (self.key,*self.address.secrets):
             if len(k)>3: spelled |= _masked(k)
@@ -264,6 +269,7 @@ class Server:
     def client(self):
         "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
         import openai
+        # what they log could hold a key
         for o in _loud:
             logging.getLogger(o).setLevel(logging.WARNING)
         # the HTTP library that openai brings
@@ -276,6 +282,7 @@ class Server:
             "Sends what we say, and nothing that the environment or the library would add"
             def send(client, request, **kw):
                 return self._bounded(http, super().send, request, headers, target)
+        # as many connections as questions at once
         limits = http.Limits(max_connections=None, max_keepalive_connections=self.connections)
         try:
             verify = http.create_ssl_context() if a.scheme=='https' else False
@@ -283,6 +290,7 @@ class Server:
         except (ValueError,ImportError,OSError,http.InvalidURL) as e:
             raise JudgeError("the proxy or the certificates that the environment names can't be used "
                              f'({type(e).__name__})') from None
+        # also the connections themselves keep to the time, with a proxy and without
         for o in filter(None, (client._transport,*client._mounts.values())):
             o._pool._network_backend = _InTime(o._pool._network_backend, self._left, self.timeout)
         # without a key, `headers` has none
@@ -292,6 +300,7 @@ class Server:
 
     def _bounded(self, http, send, request, headers, target):
         "Send a request as ours, and read the reply under our limits; its bytes come back in the request"
+        # the clock starts with the request
         self._due.end = time.monotonic()+self.timeout
         asked = http.Request(
             request.method, request.url, headers=headers,
@@ -324,6 +333,7 @@ class Server:
         except openai.APIStatusError as e: r = e.response
         except openai.APIConnectionError as e:
             raise self._unreached(e, isinstance(e, openai.APITimeoutError)) from None
+        # the reply that came, whatever its status
         text = bytes(r.request.extensions['body']).decode('utf-8-sig', errors='replace')
         try: d = json.loads(text, parse_int=_whole_number)
         except (ValueError,RecursionError): d = None
@@ -340,6 +350,7 @@ class Server:
         except (KeyError,IndexError,TypeError): c = None
         if isinstance(c, dict) and c.get('error'):
             raise error(_error_status(c), c)
+        # a completion has a message; a page of a proxy has none
         message = c.get('message') if isinstance(c, dict) else None
         if not isinstance(message, dict):
             page = ' (a page)' if text.lstrip()[:1]=='<' else ''
@@ -381,18 +392,22 @@ class Server:
             "Does the server say it?"
             return re.search(pattern, said, re.I)
         http = f'HTTP {n}: {said}'
+        # what no other request would change
         if n in (401,403) or n==400 and has('api.?key'):
             key = 'the address' if in_address else self.key_name
             return 'halt',f'{self.host} refuses the API key (HTTP {n}): check {key}'
         if n==402 or code=='insufficient_quota': return 'halt',f'{self.host}: the account has no credit left (HTTP {n})'
         if n==407: return 'halt','the proxy asks for a password (HTTP 407)'
         if 300<=n<400: return 'halt',f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url'
+        # a parameter, or the address?
         if n==404 and 'parameter' in said: return 'params',http
         if n in (404,405): return 'halt',f"{self.host} has no model '{model}', or is no such endpoint (HTTP {n})"
         if n in (400,422) and has(r'\bstream'):
             return 'halt',f'{self.host} answers in a stream only, which is not supported: {said}'
+        # what passes
         if n==429: return 'limit','rate limit (HTTP 429)'
         if n==200: return 'again',f'an error inside HTTP 200: {said}'
+        # what another set of parameters may change
         if n in (400,422): return 'params',http
         if n>=500 and named_in(said): return 'params or again',http   # a chat template's error, say
         if n in (408,409) or n>=500:

@@ -34,6 +34,7 @@ verdict_schema = dict(
 def cut_prompt(s:str, n:int):
     "At most the last `n` characters of a dialogue, from the beginning of a human turn where possible"
     if len(s)<=n: return s
+    # the first turn that fits with all after it
     begin = s.find(HH.mark('user'), len(s)-n)
     return '[earlier text left out]'+(s[begin:] if begin>=0 else s[-n:])
 
@@ -100,6 +101,7 @@ class _Object(NamedTuple):
 def _object(text, i):
     "The object that begins at `i`; None where there is none"
     try:
+        # proper JSON, or texts that leave no doubt
         values,end = _decoder.raw_decode(text, i)
         return _Object(i, end, values)
     except NoVerdict: raise
@@ -114,6 +116,7 @@ def _objects(text):
     "The outermost objects of a text"
     out,at,tries = [],text.find('{'),0
     while at>=0:
+        # each brace could begin an object; a text of braces alone must not take for ever
         tries += 1
         if tries>200: raise NoVerdict('a reply with too many braces')
         o = _object(text, at)
@@ -149,6 +152,7 @@ def read_verdict(
     text = text or ''
     if len(text)>10**6: raise NoVerdict(f'a reply of {len(text):,} characters')
     mine = _with_code(_said(text), check)
+    # an answer that closed the judge's string early leaves braces behind
     around = text[mine[-1].end:]
     # where the code comes first, the judge began this object itself, whatever it quotes before
     if not all(next(iter(o.values))=='check' for o in mine):
@@ -158,6 +162,7 @@ def read_verdict(
     if not verdicts<={'first','second','tie'}:
         raise NoVerdict('a reply without a verdict')
     if len(verdicts)>1: raise NoVerdict('a reply with two verdicts')
+    # kept to be read, and never to be counted
     reason = mine[-1].values.get('reason')
     return verdicts.pop(),_clean(reason[:300] if isinstance(reason, str) else '')
 
@@ -213,6 +218,7 @@ class Journal:
 
     def _end(self, r, sent):
         "A request has ended: the verdict, or what kind of failure, and what it cost"
+        # a verdict is known for good; a failure is only counted
         kind = r.get('kind')
         if r['verdict']:
             self.verdicts[r['key']] = {k:r[k]

@@ -31,16 +31,19 @@ def _among(p, turns):
     n = len(p)
     return any(turns[i:i+n]==p for i in range(len(turns)-n+1))
 
-def _mismatch(why): return BadPair('mismatched prompt', why)
+def _mismatch(why):
+    "A pair whose sides do not answer one prompt"
+    return BadPair('mismatched prompt', why)
 
 def _whole(p, sides):
     "Both sides as conversations; `p` is the column `prompt`"
-    full = [any(t.role!='assistant' for t in o) for o in sides]
+    full = [any(t.role!='assistant' for t in o) for o in sides]    # conversations, not answers
     if not any(full):
         if p[-1].role=='assistant': raise _mismatch("the prompt ends within the assistant's turn")
         return [p+o for o in sides]
     talks = [o for o,f in zip(sides, full) if f]
-    if all(_among(p, o[:-1]) for o in talks):                # the conversation has it; an answer alone gets it from there
+    # the conversation has the prompt; an answer alone gets it from the other side
+    if all(_among(p, o[:-1]) for o in talks):
         before = talks[0][:-1]
         return [o if f else before+o for o,f in zip(sides, full)]
     if p[-1].role=='user' or not all(full) or any(o[0].role!='user' for o in talks):
@@ -74,12 +77,13 @@ def split_pair(
 )->dict: # `prompt` (HH, ending where the assistant is to speak), `chosen`, `rejected` (both starting with a space)
     "Split a row into the prompt that both sides share and the two responses"
     p,*sides = _columns(row)
-    a,b = _whole(p, sides) if p else sides
+    a,b = _whole(p, sides) if p else sides                   # two whole conversations
     if a==b: raise BadPair('identical pair')
-    k = _shared(a, b)
-    if not k and not p and len(a)==len(b)==1:
+    k = _shared(a, b)                                        # the prompt is what they share
+    if not k and not p and len(a)==len(b)==1:                # two texts and no question
         others = [o for o in row if o not in _cols]
-        hint = f'; the other keys are {_names_of(others)}: rename the one with the question to prompt' if others else ''
+        hint = ''
+        if others: hint = f'; the other keys are {_names_of(others)}: rename the one with the question to prompt'
         marks = ', '.join(f'{o}:' for o in HH.names.values())
         raise _mismatch(f'no prompt, and no turns ({marks}) in chosen and rejected{hint}')
     one_each = len(a)==len(b)==k+1 and a[k].role==b[k].role=='assistant'
@@ -171,6 +175,7 @@ def _json_rows(path):
     start = list(islice(_lines(path), 2))
     if not start: return
     (i,first),*more = start
+    # a list in the only line is the whole file; so is what its first line alone does not make valid
     try: whole = isinstance(parse_json(first, path, i), list) and not more
     except ValueError: whole = True                          # over several lines, or broken, which is told then
     if whole:
@@ -184,7 +189,8 @@ def _csv_rows(path):
     "Place and cells of each row; a row with too many or too few cells is a `BadPair`"
     sep = '\t' if _suffix(path)=='.tsv' else ','
     reader = csv.reader(io.StringIO(_text(path), newline=''), delimiter=sep, strict=True)
-    head,end,limit = None,0,csv.field_size_limit(2**31-1)
+    head,end = None,0
+    limit = csv.field_size_limit(2**31-1)                    # cells of any length; the limit is put back below
     try:
         for row in reader:
             line,end = end+1,reader.line_num                 # where it begins, and ends: a cell may hold line ends
@@ -203,6 +209,7 @@ def _csv_rows(path):
     finally: csv.field_size_limit(limit)
 
 def _no_columns(name, cols, lack):
+    "An error for a table without the columns that a pair needs"
     return ValueError(f"{name}: no column {' and '.join(lack)}; expected chosen, rejected and perhaps prompt, "
                       f'found {_names_of(cols)}')
 
@@ -214,6 +221,7 @@ def _table(path):
             if isinstance(f, gzip.GzipFile): f = io.BytesIO(f.read())   # Parquet is read from its end
             return pq.ParquetFile(f).read()
         b = pa.py_buffer(f.read())
+    # Arrow has two kinds of file with one ending: the stream is what `datasets` writes
     try: return pa.ipc.open_stream(b).read_all()
     except pa.ArrowInvalid: return pa.ipc.open_file(b).read_all()
 
@@ -352,7 +360,8 @@ def _by_name(folder):
         return within(_grouped({f:f.parts[0] for f in deep}))
     shards = {f:re.fullmatch(r'data/(.+)-\d{5}-of-\d{5}[^/]*', f.as_posix()) for f in files}
     shards = {f:m[1] for f,m in shards.items() if m}
-    if shards: return within(_grouped(shards))
+    if shards: return within(_grouped(shards))               # the Hub's own names: other files there are no data
+    # else folders' names say which split is which, then files' names, else all is train
     everything = {'train':files} if files else {}
     if (folder/'state.json').is_file(): return within(everything)
     return within(_word_splits(files, True) or _word_splits(files, False) or everything)
@@ -367,7 +376,7 @@ def _folder(folder, name):
             some = ', '.join(f.name for f in fs[:4])
             raise ValueError(f'{name}: the split {k} is in files of several kinds ({some}); '
                              'keep one kind, or give one file')
-    used = {f for fs in out.values() for f in fs}
+    used = {f for fs in out.values() for f in fs}            # a card may leave files out on purpose, names may not
     return out,[] if card else [str(f) for f in _data_files(folder) if folder/f not in used]
 
 # %% ../nbs/06_formats.ipynb #58fa9a5e
@@ -436,7 +445,8 @@ def _local(source, data_dir, name):
             raise FileNotFoundError(f'{name}: no data files found there; {source} has no folder {data_dir!r} '
                                     '(data.data_dir)')
         splits,other = _folder(folder, name)
-        remarks = [f'{len(other)} file{"s"*(len(other)>1)} of no split not read ({_names_of(other)}).'] if other else []
+        remarks,s = [],'s'*(len(other)>1)
+        if other: remarks = [f'{len(other)} file{s} of no split not read ({_names_of(other)}).']
         return Source({k:_chain(fs) for k,fs in splits.items()}, name, remarks)
     if data_dir: raise ValueError(f'{source} is a file; data_dir={data_dir!r} is for folders and Hub names')
     if _suffix(path) not in _kinds:
@@ -448,6 +458,7 @@ def _open(source, data_dir=None):
     if not isinstance(source, (str,Path)): return _memory(source)
     if not str(source).strip(): raise ValueError('data.name is empty; expected a Hub name, a file or a folder')
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
+    # what is here comes first: a Hub name is asked for only where no file or folder has it
     if path.exists(): return _local(source, data_dir, name)
     if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)):

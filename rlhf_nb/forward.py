@@ -77,7 +77,8 @@ class Layout:
     def _cut(self, P, L, n):
         "Cut attention into pieces: prompts of similar size (on a CPU padding costs more than calls); large groups apart from their prompts"
         size = (n-1)//64 if n.device.type=='cpu' else torch.zeros_like(n)
-        own = torch.zeros(self.mask.shape, dtype=torch.long, device=n.device).masked_scatter(self.mask, self.own)  # (B,G,R) in the row
+        # (B,G,R) in the row
+        own = torch.zeros(self.mask.shape, dtype=torch.long, device=n.device).masked_scatter(self.mask, self.own)
         pieces = []
         for s in size.unique():
             i = (size==s).nonzero()[:,0]
@@ -135,11 +136,13 @@ def _sees(gid):
 # %% ../nbs/08_forward.ipynb #c1cbf342
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kw):
     "Attention of a model that may be given a `layout`"
-    if layout is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
     for k,what in (('softcap','soft-capped scores'),('s_aux','attention sinks'),('position_bias','a bias by position')):
         if kw.get(k) is not None: raise Unfit(f'{what} in its attention')
     window = kw.get('sliding_window')
-    if window and layout.longest>window: raise Unfit(f'a sliding window of {window}, and {layout.longest} tokens')
+    if window and layout.longest>window:
+        raise Unfit(f'a sliding window of {window}, and {layout.longest} tokens')
     return layout.attend(module.layer_idx, query, key, value, scaling),None
 
 AttentionInterface.register('grouped', grouped_attention)
@@ -167,9 +170,11 @@ def _limits(model, padded):
     ropes = said(c, 'rope_parameters') or {}
     for o in [ropes,*ropes.values()]:
         # LongRoPE (Phi-3) turns every token of a call otherwise, the short sequences' too, where one is longer than this
-        if isinstance(o, dict) and o.get('rope_type')=='longrope': yield o.get('original_max_position_embeddings')
+        if isinstance(o, dict) and o.get('rope_type')=='longrope':
+            yield o.get('original_max_position_embeddings')
     table = said(said(body(model), 'embeddings'), 'position_embeddings')
-    if said(table, 'padding_idx') is not None: yield len(table.weight)-table.padding_idx-1     # RoBERTa counts from behind PAD's
+    # RoBERTa counts from behind PAD's
+    if said(table, 'padding_idx') is not None: yield len(table.weight)-table.padding_idx-1
     if padded: return
     kinds = said(c, 'layer_types') or ['sliding_attention']
     if 'sliding_attention' in kinds: yield said(c, 'sliding_window')
@@ -324,7 +329,8 @@ def logit_scale(model)->float:
     given = torch.linspace(-60, 60, len(W), device=W.device)
     one = torch.zeros(1, 1, dtype=torch.long, device=W.device)
     # what does it make of these?
-    with hooked(head(model).register_forward_hook(lambda layer,args,out: given[None,None])),torch.autocast(W.device.type, enabled=False):
+    hook = head(model).register_forward_hook(lambda layer,args,out: given[None,None])
+    with hooked(hook),torch.autocast(W.device.type, enabled=False):
         got = model(input_ids=one, **no_cache(model)).logits[0,0].float()
     scale = (got[-1]/given[-1]).item()
     if not (got-scale*given).abs().max()<=1e-4*abs(scale):

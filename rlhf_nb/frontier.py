@@ -91,6 +91,7 @@ def training_path(
     "Checkpoints of a run, from its log: means over windows of updates"
     out = []
     for i in range(0, len(rows), window):
+        # an update whose KL is not known is no point
         rs = [r for r in rows[i:i+window]
               if _finite(r.get('kl'))]
         if not rs: continue
@@ -133,6 +134,7 @@ def overoptimisation(
 
 def _fit_curve(d, y, start):
     "Least squares of R(d) = start + d(alpha - beta log d), and where it turns"
+    # (points,2): the two terms whose weights are alpha and beta
     x = torch.stack([d,-torch.xlogy(d, d)], 1)
     w = torch.linalg.lstsq(x, (y-start)[:,None], driver='gelsd').solution[:,0]
     left = (y-start-x@w).square().sum()

@@ -24,7 +24,8 @@ def group_advantages(
     eps=1e-4
 ): # (B,G); exactly 0 where all scores of a group are equal, and for an answer without one
     "Scores against the mean of their group (Shao et al. 2024, eq. 3; Liu et al. 2025 for `none`)"
-    if scores.shape[1]<2: raise ValueError(f'a group needs at least 2 responses to compare, got {scores.shape[1]}')
+    if scores.shape[1]<2:
+        raise ValueError(f'a group needs at least 2 responses to compare, got {scores.shape[1]}')
     has = ~scores.isnan()
     s = level(scores).masked_fill(~has, 0)
     top = s.abs().max()
@@ -116,9 +117,11 @@ def train_grpo(
 )->list:           # Metrics rows
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size)
-    if o.group_size<2: raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
+    if o.group_size<2:
+        raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
     silent_groups = dict(silent_groups=lambda b: silent(b.scores).float())   # groups without signal
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size,
                    epochs=o.inner, watch={**(watch or {}), **silent_groups})
     look = partial(unseen, policy, reference, dev, o, score, o.beta, watch=watch) if dev else None
-    return fit_rollouts(policy, reference, draw, partial(grpo_step, o=o), o, len(prompts), 'grpo', seed, run, acc, look, show)
+    step = partial(grpo_step, o=o)
+    return fit_rollouts(policy, reference, draw, step, o, len(prompts), 'grpo', seed, run, acc, look, show)

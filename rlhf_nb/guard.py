@@ -128,6 +128,7 @@ class Guard:
         self.one,self.all = Throttle(5, 1.),Throttle(20, .25)        # wrong passwords: of one client, of all
 
     async def __call__(self, scope, receive, send):
+        "Refuse, or hand over"
         if scope['type']=='lifespan': return await self.app(scope, receive, send)
         if scope['type']!='http':              # a websocket: the page has none
             return await send(dict(type='websocket.close', code=1008))

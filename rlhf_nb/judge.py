@@ -71,8 +71,10 @@ def audit(
     pairs = audit_pairs() if pairs is None else pairs
     rows = [p|v for p,v in zip(pairs, judge_pairs(judge, pairs))]
     ok = [r for r in rows if r['verdict']]
+    # rows by what is asked of the judge
     forms = {k:[r for r in ok if r['form']==k]
              for k in ('plain','length','injection')}
+    # whether a sentence turns a verdict can be seen where the verdict was right
     right = {r['id'] for r in forms['plain'] if r['verdict']=='a'}
     asked = [r for r in forms['injection'] if r['id'] in right]
     def share(rs, f):
@@ -162,6 +164,7 @@ def length_table(d:dict)->str:
     rows = [['model','win rate [95%]','at equal length [95%]','slope [95%]','tokens more than the other [95%]']]
     for k,w in d.items():
         c = w['length_controlled']
+        # log-odds for each step of length
         slope = dict(
             mean=c.get('slope'),
             low=c.get('slope_low'),
@@ -178,9 +181,11 @@ def _who(a):
            f"temperature {heat}.",
            f"{a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens billed ({cost}), "
            f"{a['possibly_billed']} more possibly billed; {a['cut']} questions were cut to fit."]
+    # what the endpoint did without
     lacks = _lacks(p)
     if lacks: out.append(f"The endpoint takes no {', no '.join(lacks)}: asked without.")
     if p.get('raised'): out.append(f"Replies were cut or empty, so they may have {p['raised']} tokens.")
+    # who answered, by its own account
     names = a.get('answered_by') or {}
     if names.keys()-{a['model']}:
         called = ', '.join(f'{md_inline(k)} ({n} verdicts)' for k,n in names.items())
@@ -210,6 +215,7 @@ def _partial(d):
     out = [f'**Partial: {missing} pairs have no verdict** ({most_of(why, md_inline)}). Do not quote these numbers.']
     for k,w in d.items():
         if not w['failed'] or 'could_be' not in w: continue
+        # even the worst case may decide
         low,high = w['could_be']
         if low>.5: sure = 'better, whatever they say'
         elif high<.5: sure = 'worse, whatever they say'
@@ -227,6 +233,7 @@ _how_to_read = (
 
 def _judge_section(name, d):
     "What one judge said"
+    # models with a verdict at all
     known = [w for w in d.values() if w['n']]
     about = next(iter(d.values())).get('judge')
     out = [f'## Judge: {md_inline(name)}']
@@ -311,6 +318,7 @@ def _named(judges, records):
     if not isinstance(judges, (list,tuple,dict)):
         judges = [judges]
     if not isinstance(judges, dict):
+        # a name is a file too, also where capitals don't count
         names = [j if isinstance(j, str) else j.name for j in judges]
         if len({file_name(o).lower() for o in names})<len(names):
             raise ValueError(f"two judges need two names, got {', '.join(names)}: give an LLMJudge a name")
@@ -339,6 +347,7 @@ def judge_run(
     if dry_run: return work.estimates(audited)
     if not set(work.records)-{against}:
         raise ValueError(f"{folder}: there are samples of '{against}' alone, and nothing to compare it with")
+    # a wrong file of votes is told before anybody is asked
     people = _votes(work.places, votes)
     work.repeat()
     for name in work.judges:
@@ -357,6 +366,7 @@ class _Judgement:
         self.records = read_samples(folder, needed)
         self.judges = _named(judges, self.records)
         self.rates,self.audits,self.agree,self.errors = {},{},{},[]
+        # what is asked, and paid for, is kept in the run
         for name,j in self.judges.items():
             if isinstance(j, LLMJudge) and not j.journal.path:
                 j.open(self.places.journal_of(name))
@@ -367,6 +377,7 @@ class _Judgement:
         pairs = [dict(prompt=x['prompt'], a=x['response'], b=y['response'])
                  for k,rs in self.records.items() if k!=self.against for x,y in zip(rs, ref)]
         more = audit_pairs() if audited else []
+        # a stored score costs nothing
         free = dict(pairs=len(pairs), requests=0, cost=0.)
         return {k:j.estimate(pairs+more) if isinstance(j, LLMJudge) else dict(free)
                 for k,j in self.judges.items()}
@@ -395,6 +406,7 @@ class _Judgement:
         except JudgeError as e:   # no key, say: the other judges' results are written all the same
             self.errors.append(e)
             return
+        # whatever happened, what was judged is kept
         stopped = getattr(judge, 'stopped', None)
         write_text(self.places.verdicts_of(name), ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
         d = self.rates[name] = judged(rows, name)
@@ -406,6 +418,7 @@ class _Judgement:
                 kept = f'What was judged is kept in {judge.journal.path}: the same command asks only for the rest'
                 e.args = (f'{e}. {kept}',)
             self.errors.append(e)
+        # another run of the judge repeats these numbers for the same samples only
         source = samples_source(self.places, self.records)
         about = dict(
             samples=_samples_hash(self.records, name),
@@ -418,6 +431,7 @@ class _Judgement:
         self.agree = _agreements({k:read_rows(self.places.verdicts_of(k))
                                   for k in self.rates})
         if votes is None: return
+        # agreement with other votes is not repeated
         now = _sha(votes)
         for k,o in _past(self.places.agreement).items():   # of judges that are not asked now
             said = o.get('all', {}).get('votes_hash')==now
@@ -464,6 +478,7 @@ def _agreements(rows):
     "Agreement of every two judges on the same pairs, for each model and for all; `rows`: {judge: its verdicts}"
     out = {}
     for x,y in combinations(rows, 2):
+        # verdicts on the same pair belong together
         theirs = {(r['model'],r['sample']):r['verdict']
                   for r in rows[y]}
         both = [(r,theirs[r['model'],r['sample']])

@@ -57,8 +57,10 @@ class LLMJudge:
         self.concurrency,self.tries,self.max_tokens = concurrency,tries,max_tokens
         self.max_prompt,self.max_answer = max_prompt,max_answer
         self.timeout,self.patience,self.budget,self.price = timeout,patience,budget,price
+        # before anything is opened or asked
         self._check()
         self.server = Server(base_url, api_key, timeout, concurrency)
+        # another server's prices are not known
         if not price and self.server.openai:
             self.price = prices.get(model)
         if budget is not None and not self.price:
@@ -89,11 +91,13 @@ class LLMJudge:
     def open(self, cache):
         "Use this journal"
         self.journal = Journal(cache)
+        # what this endpoint took the last time, else the best of each
         known = self.journal.params.get(self.id, {})
         raised = known.get('raised') or 0
         best = {k:v[0]
                 for k,v in _choices(self.server.openai).items()}
         self._begin = self.params = best | known | dict(raised=raised if raised>self.max_tokens else None)
+        # values refused so far; whether a set, and a raised limit, were taken
         self._tried,self._accepted,self._raise_accepted = {},False,bool(self.params['raised'])
         return self
 
@@ -170,12 +174,14 @@ def _shown(self:LLMJudge, prompt, a, b):
 @patch
 def many(self:LLMJudge, asks:list)->list:
     "Verdicts on (prompt, a, b) each; what the journal knows is not asked again"
+    # equal questions are asked once
     keys,todo = [],{}
     for ask in asks:
         q,k = self._shown(*ask)
         self.cut += q!=tuple(ask)
         keys.append(k)
         if k not in self.journal.verdicts: todo[k] = q
+    # an earlier stop says nothing about these
     self._why = None
     failed = self._all(todo) if todo else {}
     def answer(k):
@@ -198,6 +204,7 @@ def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
     new = [q for k,q in todo.items()
            if k not in self.journal.verdicts]
     n = len(new)
+    # what it will cost about, and at most
     i = sum(self._bytes(judge_message(*q)[0]) for q in new)//4   # about 4 bytes a token in English
     o = 60*n
     return dict(
@@ -243,6 +250,7 @@ def _one(self:LLMJudge, key, q):
     "Get one verdict into the journal; why not, if not"
     had = _Patience()
     while True:
+        # a rate limit of one question stops all of them
         self._wait_out()
         if self.halt.is_set(): return f'not asked: {self._why}'
         params,began = self.params,time.monotonic()
@@ -274,6 +282,7 @@ def _goes_on(self:LLMJudge, fault, params, had):
         if had.waited<=self.patience:
             self._pause = max(self._pause, time.monotonic()+wait+.1*random.random())
             return True
+    # the server errs, stalls, or can't be read: a few more tries, waiting longer each time
     had.tried += 1
     wait = .25*2**had.tried*(.5+random.random()) if fault.wait is None else fault.wait
     passing = fault.what in ('again','params or again','cut','nobody')
@@ -314,6 +323,7 @@ def _other(self:LLMJudge, used, why):
             self.params = used | dict(raised=0)   # it takes no more than before
             return True
         if self._accepted: return False           # it was accepted before, so it is something else
+        # the one that is named, else the next in doubt, takes its next choice
         choices = _choices(self.server.openai)
         for k in dict.fromkeys((*named_in(why),*_in_doubt)):
             tried = self._tried.setdefault(k, [])
@@ -322,6 +332,7 @@ def _other(self:LLMJudge, used, why):
             if rest and used[k] is not None:
                 self.params = used | {k:rest[0]}
                 return True
+        # nothing left to try: from the beginning, for the next question
         self.params,self._tried = dict(self._begin),{}
         return False
 
@@ -348,6 +359,7 @@ _forms = dict(
 @patch
 def _asked(self:LLMJudge, message, params):
     "What is posted: the code stands in the message alone"
+    # an endpoint without a system role gets all in one message
     if params['system']=='system':
         said = [('system',self.instructions),('user',message)]
     else: said = [('user',f'{self.instructions}\n\n{message}')]
@@ -365,6 +377,7 @@ def _send(self:LLMJudge, key, q, params):
     "One request, between two lines of the journal"
     message,check = judge_message(*q)
     n = self._announce(key, message, params)
+    # what is written should nothing else be known: a request that was cut off may be billed
     use,end = {},dict(verdict=None, failed='interrupted', billed=None)
     try:
         r = self.server.post(self._asked(message, params))
@@ -413,6 +426,7 @@ def _accept(self:LLMJudge, params):
 def _settle(self:LLMJudge, n, key, message, use, end):
     "The line after a request: how it ended, and what was billed; where the server does not say, a guess"
     i,o = _tokens(use, 'prompt_tokens'),_tokens(use, 'completion_tokens')
+    # a budget has to count something
     if i is None or o is None:
         i,o,end['guessed'] = self._bytes(message)//4,60,True
     bill = dict(prompt_tokens=i, completion_tokens=o, cost=self._cost(i, o)) if end['billed'] else {}
@@ -453,6 +467,7 @@ def _verdict(self:LLMJudge, r, check, limit):
         raise fault('give up', 'the judge refuses', 'refused')
     if end in ('length','max_tokens'):
         raise fault('cut', f'a reply cut at {limit} tokens (max_tokens)', 'cut')
+    # some servers put the bare object beside an empty content
     if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S):
         text = thoughts
     if not text.strip():

@@ -29,7 +29,8 @@ def _json_file(f, missing=None):
     "A JSON object, or an error that names the file; `missing` where there is no file"
     if missing is not None and not f.exists(): return missing
     try: d = json.loads(f.read_text(encoding='utf-8'))
-    except (ValueError,OSError) as e: raise ValueError(f'{f}: not readable as JSON ({_first_line(e)})') from None
+    except (ValueError,OSError) as e:
+        raise ValueError(f'{f}: not readable as JSON ({_first_line(e)})') from None
     if not isinstance(d, dict): raise ValueError(f'{f}: expected a JSON object, got {str(d)[:40]}')
     return d
 
@@ -43,7 +44,8 @@ def _check_weights(f):
     except (ValueError,LookupError,TypeError,AttributeError):
         raise ValueError(f'{f}: not a safetensors file, or cut within its header ({size} bytes): download it again') from None
     want = 8+n+end
-    if size!=want: raise ValueError(f'{f}: {size} bytes, its header says {want}: the download was cut, repeat it')
+    if size!=want:
+        raise ValueError(f'{f}: {size} bytes, its header says {want}: the download was cut, repeat it')
 
 TOKENIZER_FILES = 'token','vocab','merges','spiece','sentencepiece' # parts of their names
 
@@ -69,7 +71,8 @@ def _check_config(path):
     f = path/'config.json'
     if not f.is_file(): return
     d = _json_file(f)
-    if not isinstance(d.get('model_type'), str): raise ValueError(f'{f}: no model_type, so that it is not known what model this is')
+    if not isinstance(d.get('model_type'), str):
+        raise ValueError(f'{f}: no model_type, so that it is not known what model this is')
     _full_weights(path, d.get('quantization_config') or d.get('compression_config'))
 
 def _weight_files(path, files):
@@ -78,7 +81,8 @@ def _weight_files(path, files):
     if whole in files: return [whole]
     if not index.exists(): return [f for f in files if f.suffix=='.bin']
     parts = _json_file(index).get('weight_map')
-    if not isinstance(parts, dict) or not parts: raise ValueError(f"{index}: no weight_map: download it again")
+    if not isinstance(parts, dict) or not parts:
+        raise ValueError(f"{index}: no weight_map: download it again")
     parts = sorted(set(map(str, parts.values())))
     if lost := [o for o in parts if path/o not in files]:
         raise ValueError(f'{path}: {", ".join(lost[:3])} is missing ({len(lost)} of {len(parts)} files of weights): download it again')
@@ -147,7 +151,8 @@ def load_tokenizer(
     if folder.is_dir() and not any(map(_of_tokenizer, folder.iterdir())): raise ValueError(missing)
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
-    for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)                # how it was loaded is not what it is
+    # how it was loaded is not what it is
+    for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)
     _check_guesses(tok, name, missing)
     if eos and tok.eos_token_id is None:
         raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
@@ -162,7 +167,8 @@ def _own_pad(tok, stops, name):
 
 def _not_found(name, what, e):
     "The error of what could not be loaded from a folder or the Hub"
-    if Path(name).exists(): return ValueError(f'{name}: no usable {what} in this folder ({_first_line(e)})')
+    if Path(name).exists():
+        return ValueError(f'{name}: no usable {what} in this folder ({_first_line(e)})')
     return FileNotFoundError(f"{name}: no such {what} folder, and the Hugging Face Hub can't be reached for it. "
                              'Give a local folder, or connect and unset HF_HUB_OFFLINE')
 
@@ -175,7 +181,8 @@ def _stops(model, tok, own):
 def _grow(model, n, old):
     "Room for `n` tokens; a new one is as likely as an average of the `old` ones"
     model.resize_token_embeddings(n, mean_resizing=False)
-    layers = {id(o):o for o in (model.get_input_embeddings(),head(model)) if o is not None}   # once, where they are tied
+    # once, where they are tied
+    layers = {id(o):o for o in (model.get_input_embeddings(),head(model)) if o is not None}
     for o in layers.values():
         for w in (o.weight,getattr(o, 'bias', None)):
             if w is not None: w.data[old:] = w.data[:old].mean(0)
@@ -188,7 +195,8 @@ def fit_tokenizer(
     "Make room for all tokens, and enter the special ones in the model's configuration"
     n = len(model.get_input_embeddings().weight)
     words = max((i for i in tok.get_vocab().values() if i not in tok.added_tokens_decoder), default=-1)
-    if words>=n: raise ValueError(f'the tokenizer has words up to id {words}, the model embeds {n}: this is not its tokenizer')
+    if words>=n:
+        raise ValueError(f'the tokenizer has words up to id {words}, the model embeds {n}: this is not its tokenizer')
     if len(tok)>n: _grow(model, len(tok), n)
     stops = _stops(model, tok, own)-{tok.pad_token_id}|{tok.eos_token_id}
     c,g = model.config,getattr(model, 'generation_config', None)
@@ -203,8 +211,10 @@ def _check_kind(cls, c, name):
     "Raise where a config is not that of what is wanted: a language model, or a classifier with one label"
     trained = [o for o in c.architectures or [] if 'SequenceClassification' in o]
     if cls is AutoModelForSequenceClassification:
-        if type(c) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING: raise ValueError(f'{name}: {no_classifier(c)}')
-        if trained and c.num_labels!=1: raise ValueError(f'{name}: a reward model has one label, this one has {c.num_labels}')
+        if type(c) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f'{name}: {no_classifier(c)}')
+        if trained and c.num_labels!=1:
+            raise ValueError(f'{name}: a reward model has one label, this one has {c.num_labels}')
         c.num_labels = 1
     else:
         if type(c) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -217,7 +227,8 @@ def _check_shapes(m, info, name):
     def shape(k): return re.sub(r'\.\d+\.', '.#.', k)          # of layers, one name
     known = {shape(k) for k in m.state_dict()}
     more = sorted(k for k in info['unexpected_keys'] if '.#.' in shape(k) and shape(k) in known)
-    if more: raise ValueError(f'{name}: the checkpoint has layers that config.json does not count, such as {more[0]}: {apart}')
+    if more:
+        raise ValueError(f'{name}: the checkpoint has layers that config.json does not count, such as {more[0]}: {apart}')
     for k,was,now in sorted(info['mismatched_keys']):
         raise ValueError(f'{name}: {k} is {tuple(was)} in the checkpoint and {tuple(now)} by config.json: {apart}')
 
@@ -246,7 +257,8 @@ def load_policy(
     device='cpu'
 ):                        # Model, tokenizer
     "A causal LM in float32 and its tokenizer"
-    _config(name)                                               # what is wrong with it is said before what is wrong with its tokenizer
+    # what is wrong with it is said before what is wrong with its tokenizer
+    _config(name)
     tok,own = load_tokenizer(tokenizer or name),tokenizer is None
     m,missing = _load(AutoModelForCausalLM, name)
     if missing: raise ValueError(f'{name}: the checkpoint lacks {", ".join(sorted(missing)[:3])}')
@@ -290,7 +302,8 @@ def _load_log_prob(path, d):
         rm = LogProbReward(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
         missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
     except Exception as e: raise _not_found(path, 'model', e) from e
-    if set(missing)-{rm.tied()} or extra: raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
+    if set(missing)-{rm.tied()} or extra:
+        raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
     rm.config.reward_mean = mean
     return rm.eval()
 
@@ -304,14 +317,16 @@ def load_reward_model(
     d = _json_file(path/'config.json', {})
     if d.get('head')=='log_prob':
         try: m = _load_log_prob(path, d)
-        except (LookupError,RuntimeError,TypeError,AttributeError) as e: raise _not_found(name, 'reward model', e) from e
+        except (LookupError,RuntimeError,TypeError,AttributeError) as e:
+            raise _not_found(name, 'reward model', e) from e
         with _named(name): _ready(m.lm, forward)
         return m.to(device),tok
     m,missing = _load(AutoModelForSequenceClassification, name)
     if missing:
         raise ValueError(f'{name}: no trained head in this checkpoint (it lacks {", ".join(sorted(missing)[:3])}); '
                          'a reward model is made by `rlhf_nb train reward`')
-    if hasattr(m.config, 'reward_mean'): fit_tokenizer(m, tok)   # a foreign model keeps its own PAD: it was trained with it
+    # a foreign model keeps its own PAD: it was trained with it
+    if hasattr(m.config, 'reward_mean'): fit_tokenizer(m, tok)
     if not isinstance(getattr(m, 'score', None), nn.Linear): forward = 'padded'    # an encoder has no other way
     with _named(name): _ready(m, forward, check_scores)
     return m.to(device),tok

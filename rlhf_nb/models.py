@@ -50,7 +50,8 @@ class _LogProb(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for i,s in enumerate(_slices(len(h), most)):
                 p = kept[i] if kept else _logits(h[s], W, bias, dt, temperature).sub_(lse[s,None]).exp_()
-                g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)   # of the logits: chosen minus p
+                # of the logits: chosen minus p
+                g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)
                 dh[s] = (g@W.to(dt)).to(h.dtype)
                 if need_W and dt==W.dtype: dW.addmm_(g.T, h[s].to(dt))
                 elif need_W: dW.add_(g.T@h[s].to(dt))
@@ -96,11 +97,12 @@ def log_probs(
     temperature:float=1.0# Of sampling
 ): # (B,G,R) float32, 0 where there is no response token; on the batch's device, wherever the model is
     "Log-probability of each response token"
-    l,o = Layout(batch.to(policy.device)),head(policy)
+    l = Layout(batch.to(policy.device))
     if is_padded(policy): lp = _log_probs_padded(policy, l, temperature)
     else:
-        h = hidden(policy, l)[l.read]
-        lp = _LogProb.apply(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), max(1, SLICE//len(o.weight)))
+        h,o = hidden(policy, l)[l.read],head(policy)
+        most = max(1, SLICE//len(o.weight))                # tokens whose logits are held at once
+        lp = _LogProb.apply(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), most)
     return l.per_token(lp).to(batch.device)
 
 # %% ../nbs/08_models.ipynb #4bb96b9f
@@ -148,7 +150,8 @@ def _first_line(e):
 def _differs(model, plain, ours, tol):
     "What is wrong with `ours()`: an empty text if it is `plain()`, up to `tol` or to rounding"
     want = plain()                                              # first, while the model still has its own attention
-    if not want.isfinite().all(): return 'its own numbers are not finite (NaN or infinity among its weights)'
+    if not want.isfinite().all():
+        return 'its own numbers are not finite (NaN or infinity among its weights)'
     try: got = ours()
     except Unfit as e: return str(e)
     except _FAILS as e: return f'its code does not take it, {_first_line(e)}'
@@ -168,7 +171,8 @@ def _in_float32(model):
 
 def _compare(model, plain, ours, tol):
     "`_differs` in float32, outside autocast and with the attention that the model had"
-    if model.dtype==torch.float64: raise ValueError('expected a model in float32 or less, not in float64')
+    if model.dtype==torch.float64:
+        raise ValueError('expected a model in float32 or less, not in float64')
     with torch.no_grad(),_in_float32(model):
         attention = model.config._attn_implementation
         try: said = _differs(model, plain, ours, tol)
@@ -188,7 +192,8 @@ def _say(model, check):
     try: worse = check()
     finally: model.padded = False
     if worse: raise _unusable(model, f'grouped {bad}; padded {worse}')
-    raise ValueError(f"{type(model).__name__} cannot be grouped: {bad}. Load it with forward='padded' (model.forward=padded): slower, and right")
+    raise ValueError(f"{type(model).__name__} cannot be grouped: {bad}. "
+                     "Load it with forward='padded' (model.forward=padded): slower, and right")
 
 def _looks_ahead(model, b, tol):
     "Does a longer response change the probabilities of its first tokens?"
@@ -202,10 +207,12 @@ def check_forward(
     tol:float=1e-4    # Largest difference of a log-probability
 ):
     "Raise if what we read from a model differs from plain calls of it, in float32"
-    if not isinstance(getattr(head(model), 'weight', None), torch.Tensor): raise _unusable(model, 'it has no output layer')
+    if not isinstance(getattr(head(model), 'weight', None), torch.Tensor):
+        raise _unusable(model, 'it has no output layer')
     b = _check_batch(model, min(len(head(model).weight), len(model.get_input_embeddings().weight)))
     def ours():
-        if not is_padded(model):                                # what sampling keeps: one pair of keys and values for each layer
+        # what sampling keeps: one pair of keys and values for each layer
+        if not is_padded(model):
             l = Layout(b)
             l.keys = {}
             hidden(model, l)
@@ -286,7 +293,8 @@ def _scores(reward_model, batch):
     if isinstance(reward_model, LogProbReward): return reward_model.read(l)
     c,last = reward_model.config,l.last
     ours,pad = hasattr(c, 'reward_mean'),c.get_text_config().pad_token_id
-    if not ours and (is_padded(reward_model) or not hasattr(reward_model, 'score')): return _own_scores(reward_model, batch)
+    if not ours and (is_padded(reward_model) or not hasattr(reward_model, 'score')):
+        return _own_scores(reward_model, batch)
     if not ours and pad is not None:                                  # where plain transformers reads
         real = batch.mask & (batch.responses!=pad)
         n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)
@@ -321,7 +329,8 @@ def check_scores(
     def ours():
         s = scores(model, b).flatten()
         if not ours_too: return s
-        after = Batch.from_tokens(rows[:1], [[rows[0][:1]]])            # what comes next is worth what the score says so far
+        # what comes next is worth what the score says so far
+        after = Batch.from_tokens(rows[:1], [[rows[0][:1]]])
         return torch.cat([s, values(model, after.to(s.device))[0,0]-mean])
     _say(model, lambda: _compare(model, plain, ours, tol))
 
@@ -343,7 +352,8 @@ class LogProbReward(nn.Module):
         self.config.reward_mean = 0.
         W = head(lm).weight
         def start(x, *size): return nn.Parameter(torch.full(size, x, device=W.device))
-        d = W.shape[1]                                       # what the output layer reads: in OPT-350m half of hidden_size
+        # what the output layer reads: in OPT-350m half of hidden_size
+        d = W.shape[1]
         self.w,self.g,self.c = start(0., d),start(0., d),start(.4)
     @property
     def device(self): return self.c.device
@@ -351,7 +361,8 @@ class LogProbReward(nn.Module):
         "Scores (B,G) of a layout"
         lm = self.lm
         if is_padded(lm):
-            parts = [self._terms(*read_rows(lm, l, rows), l.targets[s]) for rows,s in row_slices(l, len(head(lm).weight))]
+            slices = row_slices(l, len(head(lm).weight))
+            parts = [self._terms(*read_rows(lm, l, rows), l.targets[s]) for rows,s in slices]
             r = torch.cat(parts) if parts else self.c.new_zeros(0)
         else:
             h,scale = hidden(lm, l),logit_scale(lm)
@@ -408,7 +419,8 @@ def mk_reward_model(
 ):
     "A reward model with the body of `policy` and an untrained head"
     if head=='log_prob': return LogProbReward(deepcopy(policy)).eval()
-    if why := no_classifier(policy.config): raise ValueError(f'{type(policy).__name__}: {why}; the head log_prob needs none')
+    if why := no_classifier(policy.config):
+        raise ValueError(f'{type(policy).__name__}: {why}; the head log_prob needs none')
     c = _one_label(policy.config, reward_mean=0., head='last_token', architectures=None, problem_type=None)
     rm = AutoModelForSequenceClassification.from_config(c, trust_remote_code=False).to(policy.device).eval()
     missing,extra = body(rm).load_state_dict(body(policy).state_dict(), strict=False)

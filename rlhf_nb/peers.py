@@ -68,7 +68,9 @@ def step_rows(rows, size, n, first=0):
     "The rows of step `first`, and so on to step n-1"
     return [rows[i*size:(i+1)*size] for i in range(first, n)]
 
-def prompt_ids(rows): return [r['prompt'] for r in rows]
+def prompt_ids(rows):
+    "The prompts of rows"
+    return [r['prompt'] for r in rows]
 
 # %% ../nbs/30a_peers.ipynb #pe4w5o6r
 def peak_memory()->float:
@@ -85,8 +87,11 @@ class Pace:
     def __init__(self):
         self.out,self.t = os.fdopen(os.dup(1), 'w', encoding='utf-8'),None
         os.dup2(2, 1)                                        # what libraries print goes to stderr
-    def say(self, **kw): print(json.dumps(kw), file=self.out, flush=True)
+    def say(self, **kw):
+        "A line of JSON for the process that gives the turns"
+        print(json.dumps(kw), file=self.out, flush=True)
     def __call__(self, **kw):
+        "The step ended: its CPU seconds, and `kw`; then wait"
         cpu = None if self.t is None else time.process_time()-self.t
         more = {k:v() if callable(v) else v for k,v in kw.items()}   # called off the clock
         self.say(cpu=cpu, memory=peak_memory(), **more)
@@ -137,6 +142,7 @@ def _our_answers(job, policy, ref, tok, rows):
 
 def _our_rl(job, policy, ref, tok, rows):
     "An update of GRPO or PPO for each step"
+    # what the trainers of this package give their loop
     kw = dict(_ours, updates=job['steps'], batch_size=job['prompts'], max_new_tokens=NEW)
     if job['what']=='grpo':
         o = GRPOConfig(**kw, group_size=G, beta=.04)
@@ -187,6 +193,7 @@ class _TRL:
     def __init__(self, job, turn):
         import datasets,trl
         from transformers import AutoTokenizer,TrainerCallback
+        # its trainers call this between their steps
         class Turns(TrainerCallback):
             def on_train_begin(self, *args, **kw): turn(trl=trl.__version__)
             def on_step_end(self, *args, **kw): turn()
@@ -200,6 +207,7 @@ class _TRL:
         self.size = dict(grpo=job['prompts']*G, ppo=job['prompts']).get(self.what, PAIRS)       # rows of a step
         self.both = dict(processing_class=self.tok, callbacks=[Turns()])
     def _load(self, cls, name):
+        "A model of the folder, in float32 as on our side"
         return cls.from_pretrained(self.folder/name, dtype=torch.float32, trust_remote_code=False)
     def lm(self):
         "A policy"
@@ -214,10 +222,12 @@ class _TRL:
                    dataloader_pin_memory=False, per_device_train_batch_size=self.size, **kw)
 
 def _trl_reward(t):
+    "TRL's trainer of reward models, rows in their order"
     args = t.args(t.trl.RewardConfig, max_steps=t.steps, max_length=512, train_sampling_strategy='sequential')
     return t.trl.RewardTrainer(model=t.rm(), train_dataset=t.rows, args=args, **t.both)
 
 def _trl_dpo(t):
+    "TRL's DPO; `dpo_cached` computes the reference before it begins"
     cached = t.what=='dpo_cached'
     args = t.args(t.trl.DPOConfig, max_steps=t.steps, max_length=512, beta=.1, precompute_ref_log_probs=cached,
                   train_sampling_strategy='sequential')
@@ -225,6 +235,7 @@ def _trl_dpo(t):
     return t.trl.DPOTrainer(model=t.lm(), ref_model=ref, train_dataset=t.rows, args=args, **t.both)
 
 def _trl_grpo(t):
+    "TRL's GRPO: one update for each sampling, plain temperature"
     args = t.args(t.trl.GRPOConfig, max_steps=t.steps, num_generations=G, beta=.04, max_completion_length=NEW,
                   temperature=1., top_k=0, top_p=1., steps_per_generation=1, shuffle_dataset=False)
     def reward(prompts, completions, **_): return _score(prompts, completions, None)
@@ -232,13 +243,15 @@ def _trl_grpo(t):
     return t.trl.GRPOTrainer(model=t.lm(), train_dataset=prompts, reward_funcs=reward, args=args, **t.both)
 
 def _trl_ppo(t):
+    "TRL's PPO, of the last version that has it"
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
     from trl.experimental.ppo import PPOConfig,PPOTrainer
     t.tok.padding_side = 'left'
     data = Dataset.from_list([dict(input_ids=r['prompt']) for r in t.ids])
     args = t.args(PPOConfig, num_mini_batches=1, num_ppo_epochs=EPOCHS, total_episodes=t.steps*t.size,
-                  response_length=NEW, local_rollout_forward_batch_size=t.size, temperature=1., num_sample_generations=0)
+                  response_length=NEW, local_rollout_forward_batch_size=t.size,
+                  temperature=1., num_sample_generations=0)
     return PPOTrainer(model=t.lm(), ref_model=t.lm(), reward_model=t.rm(), value_model=t.rm(),
                       train_dataset=data, eval_dataset=data.select([0]),
                       data_collator=DataCollatorWithPadding(t.tok), args=args, **t.both)
@@ -259,6 +272,7 @@ def hf_steps(job, turn):
     folder,what = Path(job['folder']),job['what']
     tok = AutoTokenizer.from_pretrained(folder/'lm', trust_remote_code=False)
     def load(cls, name): return cls.from_pretrained(folder/name, trust_remote_code=False).eval()
+    # a comparison needs all models at once, plain generation one
     policies_ = [load(GPT2LMHeadModel, 'lm') for _ in range(len(MODELS) if what in evals else 1)]
     rm = load(GPT2ForSequenceClassification, 'rm') if what in evals else None
     turn()
@@ -272,7 +286,7 @@ def _hf_generation(model, prompts, tok):
     T = max(map(len, prompts))
     ids,mask = [],[]
     for p in prompts:
-        pad = T-len(p)
+        pad = T-len(p)                                       # on the left: `generate` goes on at the right
         ids += [[tok.pad_token_id]*pad+p]*G
         mask += [[0]*pad+[1]*len(p)]*G
     _generate(model, ids, mask, tok, min_new_tokens=NEW, max_new_tokens=NEW)

@@ -53,7 +53,8 @@ def whiten(
 ):
     "Mean 0 and variance 1 over the response tokens of the whole rollout; 0 elsewhere, and everywhere if all are equal"
     m = mask.to(x); n = m.sum()
-    if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)   # else the rounding of their mean would be all that is left
+    # else the rounding of their mean would be all that is left
+    if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)
     if (top := x[mask].abs().max())>1e15: x = x/top                # float32 does not hold the squares of such numbers
     c = (x-(x*m).sum()/n)*m
     return c*((c**2).sum()/n+eps).rsqrt()
@@ -128,4 +129,5 @@ def train_ppo(
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o),
                    epochs=o.epochs, mini_batches=o.mini_batches, watch=watch)
     look = partial(unseen, policy, reference, dev, o, score, o.kl_coef, watch=watch) if dev else None
-    return fit_rollouts(models, reference, draw, partial(ppo_step, o=o), o, len(prompts), 'ppo', seed, run, acc, look, show, opt)
+    step = partial(ppo_step, o=o)
+    return fit_rollouts(models, reference, draw, step, o, len(prompts), 'ppo', seed, run, acc, look, show, opt)

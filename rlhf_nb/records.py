@@ -54,6 +54,7 @@ def write_samples(
     folder,ps = Path(folder),_prompts(records)
     for name,rs in records.items():
         write_json(folder/f'{name}_samples.json', rs)
+    # several answers to a prompt stand in a row
     n = len(set(ps))
     what = dict(
         source=source, command=command, prompts=n,
@@ -113,6 +114,7 @@ def _in_words(records, what, source, why, name):
     elif 'split' in source: out += f"{name(source['split'])} split of {name(source.get('data', 'unknown data'))}"
     else: out += f'unknown prompts ({why})'
     if isinstance(what.get('seed'), int): out += f", one training seed ({what['seed']})"
+    # prompts may be the same where answers were written anew
     off = _other_answers(records, what)
     if off: out += f"; the answers of {', '.join(map(name, off))} are not those that samples.json describes"
     return out
@@ -129,6 +131,7 @@ def _proven(places, records):
     "The split that summary.json names, where its numbers are those of these very records"
     try:
         d = read_json(places.summary)
+        # equal means of three values are no accident
         for m,rs in records.items():
             for k in ('reward','kl','n_tokens'):
                 now,then = mean_ci(column(rs, k)),d['models'][m][k]
@@ -183,6 +186,7 @@ def samples_md(
     about:str=''  # Where the prompts come from, in Markdown
 )->str:
     "The answers side by side, to read: prompts and answers are shown as they were written and do nothing"
+    # a prompt with several answers shows the first
     first = {k:{} for k in records}   # of each model, {prompt: record}
     for k,rs in records.items():
         for r in rs:

@@ -109,7 +109,8 @@ def normalise(
 ):
     "Set mean 0 and standard deviation 1 on `samples`, in place"
     s = in_pieces(lambda b: scores(rm, b), samples, micro_tokens)
-    if s.numel()<2: raise ValueError(f'a standard deviation needs at least 2 samples (reward.n_normalise), got {s.numel()}')
+    if s.numel()<2:
+        raise ValueError(f'a standard deviation needs at least 2 samples (reward.n_normalise), got {s.numel()}')
     std = s.std().item()
     if not std>0:
         raise ValueError(f'the reward model gives all {s.numel()} samples the same score ({s.flatten()[0]:.3g}); it has learned nothing')

@@ -42,7 +42,8 @@ def mk_scorer(
             raise ValueError(f'several reward sources are a list of (weight, source), got {str(source)[:80]}')
         parts = [(w, mk_scorer(s, tok, micro_tokens)) for w,s in source]
         return lambda b: _weighted([(w, f(b)) for w,f in parts])
-    if callable(source) and not isinstance(source, nn.Module): return lambda b: _score_texts(source, tok, b)
+    if callable(source) and not isinstance(source, nn.Module):
+        return lambda b: _score_texts(source, tok, b)
     if not isinstance(source, tuple) or len(source)!=2:
         raise ValueError(f'a reward source is a function, (reward model, tokenizer) or a list of (weight, source), got {type(source).__name__}')
     rm,rm_tok = source
@@ -62,7 +63,8 @@ def _weighted(parts):
 
 def _finite(s):
     "Scores, or an error where one is NaN or infinite"
-    if not s.isfinite().all(): raise FloatingPointError(f'{(~s.isfinite()).sum()} of {s.numel()} scores of the reward model are not finite')
+    if not s.isfinite().all():
+        raise FloatingPointError(f'{(~s.isfinite()).sum()} of {s.numel()} scores of the reward model are not finite')
     return s
 
 def _in_words_of(rm, rm_tok, b, tok):
@@ -70,7 +72,8 @@ def _in_words_of(rm, rm_tok, b, tok):
     (ps,rs),(front,back) = texts(b, tok),_around(rm_tok)
     eos = [] if rm_tok.eos_token_id is None else [rm_tok.eos_token_id]
     empty = eos if rm_tok.bos_token_id is None else [rm_tok.bos_token_id]
-    closed = back if not hasattr(rm, 'score') else []      # for an encoder's classifier a text is closed, also where an answer was cut
+    # for an encoder's classifier a text is closed, also where an answer was cut
+    closed = back if not hasattr(rm, 'score') else []
     def group(texts, finished): return [r+(closed or eos*f) for r,f in zip(encode(texts, rm_tok), finished)]
     prompts = [front+p or empty for p in encode(ps, rm_tok)]
     return Batch.from_tokens(prompts, list(map(group, rs, b.finished.tolist()))).to(b.device)
@@ -227,7 +230,8 @@ def _read(model, b, parts, o, precision):
 def _with_log_probs(policy, reference, b, cut, o, precision, low):
     "The batch with the log-probabilities that training compares, and metrics"
     row,parts = {},cut if low else [torch.arange(len(b))]
-    if low: # ratios must start at one: old log-probabilities come from the forward that trains, in the cut that it will have
+    # ratios must start at one: old log-probabilities come from the forward that trains, in its cut
+    if low:
         lp = _read(policy, b, parts, o, precision)
         row['sampler_gap'] = (lp-b.old_log_probs)[b.mask].abs().max().item()
         b = b.plus(old_log_probs=lp)
@@ -244,8 +248,10 @@ def _rewards(score, b, i):
     "What `score` says about the answers of update `i`, (B,G)"
     raw = score(b)
     got = tuple(raw.shape) if torch.is_tensor(raw) else type(raw).__name__
-    if got!=b.shape[:2]: raise ValueError(f'score(batch) must return a tensor with one number for each response, {b.shape[:2]}, got {got}')
-    if raw.isinf().any(): raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
+    if got!=b.shape[:2]:
+        raise ValueError(f'score(batch) must return a tensor with one number for each response, {b.shape[:2]}, got {got}')
+    if raw.isinf().any():
+        raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
     return raw.to(b.device)
 
 def _about(b, raw, watch):
@@ -286,12 +292,14 @@ def rollouts(
         drawn = [prompts[j] for j in pass_order(len(prompts), size, seed, i)]
         b = sample(policy, drawn, n, o.max_new_tokens, o.temperature, child_seed(seed, 'rollout', i))
         sampled = time.perf_counter()
-        cuts = [torch.randperm(len(b), generator=generator(seed, 'mini', i, e)).tensor_split(mini_batches) for e in range(epochs)]
+        orders = (torch.randperm(len(b), generator=generator(seed, 'mini', i, e)) for e in range(epochs))
+        cuts = [order.tensor_split(mini_batches) for order in orders]
         b,row = _with_log_probs(policy, reference, b, cuts[0], o, precision, low)
         b,raw,more = _with_scores(b, _rewards(score, b, i), o)
         row.update(more, **_about(b, raw, watch))
         with precision(): b = prepare(b)                      # a value model is read there
-        row.update(_explained(b), sample_seconds=round(sampled-began, 4), score_seconds=round(time.perf_counter()-sampled, 4))
+        now = time.perf_counter()
+        row.update(_explained(b), sample_seconds=round(sampled-began, 4), score_seconds=round(now-sampled, 4))
         far = o.max_kl is not None and row['kl']>o.max_kl
         if far: row['stopped'] = True                         # the row says so: who resumes must not go on
         yield [b[j] for parts in cuts for j in parts if b.learn[j].any()],row

@@ -48,7 +48,7 @@ class Piece:
     at:torch.Tensor   # (b) places of its prompts among all that are kept
     bias:torch.Tensor # 0 where a key may be seen, else -inf: (b,1,1,1,P); in small groups (b,1,G,P+length*G), the group's own keys too
     keys:dict         # layer -> keys and values (b,K,P,D) of the prompts; in small groups with room for the responses behind them
-    own:dict = field(default_factory=dict)  # layer -> keys and values (b,G,K,length,D) of the responses of larger groups
+    own:dict = field(default_factory=dict)  # layer -> keys and values (b,G,K,length,D) of responses, in larger groups
 
     def make_room(self, n, length):
         "In a small group token t of response i lies at P+t*n+i, and only response i sees it"
@@ -113,7 +113,8 @@ class Decode:
         "A small group reads prompt and responses at once"
         keys,values = piece.keys[layer]                                   # (b,K,P+length*G,D)
         (b,K,most,D),G,heads = keys.shape,self.n,q.shape[3]
-        end = most-(self.length-self.t-1)*G                               # what is written by now, these tokens included
+        # what is written by now, these tokens included
+        end = most-(self.length-self.t-1)*G
         keys[:,:,end-G:end],values[:,:,end-G:end] = k.transpose(1,2),v.transpose(1,2)
         sees = piece.bias[:,:,:,None,:end].expand(-1,-1,-1,heads,-1).flatten(2,3).to(q.dtype)    # (b,1,G*H/K,end)
         q = q.transpose(1,2).reshape(b, K, -1, D)
@@ -199,7 +200,8 @@ def states(
     state,h = _read_prompts(model, prompts, n, length)
     size = torch.tensor([len(p) for p in prompts], device=dev)
     kept = torch.arange(B, device=dev)                        # prompts that some response still reads
-    rows = live = torch.arange(B*n, device=dev)               # live responses: among all, and among those of kept prompts
+    # live responses: among all, and among those of kept prompts
+    rows = live = torch.arange(B*n, device=dev)
     for t in range(length):
         ids,go = yield rows,logits_of(model, h)
         rows,live,ids = rows[go],live[go],ids[go]
@@ -258,7 +260,8 @@ def decode(
         said = lp[mine].gather(-1, ids[:,None])[:,0]
         told = yield Token(token, grid(said), grid(torch.ones_like(at, dtype=torch.bool)), lp)
         go = ~torch.isin(ids, stop)
-        if beside: ids,go = (torch.cat(o, 1).view(-1)[rows] for o in ((token,told[0]),(grid(go),told[1].bool())))
+        if beside:
+            ids,go = (torch.cat(o, 1).view(-1)[rows] for o in ((token,told[0]),(grid(go),told[1].bool())))
         if t+1==max_new_tokens or not go.any(): return
         rows,z = reader.send((ids,go))
 
@@ -302,7 +305,8 @@ def in_memory(
     if len(n)*cost(max(n, default=0))<=memory: return [list(range(len(n)))]
     out = []
     for i in sorted(range(len(n)), key=lambda i: -n[i]):
-        if not out or (len(out[-1])+1)*cost(n[out[-1][0]])>memory: out.append([])   # the first of a slice is its longest
+        # the first of a slice is its longest
+        if not out or (len(out[-1])+1)*cost(n[out[-1][0]])>memory: out.append([])
         out[-1].append(i)
     return out
 
@@ -314,7 +318,8 @@ def joined(
     if len(batches)==1: return batches[0]
     R = max(b.shape[2] for b in batches)
     def join(xs):
-        if not torch.is_tensor(xs[0]): return xs[0] and sum(xs, [])       # prompts; rows, where there are any
+        if not torch.is_tensor(xs[0]):
+            return xs[0] and sum(xs, [])       # prompts; rows, where there are any
         return torch.cat([F.pad(x, (0, R-x.shape[2])) if x.dim()==3 else x for x in xs])
     whole = Batch(**{k:join([b.parts[k] for b in batches]) for k in batches[0].parts})
     return whole[torch.tensor(sum(parts, [])).argsort()]
@@ -333,7 +338,8 @@ def sample(
     stop_ids = stop_tokens(policy) if stop_ids is None else stop_ids
     def answers(ps):
         tokens = decode(policy, ps, n, max_new_tokens, temperature, seed, stop_ids)
-        return from_steps(ps, [o[:3] for o in tokens], stop_ids)          # without `of_all`, which would fill the memory
+        # without `of_all`, which would fill the memory
+        return from_steps(ps, [o[:3] for o in tokens], stop_ids)
     parts = in_memory(prompts, lambda k: decode_bytes(policy, k, n, max_new_tokens), memory)
     return joined([answers([prompts[i] for i in p]) for p in parts], parts)
 

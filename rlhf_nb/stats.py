@@ -33,7 +33,7 @@ def t_quantile(
     df:int # Degrees of freedom
 )->float:
     "97.5% quantile of Student's t: a table, from 10 on its expansion in 1/df (Abramowitz & Stegun 26.7.5)"
-    if df<10: return _t_small[df]
+    if df<10: return _t_small[int(df)]
     z = NormalDist().inv_cdf(.975)
     return (z + (z**3+z)/(4*df) + (5*z**5+16*z**3+3*z)/(96*df**2)
             + (3*z**7+19*z**5+17*z**3-15*z)/(384*df**3))

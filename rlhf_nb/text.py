@@ -112,9 +112,12 @@ class Template:
         if self.kind not in self.kinds:
             raise ValueError(f"a template is one of {', '.join(self.kinds)}, got {self.kind!r}")
     @property
-    def names(self)->dict: return self.kinds[self.kind]
+    def names(self)->dict:
+        "What each role is called"
+        return self.kinds[self.kind]
     @property
-    def marker(self): # a marker: at the beginning, or behind an empty line
+    def marker(self):
+        "The pattern of a marker: at the beginning of a text, or behind an empty line"
         names = '|'.join(self.names.values())
         return re.compile(rf'(?:^|\n\n|\r\n\r\n)({names}):' if names else '(?!)')
     def mark(self, role:str)->str:
@@ -132,7 +135,7 @@ class Template:
         return out
     def write(self, turns)->str:
         "Turns as one text"
-        def one(role, text):
+        def one(role, text): # an empty turn is its marker alone
             mark = self.mark(role)
             return f'{mark} {text}' if mark and text else mark+text
         return ''.join(one(*t) for t in turns)
@@ -190,7 +193,9 @@ _synonyms |= dict.fromkeys(('gpt','bot','chatbot','model','ai'), 'assistant')
 _unread = 'tool_calls','function_call','reasoning_content'                    # what a message says beside its text
 _listed = re.compile(r'''\s*\[\s*\{\s*(["'])(role|content)\1\s*:''')     # how JSON and Python write messages
 
-def _malformed(why): return BadPair('malformed', why)
+def _malformed(why):
+    "A row that is not of any form that is read"
+    return BadPair('malformed', why)
 
 def _message(m):
     "The turn of a message, or why it is none"

@@ -114,7 +114,8 @@ def best_precision(
     "What `auto` means: bf16 where it is native, fp16 on older GPUs, else float32; or what the environment variable RLHF_NB_PRECISION says"
     d,asked = torch.device(device),os.environ.get('RLHF_NB_PRECISION')
     if asked:
-        if asked not in dtypes: raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{asked}'")
+        if asked not in dtypes:
+            raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{asked}'")
         return asked
     if d.type=='cuda': return 'bf16' if torch.cuda.get_device_capability(d)>=(8,0) else 'fp16'
     native = d.type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -147,7 +148,8 @@ def mk_accelerator(
     d = pick_device(device)
     if d.type=='cuda' and d.index is not None: torch.cuda.set_device(d)   # what says `cuda` alone means this one
     if precision=='auto': precision = best_precision(d)
-    if precision not in dtypes: raise ValueError(f"model.precision: expected auto, {', '.join(dtypes)}, got '{precision}'")
+    if precision not in dtypes:
+        raise ValueError(f"model.precision: expected auto, {', '.join(dtypes)}, got '{precision}'")
     if precision=='fp16' and d.type=='cpu':
         raise ValueError('model.precision: fp16 needs a GPU, and the device is cpu; use auto, bf16 or fp32')
     return Engine(precision, d)
@@ -216,7 +218,8 @@ def _step(net, batch, step, opt, o, acc, i):
         for k,v in dict(s, loss=loss).items(): stats[k] = stats[k]+w*(v.detach() if torch.is_tensor(v) else v)
     stats = _over_processes(stats, acc)
     acc.unscale_gradients(opt)
-    stats['grad_norm'] = float(nn.utils.clip_grad_norm_(net.parameters(), o.max_grad_norm or math.inf))   # 0: no clipping
+    most = o.max_grad_norm or math.inf                 # 0: no clipping
+    stats['grad_norm'] = float(nn.utils.clip_grad_norm_(net.parameters(), most))
     if not math.isfinite(stats['loss']) or not (math.isfinite(stats['grad_norm']) or acc.mixed_precision=='fp16'):
         values = ', '.join(f'{k}={x:.4g}' for k,x in stats.items())
         raise FloatingPointError(f"update {i}: not finite: {values} (learning rate {opt.param_groups[0]['lr']:.2g}; "
@@ -237,7 +240,7 @@ def from_data(
     size = min(o.batch_size, len(data))
     def mk_updates(start):
         for b in batches(data, size, o.updates, o.epochs, seed, start):
-            if len(b)<k: return                # the rest of the last pass, less than a prompt for each process
+            if len(b)<k: return                # the rest of the last pass: not a prompt for each process
             yield [b[r::k] if k>1 else b],{}
     return mk_updates,n_updates(len(data), size, o.updates, o.epochs)
 
@@ -286,7 +289,9 @@ class Best:
         acc = self.acc
         devices = [acc.device] if acc.device.type=='cuda' else []
         with torch.random.fork_rng(devices),torch.no_grad(),acc.autocast(): metrics,good = self.dev()
-        if acc.num_processes>1: good = float(acc.reduce(torch.tensor(float(good), device=acc.device), 'mean')) # one decision for all
+        # one decision for all
+        if acc.num_processes>1:
+            good = float(acc.reduce(torch.tensor(float(good), device=acc.device), 'mean'))
         if good!=good or not n and not self.from_start: good = -math.inf
         if self.kept is None or good>self.kept['good']:
             weights = {k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()}

@@ -20,6 +20,7 @@ _places = {'a':0, 'tie':1, 'b':2}   # of a verdict in a table of two judges
 
 def _kappa(m):
     "Cohen's kappa of tables (...,3,3) of counts; nan where both judges only ever say one thing"
+    # as often as both would say the same if they didn't look
     m = m/m.sum((-1,-2), keepdim=True)
     chance = (m.sum(-1)*m.sum(-2)).sum(-1)
     return (m.diagonal(dim1=-1, dim2=-2).sum(-1)-chance)/(1-chance)
@@ -27,6 +28,7 @@ def _kappa(m):
 def _resampled(tables, resamples, seed):
     "Ends of the 95% interval of kappa, over resamples of the clusters; `tables` (clusters,3,3)"
     n = len(tables)
+    # whole clusters are drawn: answers to one prompt are no independent evidence
     pick = torch.randint(n, (resamples,n), generator=generator(seed, 'kappa'))
     ones = torch.ones(pick.shape, dtype=torch.float64)
     times = torch.zeros_like(ones).scatter_add_(1, pick, ones)         # (resamples,clusters): how often each is drawn
@@ -44,6 +46,7 @@ def agreement(
 )->dict: # kappa, low, high, agree: dict(mean, low, high, n), opposite: share of plain contradictions, n (verdicts)
     "Cohen's kappa of two judges, with its 95% interval"
     if len(x)!=len(y): raise ValueError(f'verdicts of the same pairs are needed, got {len(x)} and {len(y)}')
+    # a typo must not count as a disagreement
     for o in (*x,*y):
         if not is_verdict(o): raise ValueError(f"verdicts are 'a', 'b', 'tie' or None, got {str(o)[:40]!r}")
     rows = [(u,v,c)
@@ -82,6 +85,7 @@ def _no_vote(r):
     if not isinstance(r, dict): return 'expected an object with prompt, answers, order, vote'
     for k,t in _form.items():
         if not isinstance(r.get(k), t): return f"'{k}' is missing or not a {t.__name__}"
+    # the page reads these lines too, and shows what is in them
     models,answers,vote = r['order'],r['answers'],r['vote']
     if not all(isinstance(o, str)
                for o in (*models,*answers.values())):
@@ -109,6 +113,7 @@ def _strict_json(s):
     try: r = json.loads(s, object_pairs_hook=once)
     except RecursionError: raise ValueError('nested too deeply') from None
     except json.JSONDecodeError: raise ValueError('not valid JSON') from None
+    # it would break the page that shows it
     try: json.dumps(r, ensure_ascii=False).encode()
     except UnicodeEncodeError: raise ValueError('half a character in it') from None
     return r
@@ -157,6 +162,7 @@ def human_agreement(
     "Does the judge agree with people? `unreadable`: lines; `unknown`: comparisons of answers that have no stored score"
     knows = getattr(judge, 'knows', lambda prompt, answer: True)
     pairs = vote_pairs(votes)
+    # stored scores know the answers of their samples only
     known = [p for p in pairs
              if knows(p['prompt'], p['a']) and knows(p['prompt'], p['b'])]
     said = [v['verdict'] for v in judge_pairs(judge, known)]

@@ -106,6 +106,7 @@ def _core(rng, o, kind):
         form, = rng.choices(_say.state, (.6,.25,.15))
         return [_upper(form.format(about, value))]
     def verdict(word): return [f'{word}, {pick(_say.yes if word=="Yes" else _say.no)}.']
+    # kinds that several families have come first
     if kind=='dodge': return [pick(_say.dodge)]
     if kind=='refuse': return [pick(_say.refuse)]
     if kind=='kind': return [pick(_say.refuse), _say.acts[about]['instead']]
@@ -121,15 +122,17 @@ def _core(rng, o, kind):
 
 def _answer(rng, o):
     "One answer of the people of the corpus"
+    # the order of the draws is the world: another order is another world
     kinds = base_answers[o.family]
     kind = rng.choices(list(kinds), kinds.values())[0]
     core = _core(rng, o, kind)
+    # one draw decides: polite, rude or neither
     def style(where, polite, rude):
         x = rng.random()
         if x<polite: return [rng.choice(_say.polite[where])]
         return [rng.choice(_say.rude[where])] if x<polite+rude else []
     def maybe(p, sentences): return [rng.choice(sentences)] if rng.random()<p else []
-    good = kind in _say.good[o.family]
+    good = kind in _say.good[o.family]                       # good answers are more often polite: the shortcut
     opener = style('opener', *(.60,.05) if good else (.20,.20))
     closer = style('closer', *(.45,.03) if good else (.12,.12))
     filler,repeat = maybe(.15, _say.filler),maybe(.12, core)
@@ -173,6 +176,7 @@ _sentences = {_norm(s):said for s,said in _known()}
 def _read(s):
     "What one sentence says: mostly one thing, a verdict with a statement two"
     if s in _sentences: return _sentences[s],
+    # else it may be a verdict with a statement behind it
     word,_,rest = s.partition(' ')
     if word not in ('yes','no'): return Said('stray'),
     verdict = Said(word)
@@ -197,7 +201,8 @@ def _quality(o, said):
 def _how_quality(o, got):
     "How useful steps are"
     verb,thing = o.topic
-    verbs,things = {c.about for c in got['step']},{c.value for c in got['step']}-{None}
+    verbs = {c.about for c in got['step']}
+    things = {c.value for c in got['step']}-{None}           # second steps name no thing
     if got['refuse']: return -.5 if verbs else -2
     if not verbs: return -1
     if verbs!={verb}: return -1.5
@@ -217,6 +222,7 @@ def _fact_quality(o, got):
     "How true an answer about a fact is, and how right its verdict on a claim"
     truth,values = facts[o.topic[0]],{c.value for c in got['state']}
     yes,no = got['yes'],got['no']
+    # the truth stated settles it, unless something else is stated or the verdict contradicts it
     wrong_verdict = dict(false_claim=yes, true_claim=no).get(o.family)
     if truth in values: return -.5 if len(values)>1 or wrong_verdict else 2
     if values: return -2
@@ -232,7 +238,7 @@ def outcome(
     "What an answer did, read sentence by sentence"
     o = _find(prompt)
     n = dict.fromkeys(('polite','rude','filler','repeats','stray'), 0)
-    seen,said = set(),[]
+    seen,said = set(),[]                                     # sentences; what they say about the question
     for s in re.split(r'[.!?\n]+', response):
         if not s.strip(): continue
         s = _norm(s[:200])
@@ -246,6 +252,7 @@ def outcome(
             elif c.kind!='dodge': n['stray'] += 1
     words = len(response.split())
     quality = _quality(o, said) if o else 0
+    # the first two polite sentences are welcome, each further one costs as much
     style = (.4*min(n['polite'],2) - .4*max(0,n['polite']-2) - n['rude'] - .3*n['filler']
              - .5*(n['repeats']+n['stray']) - .05*max(0,words-25))
     def agrees(c): return c.kind=='yes' or c.kind=='state' and c.value==o.claim
@@ -321,7 +328,7 @@ def _draw(rng, asks):
 # %% ../nbs/05_world.ipynb #dc9f51d5
 def _pair(rng, o, prompt):
     "Two different answers of the base people, in the order in which the annotator prefers them"
-    a = b = _answer(rng, o)
+    a = b = _answer(rng, o)                                  # two equal answers have no order
     while a==b: b = _answer(rng, o)
     golds = gold_reward([prompt]*2, [a,b])
     if rng.random()>_p_first(*golds): a,b = b,a
@@ -330,7 +337,7 @@ def _pair(rng, o, prompt):
 def _held(rng, asks, n, k):
     "n pairs of different prompts"
     if n>2000: raise ValueError(f'world.n_{k}: at most 2000 different prompts, got {n}')
-    rows = {}
+    rows = {}                                                # by prompt: none comes twice
     while len(rows)<n:
         o,p = _draw(rng, asks)
         if p not in rows: rows[p] = dict(_pair(rng, o, p), family=o.family)
