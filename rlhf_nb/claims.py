@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['claim', 'interval', 'each_run', 'pooled_models', 'spread_of', 'p_text', 'model_lines', 'between_lines', 'judge_lines',
-           'reward_model_lines', 'Beside', 'best_at', 'best_of_n_lines', 'turn_lines', 'failure_lines', 'memory_lines']
+           'reward_model_lines', 'Beside', 'best_at', 'best_of_n_lines', 'turn_lines', 'failure_lines', 'memory_lines',
+           'caveats']
 
 # %% ../nbs/24a_claims.ipynb #cla0h003
 import math,re
@@ -12,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .run import *
 from .text import *
 from .stats import *
 from .metrics import *
 from .plots import *
+from .diagnose import *
 
 # %% ../nbs/24a_claims.ipynb #6874c405
 def claim(
@@ -67,9 +70,13 @@ def spread_of(runs)->str:
     "What an interval over these runs means"
     return f'mean over {len(runs)} seeds [lowest, highest]' if len(runs)>1 else '95% intervals'
 
-def p_text(p:float)->str: return '<.001' if p<.001 else f'{p:.3f}'
+def p_text(p:float)->str:
+    "A p value"
+    return '<.001' if p<.001 else f'{p:.3f}'
 
-def _spaced(s:str)->str: return s.replace('_', ' ')
+def _spaced(s:str)->str:
+    "A key as words"
+    return s.replace('_', ' ')
 
 def _for_each(seed:str, runs, text:str)->str:
     "A sentence about one run of several"
@@ -203,6 +210,7 @@ def _other_prompts(runs:dict)->list:
 
 # %% ../nbs/24a_claims.ipynb #cla0rew1
 def _accuracy(d:dict)->str:
+    "An accuracy with its interval"
     return interval(dict(d, mean=d['accuracy']), '.3f')
 
 def reward_model_lines(runs:dict)->list:
@@ -314,3 +322,71 @@ def memory_lines(logs:list)->list:
         'Peak memory is not in the rows.')
     return ['',
             f'Seconds as they passed, with other stages beside them where the run had several jobs. {memory}']
+
+# %% ../nbs/24a_claims.ipynb #rep0cav1
+def _reference_caveat(rows:list, causes:dict):
+    "Has the reference learned its language, and not just its data?"
+    looks = dev_looks(rows, 'nll')
+    counting = rows[looks.at[-1]].get('dev_unigram') if looks.at else None
+    if counting and looks.dev is not None and looks.dev.min()>.75*counting:
+        yield (f'The reference has learned little language: on dev answers it needs {looks.dev.min():.2f} nats '
+               f'per token, counting how often each token occurs needs {counting:.2f}; '
+               'its answers are hardly more than frequent words, and all that starts from it builds on that.')
+    elif 'memorising' in causes:
+        yield f"The reference knows its training answers by heart: {causes['memorising']}."
+
+def _reward_caveat(run:dict):
+    "Does the reward model tell answers apart?"
+    a = (run.get('reward_model') or run.get('summary', {}).get('reward_model')
+         or {}).get('accuracy')
+    if not a or a['low']>.5: return
+    shown = f"{a['accuracy']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {a['n']}"
+    yield (f'The reward model is not shown to do better than guessing on pairs that it has not seen ({shown}): '
+           'the rewards, the win rates by them, and what PPO and GRPO learn from them mean nothing.')
+
+def _method_caveats(name:str, model:dict, rows:list, causes:dict):
+    "Is a policy worse than where it began, the same, or another one on these prompts than on those of training?"
+    win,kl,tokens = model.get('win_rate'),mean_of(model.get('kl', {})),model.get('n_tokens')
+    if win and claim([win])=='worse':
+        yield f"{name} is worse than its reference (win rate {interval(win)}, n = {win['n']})."
+    if 'no gain' in causes:
+        yield f'{name} is its reference: no state of its training was better on dev data.'
+    elif 'memorising' in causes:
+        yield f"{name} memorises: {causes['memorising']}."
+    seen = [r['kl'] for r in rows if 'kl' in r]
+    trained_kl = last_third(np.array(seen)) if kl is not None and seen else math.inf
+    if kl is not None and kl>2*trained_kl+2:
+        yield (f'{name} is {kl:.1f} nats from its reference on these prompts and {trained_kl:.1f} on those that '
+               'it was trained on.')
+    elif 'unseen prompts' in causes:
+        yield f"{name} does to prompts that it has not seen something else: {causes['unseen prompts']}."
+    if kl is not None and tokens and kl>.4*tokens['mean']:
+        yield f"{name} has left its reference behind: KL {kl:.1f} nats in {tokens['mean']:.0f} tokens."
+
+def _cut_caveat(models:dict):
+    "Do answers end?"
+    cut = {k:1-m['finished']['mean'] for k,m in models.items()
+           if m.get('finished', {}).get('mean', 1.)<.85}
+    if cut:
+        yield f"Many answers are cut: {', '.join(f'{md_name(k)} {v:.0%}' for k,v in cut.items())}."
+
+_no_methods = ('reference',*(s for s in trained if s not in policies))
+
+def _caveats(run:dict):
+    "Of one run"
+    logs,models = run.get('logs', {}),run.get('summary', {}).get('models', {})
+    causes = {k:{d['cause']:d['evidence'] for d in diagnose(rows)} for k,rows in logs.items()}
+    yield from _reference_caveat(logs.get('sft', []), causes.get('sft', {}))
+    yield from _reward_caveat(run)
+    for k in dict.fromkeys((*models,*logs)):
+        if k in _no_methods: continue
+        yield from _method_caveats(md_name(k), models.get(k, {}), logs.get(k, []),
+                                   causes.get(k, {}))
+    yield from _cut_caveat(models)
+
+def caveats(
+    runs:dict # From `read_runs`
+)->list:      # Sentences, what the others follow from first; empty: nothing found
+    "What takes the meaning from the numbers of a run: nothing was learned, it holds for training data only, or answers are not answers"
+    return [f"{f'Seed {s}: ' if len(runs)>1 else ''}{o}" for s,r in runs.items()
+            for o in _caveats(r)]

@@ -23,7 +23,9 @@ def _col(h:list, k:str):
     x = np.array([math.nan if r.get(k) is None else r[k] for r in h], float)
     return x if np.isfinite(x).any() else None
 
-def _cols(h:list, *keys): return [_col(h, k) for k in keys]
+def _cols(h:list, *keys):
+    "Several of them"
+    return [_col(h, k) for k in keys]
 
 def _since(bad):
     "First update from which on `bad` holds more often than not; None where it does not at the end"
@@ -32,12 +34,15 @@ def _since(bad):
     return next(i for i in range(len(bad)) if bad[i] and bad[i:].mean()>.5)
 
 def last_third(x)->float:
+    "Mean of the last third: how it ended"
     return float(np.nanmean(x[-max(1, len(x)//3):]))
 def _smooth(x):
+    "Median of three rows, so that one odd row is no sign"
     return pd.Series(x).rolling(3, min_periods=1).median().values
 
 # %% ../nbs/24_diagnose.ipynb #dia0sig1
 def _never_stops(h):
+    "Next to no response ends"
     finished,length = _cols(h, 'finished','length')
     if finished is None or (i := _since(_smooth(finished)<.1)) is None:
         return
@@ -46,6 +51,7 @@ def _never_stops(h):
     return Sign(i, share, f'{share:.0%} of the responses end with EOS{others}')
 
 def _no_signal(h):
+    "The answers to one prompt, or all of them, score the same"
     silent,spread = _cols(h, 'silent_groups','reward_std')
     if silent is not None and (i := _since(_smooth(silent)>.5)) is not None:
         share = last_third(silent)
@@ -67,6 +73,7 @@ def _loss_stands(loss):
                 'its noise')
 
 def _nothing_moves(h):
+    "The policy stays where it was, or the loss does"
     kl,margin,loss = _cols(h, 'kl','margin','nll' if 'nll' in h[-1] else 'loss')
     if 'chosen_shift' in h[-1]:                                    # DPO
         most = abs(margin).max()
@@ -79,6 +86,7 @@ def _nothing_moves(h):
                 f'after {len(h)} updates the policy is {end:.1g} nats per response from its reference')
 
 def _kl_runs_away(h):
+    "More than .4 nats per token: it has left the reference behind"
     kl,length,reward = _cols(h, 'kl','length','reward')
     if kl is None or length is None: return
     per_token = kl/length
@@ -89,6 +97,7 @@ def _kl_runs_away(h):
                 f'KL {last_third(kl):.1f} nats per response, {last_third(per_token):.2f} per token ({highest}){bought}')
 
 def _averaged(h):
+    "DPO's loss falls far less than its margins would make it fall"
     loss,margin,accuracy = _cols(h, 'loss','margin','accuracy')
     if 'chosen_shift' not in h[-1] or len(h)<12 or abs(loss[0]-math.log(2))>.01:
         return
@@ -106,6 +115,7 @@ def _averaged(h):
                     f'{fell:.3f} from log 2')
 
 def _displaced(h):
+    "The chosen answers lose more than half of what the rejected lose"
     chosen,rejected = _cols(h, 'chosen_shift','rejected_shift')
     if chosen is None or rejected is None: return
     chosen,rejected = _smooth(chosen),_smooth(rejected)
@@ -116,6 +126,7 @@ def _displaced(h):
                 f'the chosen answers lost {-end:.1f} nats, the rejected {-last_third(rejected):.1f}')
 
 def _value_stuck(h):
+    "The value model explains nothing of the returns"
     explained,loss,reward,spread = _cols(h, 'value_explained','value_loss','reward','reward_std')
     if len(h)<8: return
     if explained is not None:
@@ -132,6 +143,7 @@ def _value_stuck(h):
                     f'the value loss went from {before:.3f} to {after:.3f} while the reward rose by {rose:.2f}')
 
 def _truncated(h):
+    "A share of the responses is cut"
     finished = _col(h, 'finished')
     if finished is None: return
     finished = _smooth(finished)
@@ -141,6 +153,7 @@ def _truncated(h):
     return Sign(i, cut, f'{cut:.0%} of the responses are cut')
 
 def _overoptimised(h):
+    "The true reward falls while the reward rises"
     reward,gold = _cols(h, 'reward','gold')
     if reward is None or gold is None or len(h)<8: return
     noise = np.std(np.diff(gold))/2**.5                            # of one update
@@ -154,6 +167,7 @@ def _overoptimised(h):
                     f'{rose:.2f}')
 
 def _entropy_gone(h):
+    "All answers to a prompt are the same"
     entropy = _col(h, 'entropy')
     if entropy is None or (i := _since(_smooth(entropy)<.1)) is None:
         return
@@ -191,6 +205,7 @@ def _known_by_heart(loss):
                 'others (`eval_every`)')
 
 def _memorised(h):
+    "The loss on dev data stands well above that on training data, and falls no more"
     k = 'nll' if 'nll' in h[-1] else 'loss'
     loss = _col(h, k)
     if loss is None or 'policy_loss' in h[-1]: return
@@ -208,6 +223,7 @@ def _memorised(h):
                 f'the loss is {seen[-1]:.2f} on training data and {dev[-1]:.2f} on {n} dev rows, {lowest}{kept}')
 
 def _unseen(h):
+    "KL, or the reward, moves on training prompts alone"
     if 'chosen_shift' in h[-1]:
         return                             # its own answers are sampled for dev prompts alone
     at,dev,seen = dev_looks(h, 'kl')
@@ -223,6 +239,7 @@ def _unseen(h):
                     f'the reward rose by {rose:.2f} on training prompts and by {there:.2f} on dev prompts')
 
 def _no_gain(h):
+    "No look was better than the start, so that is what was kept"
     if h[-1].get('kept')!=0: return
     looks = sum('dev_update' in r for r in h)-1
     return Sign(0, 0.,

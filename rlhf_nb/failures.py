@@ -236,6 +236,7 @@ def _interval(v:float, low:float, high:float, sign:str='')->str:
     return f'{v:{sign}z.2f} [{low:{sign}z.2f}, {high:{sign}z.2f}]'
 
 def _change_of(r:dict)->str:
+    "Difference of a row from the reference"
     return _interval(r['difference'], r['difference_low'], r['difference_high'], '+')
 
 def _cell(r:dict)->str:

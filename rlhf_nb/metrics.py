@@ -124,6 +124,7 @@ def stage_of(
     return next((stage for k,stage in signs.items() if k in row), 'sft')
 
 def by_seed(rows)->dict:
+    "{seed: rows}, of one run too"
     return rows if isinstance(rows, dict) else {0:rows}
 
 def _band(x:pd.DataFrame, window:int):
@@ -200,7 +201,9 @@ def costs_table(
     return md_table(rows)
 
 # %% ../nbs/22a_metrics.ipynb #ad5bec66
-def mean_of(d:dict): return d.get('mean', d.get('rate'))
+def mean_of(d:dict):
+    "The number itself: intervals call it `mean`, win rates `rate`"
+    return d.get('mean', d.get('rate'))
 
 def pool_runs(ds:list)->dict:
     "One number with its interval stays as it is; of several runs the mean, from lowest to highest"

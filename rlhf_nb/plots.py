@@ -39,8 +39,11 @@ def look_of(name:str, i:int=0)->Look:
     return Look(colours.get(name, _spare[i%len(_spare)]), markers.get(name, 'vPX*<>'[i%6]))
 
 def label_of(name:str)->str:
+    "What people call a model"
     return policies[name].label if name in policies else name
-def md_name(name)->str: return md_inline(label_of(str(name)))
+def md_name(name)->str:
+    "The same in Markdown"
+    return md_inline(label_of(str(name)))
 
 def _drawn(s:str)->str:
     "A name in a picture: dollars are no formula, and nothing is hidden from the legend"
@@ -101,6 +104,7 @@ units = dict(reward='reward', gold='reward', kl='nats per response', entropy='na
              silent_groups='share of groups')
 
 def _metric(k:str)->str:
+    "What people call a metric"
     return k.replace('_', ' ').replace('gold', 'true reward')
 
 def _curve_panel(ax, df, keys:list, kind:str):
