@@ -314,7 +314,7 @@ def tiny_config(precision='fp32', device='auto', **sets):
 
 
 def reset_accelerate():
-    from accelerate.state import AcceleratorState,GradientState,PartialState
+    from accelerate.state import AcceleratorState,GradientState
     AcceleratorState._reset_state(True); GradientState._reset_state()
 
 
@@ -325,7 +325,6 @@ def stages(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb import pipeline
-        from rlhf_nb.core import child_seed
         from rlhf_nb.run import Run
         d = tempfile.mkdtemp()
         try:
@@ -348,8 +347,6 @@ def stages(a):
                     for c in desk.compare(desk.ask('\n\nHuman: Hello?\n\nAssistant:', n=n, max_new_tokens=6)): pass
             with gpu.phase('app'): _attempt('app: compare', app, faults)
             def resume():
-                from accelerate import Accelerator
-                from rlhf_nb.core import read_rows
                 line2 = pipeline.Line(Run(d+'/run', line.config, True))
                 shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or pipeline.run_stage(line2, 'ppo')
             _attempt('ppo again, from its checkpoint', resume, faults)
@@ -363,7 +360,7 @@ def library(a):
     import tempfile
     from copy import deepcopy
     faults = []
-    with PretendGPU(a.kind, tuple(a.capability)) as gpu:
+    with PretendGPU(a.kind, tuple(a.capability)):
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
         from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
@@ -372,14 +369,14 @@ def library(a):
         from rlhf_nb.frontier import best_of_n,gibbs
         from rlhf_nb.evaluate import sample_records
         from rlhf_nb.grpo import train_grpo
-        from rlhf_nb.models import LogProbReward,exact_kl,log_probs,mk_reward_model,mk_value_model,scores,values,check_forward
-        from rlhf_nb.load import load_policy,mk_policy,save_model,load_reward_model
+        from rlhf_nb.models import exact_kl,log_probs,mk_reward_model,mk_value_model,scores,values,check_forward
+        from rlhf_nb.load import load_policy,mk_policy,save_model
         from rlhf_nb.ppo import train_ppo
         from rlhf_nb.reward import accuracy,by_length,calibration,normalise,pair_scores,train_reward
         from rlhf_nb.sampling import sample
-        from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer,texts
+        from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer
         from rlhf_nb.sft import generate_plain,train_sft
-        from rlhf_nb.train import fit,mk_accelerator
+        from rlhf_nb.train import mk_accelerator
         from rlhf_nb.world import make_world,world_tokenizer
         world = make_world(WorldConfig(n_corpus=300, n_facts=40, n_pairs=80, n_dev=12, n_test=12, n_ood=6)); tok = world_tokenizer(world, 400)
         m = ModelConfig(n_layer=1, n_embd=32, n_head=2)
@@ -460,7 +457,7 @@ def notebooks(a):
         os.chdir(os.path.dirname(os.path.abspath(path)))
         sys.path.insert(0, os.getcwd())
         ns,n = {'__name__':'__main__', 'display':print},0
-        with PretendGPU(a.kind, tuple(a.capability), watch=('rlhf_nb','<cell')) as gpu:
+        with PretendGPU(a.kind, tuple(a.capability), watch=('rlhf_nb','<cell')):
             reset_accelerate()
             for i,c in enumerate(nb['cells']):
                 src = ''.join(c['source'])
@@ -483,7 +480,6 @@ def notebooks(a):
 
 def counts(a):
     "Synchronisations and launches of one of everything; 12 layers like GPT-2's, but narrow (their number does not depend on width or rows)"
-    from dataclasses import replace
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig,WorldConfig
@@ -493,11 +489,11 @@ def counts(a):
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
         from rlhf_nb.forward import Layout
-        from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
+        from rlhf_nb.models import mk_reward_model,mk_value_model
         from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
         from rlhf_nb.reward import reward_step
-        from rlhf_nb.sampling import decode,sample
+        from rlhf_nb.sampling import decode
         from rlhf_nb.rollout import mk_scorer,rollouts
         from rlhf_nb.sft import sft_step
         from rlhf_nb.train import mk_accelerator,steps

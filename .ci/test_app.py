@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny  # one thread, no GPU
+import tiny  # noqa: F401 (one thread, no GPU)
 from tiny import require
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "0", "NO_PROXY": "127.0.0.1"}

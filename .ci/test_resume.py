@@ -1,6 +1,5 @@
 "A stage that is killed, at any moment and again and again, ends with the bits of one that was left alone"
 import contextlib
-import io
 import json
 import os
 import random

@@ -42,11 +42,11 @@ def tensor(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-def mk(trainer, config, kind=GPT2LMHeadModel, data=pairs, kw={}, **args):
+def mk(trainer, config, kind=GPT2LMHeadModel, data=pairs, kw=(), **args):
     "A TRL trainer with a two-layer GPT-2"
     kind(GPT2Config(**size, num_labels=1)).save_pretrained(folder)  # on disk, where trainers look for their reference
     config = config(output_dir=folder, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, **args)
-    return trainer(model=kind.from_pretrained(folder), args=config, train_dataset=data, processing_class=tok, **kw)
+    return trainer(model=kind.from_pretrained(folder), args=config, train_dataset=data, processing_class=tok, **dict(kw))
 
 
 def result(loss, *wrt):

@@ -22,7 +22,6 @@ from .text import *
 from .world import *
 from .data import *
 from .load import *
-from .plots import *
 from .peers import *
 
 # %% ../nbs/48_benchmark.ipynb #40337df1

@@ -162,7 +162,9 @@ def _masked(secret):
     return out
 
 class _InTime:
-    "A network, or a stream of it, on which nothing lasts longer than `left()` seconds: a time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us"
+    """A network, or a stream of it, on which nothing lasts longer than `left()` seconds.
+
+    A time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us."""
     def __init__(self, inner, left, seconds):
         self.inner,self.left,self.seconds = inner,left,seconds
     def __getattr__(self, k):

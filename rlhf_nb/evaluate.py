@@ -295,7 +295,9 @@ def signs_agree(
     records:dict,           # {name: records}, one of them 'reference'
     key:str='gold_reward'   # The judge's score
 )->list: # dict(model, rate, low, high, mean, mean_low, mean_high, both, agree)
-    "Do the win rate against the reference and the paired difference of the same score point the same way? `both`: both intervals exclude their null; else `agree` is None"
+    """Do the win rate against the reference and the paired difference of the same score point the same way?
+
+    `both`: both intervals exclude their null; else `agree` is None."""
     check_prompts(records, 'reference')
     ref,out = column(records['reference'], key),[]
     for name in (k for k in records if k!='reference'):

@@ -170,7 +170,8 @@ def _cost(rows:list)->dict:
 
 def costs(
     logs:dict # {stage: rows}, or {seed: {stage: rows}}
-# stage, runs, updates, seconds and its parts, tokens (trained on), tokens_per_second (of all seconds), sampled_per_second (of those spent sampling), peak_memory (bytes): means over runs
+# Means over runs: stage, runs, updates, seconds and its parts, tokens (trained on), tokens_per_second (of all seconds),
+# sampled_per_second (of those spent sampling), peak_memory (bytes)
 )->pd.DataFrame:
     "Seconds, tokens and memory of each stage; NaN where the rows do not say"
     runs = logs if logs and not isinstance(next(iter(logs)), str) else {0:logs}

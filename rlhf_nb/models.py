@@ -86,7 +86,7 @@ def _log_probs_padded(policy, l:Layout, temperature):
     "`log_probs` by the model's own call, for the response tokens in row order"
     out = [l.ids.new_zeros(0, dtype=torch.float32)]
     for rows,s in row_slices(l, len(head(policy).weight)):
-        z = read_rows(policy, l, rows).logits
+        z = read_padded(policy, l, rows).logits
         if temperature!=1: z = z/temperature
         out.append(z.log_softmax(-1).gather(-1, l.targets[s,None])[:,0])
     return torch.cat(out)
@@ -238,7 +238,7 @@ def _no_gradient(model, b):
 # %% ../nbs/10_models.ipynb #de85e31e
 def _reader(model, l:Layout, temperature):
     "`f(rows, s)`: logits over temperature where the response tokens `s` are predicted, which are those of `rows`"
-    if is_padded(model): return lambda rows,s: read_rows(model, l, rows).logits/temperature
+    if is_padded(model): return lambda rows,s: read_padded(model, l, rows).logits/temperature
     h = hidden(model, l)[l.read]
     return lambda rows,s: logits_of(model, h[s], temperature)
 
@@ -271,7 +271,7 @@ def _own_scores(rm, batch):
     alone = pad is None or not 0<=pad<len(rm.get_input_embeddings().weight)
     out = []
     for part in [[r] for r in rows] if alone else [rows]:
-        ids,real = side_by_side(part, 0 if alone else pad),side_by_side([torch.ones_like(r) for r in part])
+        ids,real = pad_rows(part, 0 if alone else pad),pad_rows([torch.ones_like(r) for r in part])
         out.append(rm(input_ids=ids, attention_mask=real).logits)
     return torch.cat(out).float()[:,0].view(batch.shape[:2])
 
@@ -362,7 +362,7 @@ class LogProbReward(nn.Module):
         lm = self.lm
         if is_padded(lm):
             slices = row_slices(l, len(head(lm).weight))
-            parts = [self._terms(*read_rows(lm, l, rows), l.targets[s]) for rows,s in slices]
+            parts = [self._terms(*read_padded(lm, l, rows), l.targets[s]) for rows,s in slices]
             r = torch.cat(parts) if parts else self.c.new_zeros(0)
         else:
             h,scale = hidden(lm, l),logit_scale(lm)

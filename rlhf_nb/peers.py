@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['units', 'work', 'shapes', 'cuts', 'G', 'NEW', 'EPOCHS', 'PAIRS', 'MODELS', 'EVERY', 'evals', 'cut_pairs', 'as_batch',
-           'step_rows', 'prompt_ids', 'peak_memory', 'Pace', 'worker', 'matmul_rate', 'ours_steps', 'trl_steps',
+           'step_rows', 'prompt_ids', 'peak_rss', 'Pace', 'worker', 'matmul_rate', 'ours_steps', 'trl_steps',
            'hf_steps']
 
 # %% ../nbs/47_peers.ipynb #pe00h003
@@ -73,7 +73,7 @@ def prompt_ids(rows):
     return [r['prompt'] for r in rows]
 
 # %% ../nbs/47_peers.ipynb #pe4w5o6r
-def peak_memory()->float:
+def peak_rss()->float:
     "Most memory this process has held, GB"
     status = Path('/proc/self/status')                       # ru_maxrss would include the parent's
     if status.exists():
@@ -94,7 +94,7 @@ class Pace:
         "The step ended: its CPU seconds, and `kw`; then wait"
         cpu = None if self.t is None else time.process_time()-self.t
         more = {k:v() if callable(v) else v for k,v in kw.items()}   # called off the clock
-        self.say(cpu=cpu, memory=peak_memory(), **more)
+        self.say(cpu=cpu, memory=peak_rss(), **more)
         if not sys.stdin.readline(): os._exit(0)
         self.t = time.process_time()
 

@@ -176,16 +176,21 @@ def _spread(
     xs = [o.get('mean', o.get('rate')) for o in entries]
     return dict(mean=statistics.fmean(xs), lowest=min(xs), highest=max(xs), seeds=len(xs))
 
+def _spreads(each:list)->dict:
+    "`_spread` of every number; a seed that does not have it (a family that no prompt of its is of) is not counted"
+    names = dict.fromkeys(k for s in each for k in s)
+    return {k:_spread(s[k] for s in each if k in s) for k in names}
+
 def over_seeds(
     summaries:list # `models` of the summaries of several runs
 )->dict:           # {model: {metric: dict(mean, lowest, highest, seeds)}}
     "Means over seeds"
     out = {}
-    for name,first in summaries[0].items():
+    for name in summaries[0]:
         each = [s[name] for s in summaries]
-        out[name] = {k:_spread(s[k] for s in each) for k in first if k!='rates'}
+        out[name] = _spreads([{k:o for k,o in s.items() if k!='rates'} for s in each])
         # rates of the world, by family, are a level deeper
-        if 'rates' in first: out[name]['rates'] = {k:_spread(s['rates'][k] for s in each) for k in first['rates']}
+        if 'rates' in each[0]: out[name]['rates'] = _spreads([s['rates'] for s in each])
     return out
 
 def _with_ends(o, low='lowest', high='highest')->str:

@@ -209,7 +209,7 @@ def _stage_lines(stage:str, by:dict, picture:list)->list:
     several = len(by)>1
     known = [k for k in guide if all(k in d['metrics'] for d in by.values())]
     def at(end):
-        return {k:interval(pool_runs([dict(mean=d['metrics'][k][end]) for d in by.values()]),
+        return {k:with_interval(pool_runs([dict(mean=d['metrics'][k][end]) for d in by.values()]),
                            '.3g') for k in known}
     updates = ', '.join(f"{d['updates']}{f' (seed {s})' if several else ''}"
                         for s,d in by.items())

@@ -3,7 +3,7 @@
 Right: accepted, and the value is that of the independent reading. Refused: a clear error (ValueError, OSError, FloatingPointError) of
 at most 1,500 characters. The faults: *silent* (accepted, another value), *traceback* (any other exception), *turned away* (an
 undamaged input is refused). To run a class alone and see its faults: `python .ci/fuzz data 1000`."""
-import random, sys, tempfile, traceback
+import random, tempfile, traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

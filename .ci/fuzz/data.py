@@ -3,7 +3,6 @@
 The independent reading is written from the documented contract of nbs/08_data.ipynb ("One loader") with Python's json and csv:
 what is wrong with a row is counted, what is wrong with a file is refused, every other row arrives as it was written."""
 import csv, gzip, io, json
-from pathlib import Path
 
 from fuzz import REFUSED, Case
 
@@ -109,7 +108,6 @@ def one(rng, folder):
     want = want if want else REFUSED
     zipped = rng.random() < .25
     if damage:
-        plain = False
         if damage == 'cut': data = data[:rng.randrange(len(data))]
         if damage == 'byte': i = rng.randrange(len(data)); data = data[:i] + bytes([rng.randrange(128, 256)]) + data[i:]
         if damage == 'insert': i = rng.randrange(len(data)); data = data[:i] + rng.choice((b'{', b'}', b'"', b',', b'\n', b'\x00', b'\r', b'[', b' ')) + data[i+1:]

@@ -100,13 +100,13 @@ def vote(rng, folder):
         models = rng.sample(names, rng.randint(1, 4))
         c = d.stored(d.ask(p := rng.choice(prompts), models))
         for choice in rng.choice([[rng.choice([*models, 'tie', 'bad'])], [rng.choice([*names, *junk])], ['tie', 'bad']]):
-            id = c['id'] if rng.random() < .9 else rng.choice(['', 'x', *junk])
-            ok = id == c['id'] and len(models) > 1 and type(choice) is str and choice in (*models, 'tie', 'bad') and c['id'] not in done
+            asked = c['id'] if rng.random() < .9 else rng.choice(['', 'x', *junk])
+            ok = asked == c['id'] and len(models) > 1 and type(choice) is str and choice in (*models, 'tie', 'bad') and c['id'] not in done
             if ok:
                 done.append(c['id'])
                 best = {k: max([r for r in files[k] if r['prompt'] == p][:1], key=lambda r: r['reward'])['response'] for k in models}
                 want.append((p, choice, best))
-            try: d.vote(id, choice)
+            try: d.vote(asked, choice)
             except ValueError as e:
                 if ok: return Case(f'{before!r} vote({id!r:.50}, {choice!r:.50})', lambda e=e: (_ for _ in ()).throw(e), None, plain=True)
                 refused += 1
@@ -206,9 +206,9 @@ def web(rng, folder):
         best = {k: max([r for r in files[k] if r['prompt'] == p][:want['n']], key=lambda r: r['reward'])['response'] for k in want['models']}
         want = dict(want, prompt=p, answers=best)
     def got():
-        id = json.loads(ask_page(f'/gradio_api/call/{name}', dict(data=data), host))['event_id']
+        event_id = json.loads(ask_page(f'/gradio_api/call/{name}', dict(data=data), host))['event_id']
         event, said = '', ''
-        for l in ask_page(f'/gradio_api/call/{name}/{id}', None, host).split('\n'):
+        for l in ask_page(f'/gradio_api/call/{name}/{event_id}', None, host).split('\n'):
             key, _, v = l.partition(': ')
             if key == 'event': event = v
             elif key == 'data' and event == 'error': said = v

@@ -1,7 +1,7 @@
 """Files for `rlhf_nb generate --prompts`: bare texts, objects and messages in JSON, CSV and TSV, lines of text; odd texts, names and damages.
 
 The independent reading: every row is one prompt, a person's turn unless the file says otherwise; one bad row refuses the file."""
-import csv, gzip, io, json
+import gzip
 
 from fuzz import REFUSED, Case
 from fuzz.data import csv_file, extra, json_file, names, text

@@ -1,12 +1,11 @@
 "A finished run with one damaged file: what reads it says what it would have said of the whole one, or names the file"
-import contextlib, hashlib, io, json, os, random, shutil, sys, tempfile
+import contextlib, hashlib, io, json, os, shutil, tempfile
 from pathlib import Path
-from fuzz import REFUSED, Case
+from fuzz import Case
 
 import torch
 import rlhf_nb
 from rlhf_nb.cli import main
-from rlhf_nb.core import read_json
 from rlhf_nb.run import Run,read_samples
 from rlhf_nb.judge import judge_run
 from rlhf_nb.load import load_policy,load_reward_model,load_tokenizer
