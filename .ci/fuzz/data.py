@@ -82,7 +82,7 @@ def csv_file(rng, rows, sep):
 def one(rng, folder):
     kind = rng.choice(('jsonl', 'jsonl', 'ndjson', 'json', 'csv', 'tsv'))
     n = rng.randint(1, 12)
-    pairs, rows, want, plain = [pair(rng, i) for i in range(n)], [], [], True
+    pairs, rows, want = [pair(rng, i) for i in range(n)], [], []
     if kind in ('csv', 'tsv'):
         head = ['prompt', 'chosen', 'rejected'] + ['note'] * (rng.random() < .4)
         rng.shuffle(head)

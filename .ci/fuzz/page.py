@@ -108,10 +108,10 @@ def vote(rng, folder):
                 want.append((p, choice, best))
             try: d.vote(asked, choice)
             except ValueError as e:
-                if ok: return Case(f'{before!r} vote({id!r:.50}, {choice!r:.50})', lambda e=e: (_ for _ in ()).throw(e), None, plain=True)
+                if ok: return Case(f'{before!r} vote({asked!r:.50}, {choice!r:.50})', lambda e=e: (_ for _ in ()).throw(e), None, plain=True)
                 refused += 1
             else:
-                if not ok: return Case(f'vote({id!r:.50}, {choice!r:.50}) on {models}', lambda: 'accepted', REFUSED)
+                if not ok: return Case(f'vote({asked!r:.50}, {choice!r:.50}) on {models}', lambda: 'accepted', REFUSED)
     half = before.endswith(line[:30]) and not before.endswith(line)
     kept = before[:-30] if half and want else before
     def got():
