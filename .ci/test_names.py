@@ -1,7 +1,9 @@
 "Star imports are the style of nbdev, and no linter can follow them: each name of a module comes from one place, and from somewhere"
 import ast
 import builtins
+import subprocess
 import symtable
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,23 @@ def test_missing_sees():
     "The check above is not blind"
     assert missing("def f(a):\n    b = a\n    return b+c+d\nd = 1", set()) == ["c"]
     assert missing("def f(): return [x for x in y if x]", {"y"}) == []
+
+
+def test_names_of_the_package():
+    "`from rlhf_nb import train_ppo` finds it where it lives; the package alone imports nothing heavy"
+    code = ("import sys, rlhf_nb\n"
+            "assert not {'torch', 'transformers', 'gradio'} & set(sys.modules), 'heavy'\n"
+            "from rlhf_nb import Batch, train_ppo, ppo\n"
+            "assert train_ppo is ppo.train_ppo and 'train_dpo' in dir(rlhf_nb) and Batch.__module__ == 'rlhf_nb.core'\n"
+            "assert not hasattr(rlhf_nb, 'no_such_name')")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root.parent)
+
+
+def test_public_names_are_unique():
+    "A public function or class has one module, so that the package can offer it"
+    homes = {}
+    for m, source in modules.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public(source):
+                homes.setdefault(node.name, []).append(m)
+    assert not {n: ms for n, ms in homes.items() if len(ms) > 1}
