@@ -16,8 +16,11 @@ from .verdicts import *
 
 # %% ../nbs/24_endpoint.ipynb #endpfaul
 class Fault(Exception):
-    "A request that brought no verdict: what now (params, cut, limit, again, nobody, give up, halt); billed: True, False, or None for perhaps; text: what came"
+    """A request that brought no verdict.
+    `what` to do now: params, cut, limit, again, nobody, give up, halt, or `params or again`
+    `billed`: True, False, or None for perhaps; `text`: what came"""
     def __init__(self, what, why, billed=False, wait=None, use=None, kind='error', text=None):
+        "`what`, in words of the class's docstring; `kind`, as the journal counts it"
         super().__init__(why)
         self.what,self.kind,self.text = what,kind,text
         self.billed,self.use = billed,use or {}
@@ -88,8 +91,10 @@ def _here(host):
     return ip.is_loopback or ip.is_unspecified
 
 class Address:
-    "An endpoint: `shown` can be told to anybody; user, password, query and the parts of the path that may be a key can't"
+    """An endpoint: `shown` can be told to anybody.
+    User, password, query and the parts of the path that may be a key can't"""
     def __init__(self, url):
+        "Read an address; a ValueError where it is none"
         u = self._parts(url)
         # some give the address of the whole call
         path = u.path.rstrip('/').removesuffix('/chat/completions')
@@ -166,8 +171,10 @@ class _InTime:
 
     A time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us."""
     def __init__(self, inner, left, seconds):
+        "`inner`: the network or stream; `seconds`: for what is said when `left()` is over"
         self.inner,self.left,self.seconds = inner,left,seconds
     def __getattr__(self, k):
+        "All else is as in the network below"
         return getattr(self.inner, k)
 
     def _limit(self, timeout):
@@ -181,15 +188,19 @@ class _InTime:
         return _InTime(inner, self.left, self.seconds)
 
     def connect_tcp(self, host, port, timeout=None, **kw):
+        "A stream to a host, within the time"
         return self._again(self.inner.connect_tcp(
             host, port, timeout=self._limit(timeout), **kw))
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+        "The stream with encryption, within the time"
         return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
 
     def read(self, max_bytes, timeout=None):
+        "Some bytes, within the time"
         return self.inner.read(max_bytes, self._limit(timeout))
     def write(self, buffer, timeout=None):
+        "Send bytes, within the time"
         return self.inner.write(buffer, self._limit(timeout))
 
 # %% ../nbs/24_endpoint.ipynb #endpread
@@ -219,6 +230,7 @@ def _error_of(d):
 class Server:
     "Somebody who speaks as OpenAI does: `post` brings a `Reply`, or a `Fault` that says what to do now"
     def __init__(self, base_url=None, api_key=None, timeout=60., connections=8):
+        "Nothing is opened, and no key read, before something is asked"
         # an empty one is a mistake, and not OpenAI
         self.address = Address('https://api.openai.com/v1' if base_url is None else base_url)
         self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
@@ -246,6 +258,7 @@ class Server:
         # the longest first: a part of a key must not be cut out of the whole
         spelled = set()
         for k in (self.key,*self.address.secrets):
+            # a shorter one would be cut out of ordinary words
             if len(k)>3: spelled |= _masked(k)
         for o in sorted(spelled, key=len, reverse=True):
             s = s.replace(o, '[key]')
@@ -269,7 +282,8 @@ class Server:
 
     @cached_property
     def client(self):
-        "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
+        """openai's client; below it our own `send`, so that nothing but what stands here is sent,
+        and the bytes of a reply are read under our limits"""
         import openai
         # what they log could hold a key
         for o in _loud:
@@ -283,6 +297,7 @@ class Server:
         class Client(openai.DefaultHttpxClient):
             "Sends what we say, and nothing that the environment or the library would add"
             def send(client, request, **kw):
+                "What openai's client calls for each request"
                 return self._bounded(http, super().send, request, headers, target)
         # as many connections as questions at once
         limits = http.Limits(max_connections=None, max_keepalive_connections=self.connections)
@@ -324,6 +339,7 @@ class Server:
             if len(body)>most_bytes:
                 text = bytes(body[:2000]).decode(errors='replace')
                 raise _broken(text, f'a reply of more than {most_bytes//10**6} MB')
+            # of an error its beginning says enough
             if r.status_code//100!=2 and len(body)>10**5:
                 break
 
@@ -389,6 +405,7 @@ class Server:
 
     def _meaning(self, n, said, code, model):
         "What to do now, and why"
+        # a key may stand in the address itself, and is then to be looked for there
         in_address = self.address.login or '?' in self.address.target
         def has(pattern):
             "Does the server say it?"

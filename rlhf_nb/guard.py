@@ -52,6 +52,7 @@ def _allowed(names):
 def _lent_names(env):
     "The names that Spaces and Colab give to a page"
     out = set()
+    # the platform sets these, and its proxy asks by its own names
     if env.get('SPACE_ID'):
         lent = env.get('SPACE_HOST', '').split(',')
         out = {'.hf.space',*map(host_name, lent)}
@@ -87,6 +88,7 @@ def page_hosts(
 class Throttle:
     "So many tries at once, then one each `every` seconds"
     def __init__(self, burst, every, clock=time.monotonic, most=10_000):
+        "`burst` tries at once; `clock` in seconds; `most` keys that are remembered"
         self.burst,self.every,self.clock,self.most = burst,every,clock,most
         self.free = OrderedDict()      # {key: when all its tries are paid for}, the last ones
     def wait(self, key)->float:
@@ -123,6 +125,7 @@ class Guard:
         hosts=(),    # As from `page_hosts`
         page=None    # With the functions that may be called, `fns`
     ):
+        "Nobody has been turned away yet"
         self.app,self.most,self.hosts,self.page = app,most,hosts,page
         self.told = set()                                            # names that were turned away, and said
         self.one,self.all = Throttle(5, 1.),Throttle(20, .25)        # wrong passwords: of one client, of all
@@ -145,7 +148,9 @@ class Guard:
 
     def _stranger(self, scope):
         "Is this for another page, or from one? Host and Origin are names, and any name may be made to point here"
-        def said(head): return [v.decode('latin-1') for k,v in scope['headers'] if k==head]
+        def said(head):
+            "The values of a header, which may stand more than once"
+            return [v.decode('latin-1') for k,v in scope['headers'] if k==head]
         hosts = said(b'host')
         origins = [o.partition('://')[2] for o in said(b'origin')]      # without https://
         if len(hosts)!=1: return Refusal(403, 'this page wants one Host header')
@@ -203,9 +208,11 @@ class Guard:
         wait = max(self.one.wait(key), self.all.wait(''))
         if wait>10: return await _answer(send, Refusal(429, f'too many tries: wait {wait:.0f} seconds'))
         def count(n):
+            "So many wrong tries more, of this client and of all"
             self.one.take(key, n)
             self.all.take('', n)
         async def sent(o):
+            "Who logged in has made no wrong try"
             right = o['type']=='http.response.start' and o['status']==200
             if right: count(-1)
             await send(o)
@@ -230,7 +237,9 @@ async def _body(receive):
 def _again(body, receive):
     "A body that has been read, to be read once more"
     first = [dict(type='http.request', body=body, more_body=False)]
-    async def receive_again(): return first.pop() if first else await receive()
+    async def receive_again():
+        "Once what has been read, then what still comes"
+        return first.pop() if first else await receive()
     return receive_again
 
 def _client(scope):
@@ -268,6 +277,7 @@ def _busy(host, port, e):
 def _door(app, guard):
     "In front of everything: gradio answers whether another site may ask (OPTIONS) before a `Guard` within it sees it"
     async def door(scope, receive, send):
+        "Turn strangers away before anything else"
         no = scope['type']=='http' and guard._stranger(scope)
         await (_answer(send, no) if no else app(scope, receive, send))
     return door
@@ -279,8 +289,12 @@ def _check_password(password):
 
 def _asks_password(password)->dict:
     "What a page's launch takes to ask for it; any name will do"
-    def digest(s): return hashlib.sha256(s.encode('utf-8', 'surrogatepass')).digest()
-    def right(name, word): return hmac.compare_digest(digest(word), digest(password))
+    def digest(s):
+        "Of one length, whatever was typed: the comparison then tells nothing about the password"
+        return hashlib.sha256(s.encode('utf-8', 'surrogatepass')).digest()
+    def right(name, word):
+        "Whether it is the password, in a time that does not depend on what was typed"
+        return hmac.compare_digest(digest(word), digest(password))
     return dict(auth=right, auth_message='Any name, and the password') if password else {}
 
 def _login_form(username:str=Form(''), password:str=Form('')):
