@@ -7,6 +7,7 @@ import torch
 from rlhf_nb import cli
 from rlhf_nb.config import load_config,mk_config
 from rlhf_nb.data import load_splits
+from rlhf_nb.run import Places,usual_stages
 
 from rlhf_nb.world import make_world,world_tokenizer
 
@@ -43,8 +44,8 @@ def test_a_handful_of_votes_goes_to_the_end(n, tok, tmp_path, capsys):
     run(write(tmp_path/"preferences.jsonl", votes(n)), tok, tmp_path/"out")
     said = capsys.readouterr().out
     assert "test has 1 prompt: too few to conclude anything from" in said.split("sft:")[0]  # before anything was trained
-    for stage in cli.stages:
-        assert (tmp_path/"out"/cli.folders[stage]).exists(), stage
+    for stage in usual_stages:
+        assert Places(tmp_path/"out").done(stage), stage
 
 
 def test_two_votes_are_refused_before_anything_is_trained(tok, tmp_path, capsys):
