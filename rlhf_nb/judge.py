@@ -124,7 +124,7 @@ def _tells_nothing(name, v):
     "What is to be said of a judge that decided nothing"
     name,judged = md_inline(name),v['n']-v['failed']
     if not judged: return f"{name} gave no verdict on any of {v['n']} pairs: the audit can tell nothing about it."
-    turned = v['flips'] and v['flips']['mean']==1
+    turned = v['flips'] and v['flips']['mean']==1  # the order alone decided
     why = 'only ties, because the order turned every one' if turned else 'only ties'
     return (f'{name} decided none of {judged} pairs ({why}): it prefers nothing that could be seen, '
             'and the audit can tell nothing else about it.')
@@ -176,7 +176,7 @@ def _who(a):
     "One paragraph on an LLM judge: who, when, at what cost, what the endpoint can't do, what could not be read"
     cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
     p = a['params']
-    heat = 'of the server' if p['temperature'] is None else p['temperature']
+    heat = 'of the server' if p['temperature'] is None else p['temperature']  # None: it may not be set there
     out = [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, "
            f"temperature {heat}.",
            f"{a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens billed ({cost}), "
@@ -306,7 +306,7 @@ def _samples_hash(records, judge):
     for k,rs in records.items():
         for r in rs:
             rows.append([k, r['prompt'], r['response']]+([r[key]] if key else []))
-    return _sha(rows)  # in the order of the files
+    return _sha(rows)
 
 def _named(judges, records):
     "{name: judge}"
@@ -314,7 +314,7 @@ def _named(judges, records):
         judges = [k for k,o in known_judges.items()
                   if o.key and _scored(records, o.key)]
     if not isinstance(judges, (list,tuple,dict)):
-        judges = [judges]  # one judge alone
+        judges = [judges]
     if not isinstance(judges, dict):
         # a name is a file too, also where capitals don't count
         names = [j if isinstance(j, str) else j.name for j in judges]
@@ -325,7 +325,7 @@ def _named(judges, records):
     for k,j in judges.items():
         if isinstance(j, str) and j not in known_judges:
             raise ValueError(f"unknown judge '{j}': expected {', '.join(known_judges)}, an LLMJudge or a function")
-        if k in known_judges and not isinstance(j, str):
+        if k in known_judges and not isinstance(j, str):  # its results would pass for theirs
             raise ValueError(f"'{k}' is the name of the stored scores: give this judge another")
     return {k:known_judges[j].make(records) if isinstance(j, str) else j
             for k,j in judges.items()}
@@ -412,7 +412,7 @@ class _Judgement:
         if audited and not hasattr(judge, 'knows') and not stopped:  # stored scores know no other answers
             self.audits[name] = audit(judge) | dict(prompt=prompt)
         e = _failures(rows, d, most_failed)
-        if e and (stopped or not any(r['verdict'] for r in rows)):
+        if e and (stopped or not any(r['verdict'] for r in rows)):  # one that is missing is no error: see the report
             if stopped and is_llm:
                 kept = f'What was judged is kept in {judge.journal.path}: the same command asks only for the rest'
                 e.args = (f'{e}. {kept}',)
