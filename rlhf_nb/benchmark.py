@@ -40,15 +40,25 @@ def forward_flops(
     batch:Batch
 )->tuple:        # Body, vocabulary
     "Operations of one forward pass that no layout avoids"
-    p,r = torch.tensor(list(map(len, batch.prompts))).double(),batch.lengths.double()   # (B,), (B,G)
-    seen = (p*(p+1)/2).sum()+(r*p[:,None]+r*(r+1)/2).sum()          # pairs of query and key
-    body = c.n_layer*(24*c.n_embd**2*sum(batch.sizes)+4*c.n_embd*seen)
-    return body.item(),(2*c.n_embd*c.vocab_size*r.sum()).item()
+    p = torch.tensor(list(map(len, batch.prompts))).double()        # (B,)
+    r = batch.lengths.double()                                      # (B,G)
+    # pairs of query and key: within the prompts, of answers with their prompt, within the answers
+    seen = (p*(p+1)/2).sum()
+    seen += (r*p[:,None]+r*(r+1)/2).sum()
+    # a layer has 12*n_embd**2 weights, each of them a product and a sum for a token
+    linear = 24*c.n_embd**2*sum(batch.sizes)
+    attention = 4*c.n_embd*seen
+    body = c.n_layer*(linear+attention)
+    # words are only wanted of the answers
+    words = 2*c.n_embd*c.vocab_size*r.sum()
+    return body.item(),words.item()
 
 # Forward passes of body and vocabulary in a step; a backward pass counts 2.
 # PPO: sample, reference, reward, values; then policy and value model in each pass
-passes = dict(reward=(3,0), dpo=(4,4), dpo_cached=(3,3), grpo=(5,5), ppo=(4+6*EPOCHS,2+3*EPOCHS),
-              gen8=(1,1), gen32=(1,1))
+passes = dict(
+    reward=(3,0), dpo=(4,4), dpo_cached=(3,3),
+    grpo=(5,5), ppo=(4+6*EPOCHS,2+3*EPOCHS),
+    gen8=(1,1), gen32=(1,1))
 
 def _first(batch, g):
     "The first g responses to each prompt"
@@ -69,22 +79,34 @@ def step_flops(what:str, c, batch:Batch)->float:
 def _env():
     "The environment of all sides: one thread, offline, quiet, no GPU, and this package for pythons that have none"
     here = str(Path(rlhf_nb.__file__).parent.parent)
+    # a python with TRL need not have this package: it finds it by its path
     path = os.pathsep.join(filter(None, (here,os.environ.get('PYTHONPATH'))))
-    return dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1', TQDM_DISABLE='1',
-                TOKENIZERS_PARALLELISM='false', TRL_EXPERIMENTAL_SILENCE='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=path)
+    return dict(
+        os.environ,
+        OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE',
+        TOKENIZERS_PARALLELISM='false',
+        HF_HUB_OFFLINE='1',  # all that is read lies in the folder
+        TQDM_DISABLE='1', TRL_EXPERIMENTAL_SILENCE='1',
+        CUDA_VISIBLE_DEVICES='',
+        PYTHONPATH=path)
 
 class Side:
     "A program in a process of its own, which does a step when it is told to"
     def __init__(self, name, python, job, folder):
+        "What is to be started; nothing runs yet"
         self.name,self.python,self.job = name,python,job
         self.log = folder/f'{name}.log'                       # what it prints
         self.rows,self.process = [],None                      # its reports; the process when it has begun
     def start(self):
         "Load, and say so"
         job = json.dumps(dict(self.job, side=self.name))
+        # another interpreter may have other versions: no pickle, only JSON on both sides
         argv = [self.python,'-c','from rlhf_nb.peers import worker; worker()',job]
-        self.process = subprocess.Popen(argv, env=_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=open(self.log, 'wb'), text=True, encoding='utf-8')
+        self.process = subprocess.Popen(
+            argv, env=_env(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=open(self.log, 'wb'),  # warnings of libraries are no reports
+            text=True, encoding='utf-8')
         self.listen()
     def listen(self):
         "Wait until it has done its step"
@@ -122,6 +144,7 @@ def race(
                 s.step()
                 if i==steps-1: s.end()
     finally:
+        # one that failed leaves the others waiting for a turn
         for s in sides: s.kill()
     return {s.name:s.rows for s in sides}
 
@@ -133,7 +156,10 @@ def _size(r):
 def like(batch:list, pool:list)->list:
     "As many neighbours in length of `pool`, sorted by `_size`, with about as many tokens as `batch`"
     n,want = len(batch),sum(map(_size, batch))
-    def off(i): return abs(sum(map(_size, pool[i:i+n]))-want)
+    def off(i):
+        "By how many tokens the `n` from `i` on miss it"
+        there = sum(map(_size, pool[i:i+n]))
+        return abs(there-want)
     i = min(range(len(pool)-n+1), key=off)
     return pool[i:i+n]
 
@@ -146,11 +172,14 @@ def prepare(
     seed:int=0
 ):                  # Config, rows
     "Write models with random weights and the rows that all sides read"
-    rows,least = cut_pairs(pairs, tok, *cuts[size]),max(need, 4*PAIRS)
-    if len(rows)<least: raise ValueError(f'{least} pairs are needed, {len(rows)} are there')
+    rows = cut_pairs(pairs, tok, *cuts[size])
+    least = max(need, 4*PAIRS)                                # enough neighbours in length for `like`
+    if len(rows)<least:
+        raise ValueError(f'{least} pairs are needed, {len(rows)} are there')
     order = torch.randperm(len(rows), generator=generator(seed, 'bench'))
     rows = [rows[i] for i in order.tolist()]
     seed_all(seed)
+    # without dropout, whatever a side does with it
     c = GPT2Config(**shapes[size], vocab_size=max(len(tok), 50257 if size=='gpt2' else 0),
                    resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                    eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)
@@ -160,6 +189,7 @@ def prepare(
     GPT2ForSequenceClassification(one_label).save_pretrained(folder/'rm')
     pool = sorted(rows, key=_size)
     write_json(folder/'rows.json', rows[:need])
+    # step by step about as many tokens as in rows.json, but of pairs of one length
     batches_ = step_rows(rows, PAIRS, math.ceil(need/PAIRS))
     write_json(folder/'sorted.json', [r for b in batches_ for r in like(b, pool)])
     return c,rows
@@ -174,7 +204,7 @@ def measure(
 )->dict:             # The row of the table
     "One line of the table"
     n,unit = steps+warmup,units[what]
-    job = dict(what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')
+    job = dict(what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')   # as `worker` reads it
     peer = 'HF' if what in ('gen8','gen32',*evals) else 'TRL'
     out = race({k:(pythons[k], job) for k in ('ours',peer)}, n, folder)
     if what in ('reward','dpo'): # alone and afterwards: three at a time would need too much memory
@@ -184,12 +214,14 @@ def measure(
     if what in evals: group,new = len(MODELS),evals[what].max_new_tokens
     per_step = k*dict(pairs=1, tokens=group*new).get(unit, group)
     def batch(part):
+        "The tokens of a step; of answers their number counts, not what they say"
         if unit=='pairs': return as_batch(part, tok)
         return Batch.from_tokens(prompt_ids(part), [[[0]*new]*group]*k)
     bs = [batch(part) for part in step_rows(rows, k, n, warmup)]
     # the first report is made before any step, the next ones are the warm-up
     cpu = {s:[o['cpu'] for o in v[1+warmup:]] for s,v in out.items()}
     def speed_of(side):
+        "Units per CPU-second; plain `generate` answers one prompt of EVERY"
         done = per_step/EVERY if what in evals and side=='HF' else per_step
         return done*steps/sum(cpu[side])
     speed = {s:speed_of(s) for s in out}
@@ -203,7 +235,7 @@ def measure(
                 speed=speed, cpu=cpu, memory=memory, ratio=ratio, bound=bound, gflops=rate/1e9,
                 tokens=token_counts(bs[0]), versions=versions)
 
-_versions = 'trl','torch','transformers','python'
+_versions = 'trl','torch','transformers','python'  # what first reports may name
 
 # %% ../nbs/48_benchmark.ipynb #1787fc01
 def bench_table(
@@ -212,18 +244,33 @@ def bench_table(
     "A Markdown table: speed, ratio, bound, memory"
     rows = [['work','ours','peer','ratio','peer fed length-sorted pairs','best possible','ours of it',
              'memory, GB','peer']]
+    # a row as `measure` makes it
     for r in result['rows']:
         peer = 'HF' if 'HF' in r['speed'] else 'TRL'
-        ours,memory,given_sorted = r['speed']['ours'],r['memory'],r['ratio'].get('TRL sorted')
-        rows.append([f"{r['work']}, {r['unit']} per CPU-second", f'{ours:.3g}', f"{r['speed'][peer]:.3g}",
-                     f"**{r['ratio'][peer]:.1f}**", f'{given_sorted:.1f}' if given_sorted else '', f"{r['bound']:.3g}",
-                     f"{ours/r['bound']:.0%}", f"{memory['ours']:.1f}", f'{memory[peer]:.1f}'])
+        speed,bound = r['speed'],r['bound']
+        ours,memory = speed['ours'],r['memory']
+        # only pairs can be sorted
+        given_sorted = r['ratio'].get('TRL sorted')
+        rows.append([
+            f"{r['work']}, {r['unit']} per CPU-second",
+            f'{ours:.3g}',
+            f'{speed[peer]:.3g}',
+            f"**{r['ratio'][peer]:.1f}**",
+            f'{given_sorted:.1f}' if given_sorted else '',
+            f'{bound:.3g}',
+            f'{ours/bound:.0%}',
+            f"{memory['ours']:.1f}",
+            f'{memory[peer]:.1f}'])
     return md_table(rows)
 
 def processor()->str:
     "The processor's name"
     f = Path('/proc/cpuinfo')
-    m = re.search(r'model name\s*:\s*(.+)', f.read_text(encoding='utf-8', errors='replace')) if f.exists() else None
+    m = None
+    if f.exists():
+        text = f.read_text(encoding='utf-8', errors='replace')
+        m = re.search(r'model name\s*:\s*(.+)', text)
+    # elsewhere, and on processors without a name
     return m[1] if m else platform.processor() or platform.machine()
 
 def _options(args):
@@ -253,6 +300,7 @@ def _save(path, size, result):
     "Save a result; lines that were measured before on the same processor, and not now, stay"
     old = read_json(path) if Path(path).exists() else {}
     before = old.get(size)
+    # numbers of two processors do not stand in one table
     same = before['rows'] if before and before['processor']==result['processor'] else []
     rows = {r['work']:r for r in (*same,*result['rows'])}
     in_order = [rows[k] for k in work if k in rows]
@@ -261,22 +309,37 @@ def _save(path, size, result):
 def main(a):
     "`rlhf_nb bench`"
     a = _options(a.args)
-    if a.pairs: pairs,tok = load_preferences(a.pairs).pairs,load_tokenizer(a.tokenizer)
+    if a.pairs:
+        pairs = load_preferences(a.pairs).pairs
+        tok = load_tokenizer(a.tokenizer)
     else:
         world = make_world(WorldConfig(n_corpus=4000, n_pairs=1000))
-        pairs,tok = world.train,world_tokenizer(world)
-    prompts = dict(grpo=a.grpo_prompts, ppo=a.ppo_prompts, gen8=1, gen32=4, **dict.fromkeys(evals, 100))
+        pairs = world.train
+        tok = world_tokenizer(world)
+    # of a step; work on pairs has none
+    prompts = dict(
+        grpo=a.grpo_prompts, ppo=a.ppo_prompts,
+        gen8=1, gen32=4,                             # 8 and 32 answers at once
+        **dict.fromkeys(evals, 100))
     # rows for the longest work: all read the same ones
     need = (a.steps+a.warmup)*max(PAIRS, *(prompts.get(k, 0) for k in a.work))
-    result = dict(size=a.size, data=Path(a.pairs).name if a.pairs else 'world', processor=processor(),
-                  date=str(date.today()), dtype='float32', threads=1, rows=[])
+    result = dict(
+        size=a.size,
+        data=Path(a.pairs).name if a.pairs else 'world',
+        processor=processor(),
+        date=str(date.today()),
+        dtype='float32', threads=1,
+        rows=[])
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         c,rows = prepare(d, a.size, pairs, tok, need)
         for what in a.work:
-            trl = a.trl_ppo_python if what=='ppo' and a.trl_ppo_python else a.trl_python
-            pythons = {'ours':sys.executable, 'HF':sys.executable, 'TRL':trl, 'TRL sorted':trl}
-            r = measure(d, a.size, c, rows, tok, what, prompts.get(what, 0), a.steps, a.warmup, pythons)
+            trl = a.trl_python
+            if what=='ppo' and a.trl_ppo_python: trl = a.trl_ppo_python
+            here = sys.executable
+            pythons = {'ours':here, 'HF':here, 'TRL':trl, 'TRL sorted':trl}
+            n = prompts.get(what, 0)
+            r = measure(d, a.size, c, rows, tok, what, n, a.steps, a.warmup, pythons)
             result['rows'].append(r)
             said = ', '.join(f'{k} {v:.3g}' for k,v in r['speed'].items())
             print(f"{what}: {said} {r['unit']} per CPU-second", file=sys.stderr, flush=True)

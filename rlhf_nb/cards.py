@@ -207,6 +207,7 @@ def card(
 )->str:
     "One column"
     best_of = numbers = more = ''
+    # numbers come with the last step; while a model writes there is text alone
     done = 'reward' in a
     if not hide:
         if done: numbers = _stats(a)
@@ -227,8 +228,11 @@ _measures = dict(reward='Reward', gold_reward="Gold reward (the world's true one
 def _bars(key, values):
     "One table: a bar and a number for each model"
     low,high = min(0., *values.values()),max(0., *values.values())
-    def at(x): return 100*(x-low)/((high-low) or 1)          # in percent of the width
+    def at(x):
+        "Where a value stands, in percent of the width"
+        return 100*(x-low)/((high-low) or 1)
     def bar(x):
+        "A bar from zero to the value"
         left,right = at(min(x, 0)),at(max(x, 0))
         place = f'left:{left:.1f}%;width:{max(.7, right-left):.1f}%'
         return f'<span class="bar" aria-hidden="true"><i style="{place}"></i></span>'
@@ -275,7 +279,9 @@ def page_file(name:str)->str:
 style,script = page_file('style.css'),page_file('script.js')
 
 # %% ../nbs/38_cards.ipynb #cardvot1
-def _interval(d): return interval(d).replace('-', '−')
+def _interval(d):
+    "An estimate and its interval, with long minuses"
+    return interval(d).replace('-', '−')
 
 def _rate(k, w):
     "How often people prefer a model"
@@ -338,7 +344,9 @@ def banner_html(
 sorts = {'as stored':'', 'largest gain':'-gap', 'largest loss':'gap', 'highest KL':'-kl', 'longest':'-n_tokens',
     'lowest reward':'reward'}
 
-def _within(x, least, most): return (least is None or x>=least) and (most is None or x<=most)
+def _within(x, least, most):
+    "Is it within both limits? None is no limit"
+    return (least is None or x>=least) and (most is None or x<=most)
 
 def find(
     records:dict,       # {name: records} of a run
@@ -353,8 +361,11 @@ def find(
     first = {k:{} for k in (model,'reference')}        # the first answer to each prompt
     for k in first:
         for r in records.get(k, []): first[k].setdefault(r['prompt'], r)
-    def gap(r): return r['reward']-first['reference'].get(r['prompt'], dict(reward=0.))['reward']
+    def gap(r):
+        "Reward above that of the reference on the same prompt"
+        return r['reward']-first['reference'].get(r['prompt'], dict(reward=0.))['reward']
     def wanted(r):
+        "Does a record pass all limits and hold what is looked for?"
         if not all(_within(r[k], *v) for k,v in limits.items()): return False
         return text.lower() in (r['prompt']+r['response']).lower() and (not failure or detect(r).get(failure))
     rows = [r for r in (dict(r, gap=gap(r)) for r in first[model].values()) if wanted(r)]

@@ -60,6 +60,7 @@ _run_flags = _config_flags | {
     '--publish': _flag('copy results/ and output_samples/ there at the end', metavar='DIR'),
     '--replace': _flag('--publish may write over what is there', **_yes)}
 _train_flags = _config_flags | {'stage': _flag(choices=trained)}
+# what comes of the data alone
 _explore_flags = _config_flags | {'--json': _flag('write the report to this file too')}
 
 # which prompts are answered, how, and where the answers go
@@ -103,6 +104,7 @@ def _as_flag(key:str)->str:
 # %% ../nbs/46_cli.ipynb #cli0cmd1
 def _config(a)->Config:
     "The configuration that the flags describe"
+    # a flag of its own for what is set most often; --set goes after it, so it wins
     given = {'seed':a.seed, 'data.name':a.data, 'model.name':a.model, 'model.tokenizer':a.tokenizer, 'device':a.device}
     sets = [nested(k.split('.'), v) for k,v in given.items() if v is not None]
     # a file has no subsets
@@ -111,6 +113,7 @@ def _config(a)->Config:
 
 def _said(a)->str:
     "The command line, to be named in reports: without user and password of an address, the same when it is resumed"
+    # a report is shown around, a password in it too
     words = [re.sub(r'(\w://)[^/\s@]+@', r'\1', o) for o in a.argv if o!='--resume']
     return f'rlhf_nb {shlex.join(words)}'
 
@@ -123,6 +126,7 @@ def cmd_run(a):
     c = _config(a)
     # both `--stages sft dpo` and `--stages sft,dpo`
     todo = ','.join(a.stages).split(',') if a.stages else list(usual_stages)
+    # two runs would write in one folder
     twice = [s for s in a.seeds or () if a.seeds.count(s)>1]
     if twice: raise ValueError(f'--seeds: {twice[0]} stands twice')
     if a.publish: _may_publish(a.publish, a.replace)
@@ -158,6 +162,7 @@ def cmd_explore(a):
     if named!='scratch': tok = load_tokenizer(named)
     elif c.data.name=='world': tok = world_tokenizer(make_world(c.world, c.seed))
     report = load_splits(c, tok).report
+    # as a person reads it; --json for a program
     print(report)
     if a.json: write_json(a.json, report.as_dict())
 
@@ -180,9 +185,11 @@ def _eval_config(
     **given       # What the flags say; None: nothing
 )->EvalConfig:
     "The settings of an evaluation with those of the flags; an error names the flag"
+    # what no flag says stays as the run has it
     given = {k:v for k,v in given.items() if v is not None}
     try: return mk_config(dict(eval={**asdict(o), **given})).eval
     except ValueError as e:
+        # the person has typed a flag and no `eval.n_samples`
         named = re.match(r'eval\.(\w+)(.*)', str(e), re.S)
         if not named: raise
         flag = '--n' if named[1]=='n_samples' else _as_flag(named[1])
@@ -218,6 +225,7 @@ def _generate(
 
 def _writing(folder):
     "The lock on the folder of a command that writes in it, where it is there"
+    # a folder that is not there is the command's own error, told in its words
     return only_writer(folder) if Path(folder).is_dir() else nullcontext()
 
 def cmd_judge(a):
@@ -232,6 +240,7 @@ def cmd_judge(a):
         print(json.dumps(d, indent=1))
         return
     print(read_text(Places(a.out).win_rates_md))
+    # stderr: who reads only the table by a program sees it too
     partial = [k for k,o in d.items() if any(w.get('partial') for w in o.values())]
     if partial:
         print(f"rlhf_nb: partial results of {', '.join(partial)}: pairs are missing, the report says which and why",
@@ -257,6 +266,7 @@ def _llm(a)->LLMJudge:
 def cmd_failures(a):
     "Failure modes of a run, measured by behaviour"
     line = Line(Run(a.out), _said(a))
+    # it reads the samples that the evaluation has made
     if not line.done('evaluate'):
         raise FileNotFoundError(f"{line.run.made('evaluate')}: no such file; run the stage 'evaluate' first "
                                 f'(rlhf_nb run --stages evaluate --out {a.out})')
@@ -303,6 +313,7 @@ def _add(
     **how
 ):
     "The parser of a command, which is called as its function is and says what its docstring says"
+    # one text for the function and for the person who types --help
     said = f.__doc__[0].lower()+f.__doc__[1:]
     p = sub.add_parser(f.__name__.removeprefix('cmd_'), help=said, description=said, **how)
     p.set_defaults(f=f)
@@ -320,6 +331,7 @@ def parser():
         if out: q.add_argument('--out', help='run folder (default: %(default)s)', **out)
         for flag,how in flags.items(): q.add_argument(flag, **how)
     for f in (cmd_app,cmd_bench):                      # their flags are their own
+        # no character begins a flag here: all that follows is handed on as it is
         q = _add(sub, f, add_help=False, prefix_chars='\0')
         q.add_argument('args', nargs=argparse.REMAINDER)
     return p
@@ -333,8 +345,10 @@ def main(argv=None):
     for k,v in vars(a).items():                        # "$FILE" of a variable that is not set must not mean the default
         if v=='': p.error(f'{_as_flag(k)}: expected a value, got nothing')
         if k=='args' and '' in v: p.error('an argument is empty')
+    # late: --help needs none of it
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # only these commands go on in a folder
     hint = '; add --resume to go on' if hasattr(a, 'stages') or hasattr(a, 'stage') else ''
     return in_one_line(a.f, a, hint=hint)

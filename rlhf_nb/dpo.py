@@ -22,7 +22,7 @@ from .rollout import *
 
 # %% ../nbs/19_dpo.ipynb #b7e65a14
 def dpo_loss(
-    chosen,            # (B,) log-probabilities of the preferred responses under the policy: sums; for `ipo` and `simpo` token means
+    chosen,            # (B,) log-probabilities of the preferred responses: sums; for `ipo` and `simpo` token means
     rejected,          # (B,) of the others
     ref_chosen=0.,     # (B,) the same under the reference (`simpo` has none)
     ref_rejected=0.,   # (B,)
@@ -35,7 +35,8 @@ def dpo_loss(
     "DPO (Rafailov et al. 2023, eq. 7) and its family"
     if loss_type=='ipo' and not beta>0:
         raise ValueError('beta: 0 has no meaning for ipo, whose target margin is 1/(2 beta); give a number above 0')
-    h,e = (chosen-ref_chosen)-(rejected-ref_rejected),label_smoothing
+    h = (chosen-ref_chosen)-(rejected-ref_rejected)
+    e = label_smoothing
     if loss_type=='sigmoid': l = -F.logsigmoid(beta*h)
     elif loss_type=='cdpo': l = -(1-e)*F.logsigmoid(beta*h)-e*F.logsigmoid(-beta*h)
     elif loss_type=='robust': l = (-(1-e)*F.logsigmoid(beta*h)+e*F.logsigmoid(-beta*h))/(1-2*e)
@@ -63,9 +64,12 @@ def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
         # read as the policy is: equal models differ by nothing
         with autocast(): start = reference_log_probs(reference, b, o.micro_tokens)
     per = b.lengths.clamp(min=1) if o.loss_type in ('ipo','simpo') else 1
-    (w,l),(rw,rl) = (now/per).unbind(1),(start/per).unbind(1)      # w: chosen (won), l: rejected (lost)
+    # w: chosen (won), l: rejected (lost)
+    w,l = (now/per).unbind(1)
+    rw,rl = (start/per).unbind(1)
     loss = dpo_loss(w, l, rw, rl, o.beta, o.loss_type, o.label_smoothing, o.gamma)/n['prompts']
-    if o.sft_weight: loss = loss-o.sft_weight*lp[:,0].sum()/n['chosen_tokens']
+    if o.sft_weight:
+        loss = loss-o.sft_weight*lp[:,0].sum()/n['chosen_tokens']
     d = (now-start).detach()
     # the loss's own: of token means for `ipo` and `simpo`
     margin = o.beta*((w-rw)-(l-rl)).detach()
@@ -93,9 +97,12 @@ def train_dpo(
     if reference is not None: reference.to(acc.device)       # `fit` moves the policy; `simpo` needs no reference
     live = None if o.cache_reference else reference
     def cached(b):
+        "Pairs with the reference's sums (B,2), which do not change while the policy learns"
         if live is not None or o.loss_type=='simpo': return b
-        with acc.autocast(): return b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens))
-    step,look = partial(dpo_step, o=o, reference=live, autocast=acc.autocast),None
+        with acc.autocast():
+            return b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens))
+    step = partial(dpo_step, o=o, reference=live, autocast=acc.autocast)
+    look = None
     if dev is not None and o.eval_every is not None:
         look = dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'))
     return fit_data(policy, step, cached(data), o, 'dpo', seed, run, acc, look, show=show)
@@ -105,6 +112,8 @@ def dev_look(policy, reference, step, data, o:DPOConfig, seed):
     most = RolloutConfig(max_new_tokens=data.shape[2], micro_tokens=o.micro_tokens, max_kl=o.max_kl)
     pairs = on_dev(policy, step, data, o)
     def look():
-        (m,good),(own,fine) = pairs(),unseen(policy, reference, data.prompts, most, seed=seed)
+        "Metrics, and how good they are: impossible where the policy is too far away"
+        m,good = pairs()
+        own,fine = unseen(policy, reference, data.prompts, most, seed=seed)
         return dict(own, **m),good if fine>-math.inf else fine
     return look

@@ -16,8 +16,11 @@ from .verdicts import *
 
 # %% ../nbs/24_endpoint.ipynb #endpfaul
 class Fault(Exception):
-    "A request that brought no verdict: what now (params, cut, limit, again, nobody, give up, halt); billed: True, False, or None for perhaps; text: what came"
+    """A request that brought no verdict.
+    `what` to do now: params, cut, limit, again, nobody, give up, halt, or `params or again`
+    `billed`: True, False, or None for perhaps; `text`: what came"""
     def __init__(self, what, why, billed=False, wait=None, use=None, kind='error', text=None):
+        "`what`, in words of the class's docstring; `kind`, as the journal counts it"
         super().__init__(why)
         self.what,self.kind,self.text = what,kind,text
         self.billed,self.use = billed,use or {}
@@ -34,7 +37,9 @@ def named_in(said:str)->list:
     "The parameters that a refusal names, in its order"
     found = {k:re.search('|'.join(words), said, re.I)
              for k,words in _names.items()}
-    return sorted((k for k,m in found.items() if m), key=lambda k: found[k].start())
+    return sorted(
+        (k for k,m in found.items() if m),
+        key=lambda k: found[k].start())
 
 def _clean(s:str)->str:
     "Without half characters, which no request and no file can hold"
@@ -69,7 +74,10 @@ def _error_status(d):
                      for k in ('code','type','status')).lower()
     number = re.search(r'\b[45]\d\d\b', words)
     if number: return int(number[0])
-    return next((status for pattern,status in _meant if re.search(pattern, words)), 200)
+    return next(
+        (status for pattern,status in _meant
+         if re.search(pattern, words)),
+        200)
 
 # %% ../nbs/24_endpoint.ipynb #endpaddr
 # What stands in the paths of such addresses; any other part may be a key
@@ -88,8 +96,10 @@ def _here(host):
     return ip.is_loopback or ip.is_unspecified
 
 class Address:
-    "An endpoint: `shown` can be told to anybody; user, password, query and the parts of the path that may be a key can't"
+    """An endpoint: `shown` can be told to anybody.
+    User, password, query and the parts of the path that may be a key can't"""
     def __init__(self, url):
+        "Read an address; a ValueError where it is none"
         u = self._parts(url)
         # some give the address of the whole call
         path = u.path.rstrip('/').removesuffix('/chat/completions')
@@ -97,7 +107,9 @@ class Address:
         host = f'[{u.hostname}]' if ':' in u.hostname else u.hostname
         self.host,self.scheme = u.hostname,u.scheme
         self.origin = f'{u.scheme}://{host}'+(f':{u.port}' if u.port else '')
-        self.shown = self.origin+'/'.join(o if _may_tell(o) else '…' for o in parts)
+        self.shown = self.origin+'/'.join(
+            o if _may_tell(o) else '…'
+            for o in parts)
         self.hidden = path if '…' in self.shown else ''       # two endpoints that look the same are not the same
         # what goes over the line, spelled as it was given
         self.target = quote(path+'/chat/completions', safe="/%:!$&'()*+,;=~")
@@ -107,7 +119,8 @@ class Address:
         self.login = f'{user}:{password}' if user or password else None
         # whatever may be a key is cut out of all that is told
         self.secrets = [u.password or u.username or '']
-        self.secrets += [v for _,v in parse_qsl(u.query, keep_blank_values=True)]
+        self.secrets += [v for _,v in parse_qsl(
+            u.query, keep_blank_values=True)]
         self.secrets += [o for o in parts if not _may_tell(o)]
         if self.login:
             self.secrets.append(self.basic.split()[1])
@@ -134,7 +147,8 @@ class Address:
         "Is this the machine we are on?"
         # names that mean this machine, then numbers, then what the system knows
         host = self.host.removesuffix('.')
-        if host=='localhost' or host.endswith('.localhost'): return True
+        if host=='localhost' or host.endswith('.localhost'):
+            return True
         try: return _here(host)
         except ValueError: pass
         try: return _here(socket.inet_aton(host))   # 127.1
@@ -158,7 +172,11 @@ def _masked(secret):
     "The ways in which a secret may be spelled"
     out = set()
     for s in (secret,unquote(secret)):
-        out |= {s, quote(s, safe=''), quote(s), quote_plus(s), html.escape(s), json.dumps(s)[1:-1]}
+        out |= {
+            s,
+            quote(s, safe=''), quote(s), quote_plus(s),   # in an address
+            html.escape(s),                               # on a page
+            json.dumps(s)[1:-1]}                          # in JSON, without its quotes
     return out
 
 class _InTime:
@@ -166,8 +184,10 @@ class _InTime:
 
     A time-out alone counts from each byte, so a server that sends a header's bytes one by one would hold us."""
     def __init__(self, inner, left, seconds):
+        "`inner`: the network or stream; `seconds`: for what is said when `left()` is over"
         self.inner,self.left,self.seconds = inner,left,seconds
     def __getattr__(self, k):
+        "All else is as in the network below"
         return getattr(self.inner, k)
 
     def _limit(self, timeout):
@@ -181,15 +201,20 @@ class _InTime:
         return _InTime(inner, self.left, self.seconds)
 
     def connect_tcp(self, host, port, timeout=None, **kw):
+        "A stream to a host, within the time"
         return self._again(self.inner.connect_tcp(
             host, port, timeout=self._limit(timeout), **kw))
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
-        return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
+        "The stream with encryption, within the time"
+        return self._again(self.inner.start_tls(
+            ssl_context, server_hostname, self._limit(timeout)))
 
     def read(self, max_bytes, timeout=None):
+        "Some bytes, within the time"
         return self.inner.read(max_bytes, self._limit(timeout))
     def write(self, buffer, timeout=None):
+        "Send bytes, within the time"
         return self.inner.write(buffer, self._limit(timeout))
 
 # %% ../nbs/24_endpoint.ipynb #endpread
@@ -219,6 +244,7 @@ def _error_of(d):
 class Server:
     "Somebody who speaks as OpenAI does: `post` brings a `Reply`, or a `Fault` that says what to do now"
     def __init__(self, base_url=None, api_key=None, timeout=60., connections=8):
+        "Nothing is opened, and no key read, before something is asked"
         # an empty one is a mistake, and not OpenAI
         self.address = Address('https://api.openai.com/v1' if base_url is None else base_url)
         self.host,self.openai = self.address.shown,self.address.host=='api.openai.com'
@@ -246,6 +272,7 @@ class Server:
         # the longest first: a part of a key must not be cut out of the whole
         spelled = set()
         for k in (self.key,*self.address.secrets):
+            # a shorter one would be cut out of ordinary words
             if len(k)>3: spelled |= _masked(k)
         for o in sorted(spelled, key=len, reverse=True):
             s = s.replace(o, '[key]')
@@ -269,7 +296,8 @@ class Server:
 
     @cached_property
     def client(self):
-        "openai's client; below it our own `send`, so that nothing but what stands here is sent, and the bytes of a reply are read under our limits"
+        """openai's client; below it our own `send`, so that nothing but what stands here is sent,
+        and the bytes of a reply are read under our limits"""
         import openai
         # what they log could hold a key
         for o in _loud:
@@ -279,10 +307,12 @@ class Server:
         a,headers = self.address,self._headers()
         proxy,target = a.proxy,a.target
         # a proxy that speaks HTTP needs the whole address, where nothing is encrypted
-        if a.scheme=='http' and proxy and proxy.startswith('http'): target = a.origin+a.target
+        if a.scheme=='http' and proxy and proxy.startswith('http'):
+            target = a.origin+a.target
         class Client(openai.DefaultHttpxClient):
             "Sends what we say, and nothing that the environment or the library would add"
             def send(client, request, **kw):
+                "What openai's client calls for each request"
                 return self._bounded(http, super().send, request, headers, target)
         # as many connections as questions at once
         limits = http.Limits(max_connections=None, max_keepalive_connections=self.connections)
@@ -294,7 +324,8 @@ class Server:
                              f'({type(e).__name__})') from None
         # also the connections themselves keep to the time, with a proxy and without
         for o in filter(None, (client._transport,*client._mounts.values())):
-            o._pool._network_backend = _InTime(o._pool._network_backend, self._left, self.timeout)
+            o._pool._network_backend = _InTime(
+                o._pool._network_backend, self._left, self.timeout)
         # without a key, `headers` has none
         return openai.OpenAI(
             base_url=a.origin, api_key=self.key or 'none',
@@ -324,6 +355,7 @@ class Server:
             if len(body)>most_bytes:
                 text = bytes(body[:2000]).decode(errors='replace')
                 raise _broken(text, f'a reply of more than {most_bytes//10**6} MB')
+            # of an error its beginning says enough
             if r.status_code//100!=2 and len(body)>10**5:
                 break
 
@@ -359,7 +391,10 @@ class Server:
             raise _broken(text, f'a reply that is no chat completion{page}')
         by = d.get('model') if isinstance(d.get('model'), str) else ''
         by = self.scrub(_clean(re.split(r'[/\\]', by)[-1]))[:80]
-        return Reply(message, c.get('finish_reason'), d['usage'] if isinstance(d.get('usage'), dict) else {}, by)
+        return Reply(
+            message, c.get('finish_reason'),
+            d['usage'] if isinstance(d.get('usage'), dict) else {},
+            by)
 
     def _unreached(self, e, late):
         "No reply, or only a part of one"
@@ -369,7 +404,9 @@ class Server:
             return Fault('nobody', nobody)
         if late: return _late(self.timeout)
         if body is None: return Fault('nobody', nobody, None)
-        return Fault('again', f'a reply that broke off ({why})', None, text=bytes(body).decode(errors='replace'))
+        return Fault(
+            'again', f'a reply that broke off ({why})', None,
+            text=bytes(body).decode(errors='replace'))
 
     def _status(self, n, d, text, headers, model):
         "What an HTTP status means for us"
@@ -383,12 +420,16 @@ class Server:
     def _said(self, e, text):
         "What the server says is wrong, in one line"
         raw = e['metadata'].get('raw') if isinstance(e.get('metadata'), dict) else None
-        said = [e.get('param'), e.get('message') or e.get('detail') or text[:1000], raw]
+        said = [
+            e.get('param'),
+            e.get('message') or e.get('detail') or text[:1000],
+            raw]
         said = ' '.join(str(o) for o in said if o)
         return ' '.join(self.scrub(_clean(said)).split())[:200]
 
     def _meaning(self, n, said, code, model):
         "What to do now, and why"
+        # a key may stand in the address itself, and is then to be looked for there
         in_address = self.address.login or '?' in self.address.target
         def has(pattern):
             "Does the server say it?"
@@ -398,12 +439,15 @@ class Server:
         if n in (401,403) or n==400 and has('api.?key'):
             key = 'the address' if in_address else self.key_name
             return 'halt',f'{self.host} refuses the API key (HTTP {n}): check {key}'
-        if n==402 or code=='insufficient_quota': return 'halt',f'{self.host}: the account has no credit left (HTTP {n})'
+        if n==402 or code=='insufficient_quota':
+            return 'halt',f'{self.host}: the account has no credit left (HTTP {n})'
         if n==407: return 'halt','the proxy asks for a password (HTTP 407)'
-        if 300<=n<400: return 'halt',f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url'
+        if 300<=n<400:
+            return 'halt',f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url'
         # a parameter, or the address?
         if n==404 and 'parameter' in said: return 'params',http
-        if n in (404,405): return 'halt',f"{self.host} has no model '{model}', or is no such endpoint (HTTP {n})"
+        if n in (404,405):
+            return 'halt',f"{self.host} has no model '{model}', or is no such endpoint (HTTP {n})"
         if n in (400,422) and has(r'\bstream'):
             return 'halt',f'{self.host} answers in a stream only, which is not supported: {said}'
         # what passes

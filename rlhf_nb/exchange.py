@@ -58,6 +58,7 @@ def judge_message(
 class NoVerdict(ValueError):
     "Why a reply is no verdict; `kind`: wrong code, broken or cut"
     def __init__(self, why, kind='broken'):
+        "`kind` as the journal counts it"
         super().__init__(why)
         self.kind = kind
 
@@ -134,12 +135,15 @@ def _said(text):
             if not inside(m.start())]
     if not ends and _thinks.match(text):
         raise NoVerdict('a reply that ends while it thinks', 'cut')
+    # what stands before the end of the thoughts is a thought
     return [o for o in objects if not ends or o.begin>=ends[-1]]
 
 def _with_code(said, check):
     "Those of a judge's objects that repeat the code"
+    # an answer may hold a verdict of its own, but it can't know the code
     mine = [o for o in said if o.check==check.lower()]
     if mine: return mine
+    # counted on its own: a sign of an attack, or of a model that can't copy
     if any('check' in o.values for o in said):
         raise NoVerdict('a wrong check code', 'wrong code')
     raise NoVerdict('a reply without the check code' if said else 'a reply that is not JSON')
@@ -150,6 +154,7 @@ def read_verdict(
 )->tuple: # 'first', 'second' or 'tie'; the reason
     "The verdict in a reply; `NoVerdict` says why there is none"
     text = text or ''
+    # a judge that never ends must not cost minutes of searching
     if len(text)>10**6: raise NoVerdict(f'a reply of {len(text):,} characters')
     mine = _with_code(_said(text), check)
     # an answer that closed the judge's string early leaves braces behind
@@ -171,6 +176,7 @@ def _number(o):
     "A finite number, or none"
     return o is None or type(o) in (int,float) and math.isfinite(o)
 
+# what the lines of replies add up to
 _sums = 'prompt_tokens','completion_tokens','cost'
 
 def _is_entry(r):
@@ -183,10 +189,16 @@ def _is_entry(r):
     known = isinstance(r.get('done'), str) and 'billed' in r and all(_number(r.get(k)) for k in _sums)
     return known and r.get('verdict') in (None,'first','second','tie')
 
+# Its lines, each a JSON object:
+#   {params, judge}: what the endpoint of a judge takes
+#   {sent, key, judge, time, most}: a request with a number of its own, before it leaves; `key`: hash of the question
+#   {done, key, time, verdict, reason or failed, kind, text, billed, prompt_tokens, completion_tokens, cost}: its end
 class Journal:
     "Append-only record of requests and replies: what is known needn't be asked, what was sent may be billed"
     def __init__(self, path=None): # The file (None: memory only)
+        "Read what the file knows; it is made with its first line"
         self.path = path and Path(path)
+        # `synced`: when the file was last forced to the disk
         self.lock,self.synced = threading.Lock(),0.
         self.verdicts,self.params = {},{}           # by question; by judge
         self.open,self.sums = {},Counter()          # requests without an end; what all came to
@@ -227,6 +239,7 @@ class Journal:
             self.sums.update(
                 failed=1, wrong_code=kind=='wrong code',
                 unreadable=kind in ('broken','cut'))
+        # it broke off, and nobody says whether it was billed
         if r['billed'] is None:
             self.sums.update(possibly_billed=1, possible_cost=sent.get('most') or 0)
         elif r['billed']:
@@ -266,6 +279,7 @@ class Journal:
     def ledger(self)->dict:
         "Requests, tokens and dollars; a request without an end may have been billed"
         with self.lock:
+            # after a kill, `in_flight` are those of the process that was killed
             s,flying = self.sums,len(self.open)
             out = dict(requests=s['requests'], verdicts=len(self.verdicts))
             out |= {k:s[k]

@@ -38,14 +38,16 @@ class Layout:
     (b,t) token t of prompt b; (b,g,r) token r of response g to it; a place in the flat row of N tokens (`row`); and
     (b,c) column c of the block of prompt b, which holds the prompt and then its responses one after another, as the row does."""
     def __init__(self, batch:Batch):
-        dev,(B,G,_) = batch.device,batch.shape
+        dev = batch.device
+        B,G,_ = batch.shape
         mask = batch.mask
         P = torch.tensor([len(p) for p in batch.prompts], device=dev)  # (B) prompt lengths
         L = mask.sum(-1)                                 # (B,G) response lengths
         all_L = L.sum(1)                                 # (B)
         n = P+all_L                                      # (B) tokens of each block
         start = n.cumsum(0)-n                            # (B) where each block starts in the row
-        self.n_tokens,self.longest = int(n.sum()),int((P[:,None]+L).max())
+        self.n_tokens = int(n.sum())
+        self.longest = int((P[:,None]+L).max())
         def count(k): return torch.arange(k, device=dev)
         # of each prompt token: which prompt it belongs to, its position (and column), its place in the row
         p_b = count(B).repeat_interleave(P)
@@ -85,7 +87,9 @@ class Layout:
             pieces += self._pieces(i, own[i], *(int(o[i].max()) for o in (P,L,n)))
         queries,keys,sees,real = zip(*pieces)
         def flat(xs): return torch.cat([o.flatten() for o in xs])
-        self.q,self.k,real = flat(queries),flat(keys),flat(real)
+        self.q = flat(queries)
+        self.k = flat(keys)
+        real = flat(real)
         self.pieces = [Block(len(q), q.numel(), k.numel(), o) for q,k,o in zip(queries, keys, sees)]
         self.inv = torch.empty(self.n_tokens, dtype=torch.long, device=n.device)
         self.inv[self.q[real]] = real.nonzero()[:,0]     # where each token's result is among all queries
@@ -94,16 +98,20 @@ class Layout:
         """Pieces of the prompts `i` (b): queries (b,t) and keys (b,u) by their places in the row, who sees whom, which queries are no padding.
         The longest prompt has `p` tokens, the longest response `r`, the longest block `t`"""
         G = self.mask.shape[1]
-        block,gid = self.block[i,:t],self.gid[i,:t]
+        block = self.block[i,:t]
+        gid = self.gid[i,:t]
         if G<3: # alone, what stands before is seen; of a pair, all but the other response
             yield block,block,None if G==1 else _sees(gid),gid<=G
             return
-        prompt,is_prompt = block[:,:p],gid[:,:p]==0      # (b,p)
+        # (b,p)
+        prompt = block[:,:p]
+        is_prompt = gid[:,:p]==0
         yield prompt,prompt,None,is_prompt
         if r==0: return                                  # nothing but empty responses
         # each response by itself, with the keys of its prompt and its own up to each token
         own = own[:,:,:r].flatten(0,1)                   # (b*G,r)
-        each_prompt,each_is = (o.repeat_interleave(G, 0) for o in (prompt,is_prompt))    # (b*G,p)
+        each_prompt = prompt.repeat_interleave(G, 0)     # (b*G,p)
+        each_is = is_prompt.repeat_interleave(G, 0)
         before = torch.ones(r, r, dtype=torch.bool, device=i.device).tril()
         sees = torch.cat([each_is[:,None].expand(-1,r,-1), before.expand(len(own),-1,-1)], -1)
         yield own,torch.cat([each_prompt,own], 1),sees[:,None],self.mask[i,:,:r].flatten(0,1)
@@ -114,12 +122,15 @@ class Layout:
         if self.keys is not None:
             if layer in self.keys: raise Unfit('a layer that attends twice')
             self.keys[layer] = tuple(o[self.block].transpose(1,2).contiguous() for o in (k,v))  # (B,K,T,D)
-        if (rep := q.shape[1]//k.shape[1])>1: k,v = (o.repeat_interleave(rep, 1) for o in (k,v))
-        n_q,n_k = [o.queries for o in self.pieces],[o.keys for o in self.pieces]
+        if (rep := q.shape[1]//k.shape[1])>1:
+            k,v = (o.repeat_interleave(rep, 1) for o in (k,v))
+        n_q = [o.queries for o in self.pieces]
+        n_k = [o.keys for o in self.pieces]
         out = []
         for piece,*qkv in zip(self.pieces, q[self.q].split(n_q), k[self.k].split(n_k), v[self.k].split(n_k)):
             x = (o.view(piece.rows, -1, *o.shape[1:]).transpose(1,2) for o in qkv)              # (b,H,t,D)
-            o = F.scaled_dot_product_attention(*x, attn_mask=piece.sees, is_causal=piece.sees is None, scale=scaling)
+            causal = piece.sees is None
+            o = F.scaled_dot_product_attention(*x, attn_mask=piece.sees, is_causal=causal, scale=scaling)
             out.append(o.transpose(1,2).flatten(0,1))
         return torch.cat(out)[self.inv][None]
 
@@ -139,7 +150,8 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, l
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
     for k,what in (('softcap','soft-capped scores'),('s_aux','attention sinks'),('position_bias','a bias by position')):
-        if kw.get(k) is not None: raise Unfit(f'{what} in its attention')
+        if kw.get(k) is not None:
+            raise Unfit(f'{what} in its attention')
     window = kw.get('sliding_window')
     if window and layout.longest>window:
         raise Unfit(f'a sliding window of {window}, and {layout.longest} tokens')
@@ -191,7 +203,9 @@ def max_tokens(
 def check_length(model, longest):
     "Raise where a sequence is longer than the model takes"
     if longest<=max_tokens(model): return
-    more = '; the padded forward (model.forward=padded) sees beyond the window' if longest<=max_tokens(model, True) else ''
+    more = ''
+    if longest<=max_tokens(model, True):
+        more = '; the padded forward (model.forward=padded) sees beyond the window'
     raise ValueError(f'A prompt with its response has {longest} tokens, the model takes {max_tokens(model)}: '
                      f'lower data.max_prompt, data.max_response or max_new_tokens{more}')
 
@@ -204,7 +218,8 @@ def run_body(
     "The model's body over a flat row"
     # a mask of four dimensions is passed on as it is: no mask is built, and ours is in the layout
     no_mask = torch.zeros(1,1,1,1, device=ids.device)
-    out = body(model)(input_ids=ids[None], position_ids=pos[None], attention_mask=no_mask, use_cache=False, layout=layout)
+    out = body(model)(input_ids=ids[None], position_ids=pos[None], attention_mask=no_mask,
+                      use_cache=False, layout=layout)
     return out.last_hidden_state[0]
 
 def hidden(
@@ -213,14 +228,17 @@ def hidden(
 ):                # (N,d)
     "Last hidden states of all tokens of the row, as the body gives them"
     check_length(model, layout.longest)
-    if is_padded(model): return _hidden_padded(model, layout)
-    if model.config._attn_implementation!='grouped': model.set_attn_implementation('grouped')
+    if is_padded(model):
+        return _hidden_padded(model, layout)
+    if model.config._attn_implementation!='grouped':
+        model.set_attn_implementation('grouped')
     return run_body(model, layout.ids, layout.pos, layout)
 
 def no_cache(module):
     "The argument that says that keys and values need not be kept, where there is one"
     p = inspect.signature(module.forward).parameters
-    return dict(use_cache=False) if 'use_cache' in p or any(o.kind==o.VAR_KEYWORD for o in p.values()) else {}
+    takes = 'use_cache' in p or any(o.kind==o.VAR_KEYWORD for o in p.values())
+    return dict(use_cache=False) if takes else {}
 
 def pad_rows(
     xs,     # Tensors of one axis
@@ -241,6 +259,7 @@ def _padded_rows(l:Layout, rows=slice(None)):
 def _hidden_padded(model, l:Layout):
     "`hidden` by one padded row per response"
     idx,real = _padded_rows(l)
+    # (B*G,T,d)
     h = body(model)(input_ids=l.ids[idx], attention_mask=real, **no_cache(body(model))).last_hidden_state
     where = torch.empty_like(l.ids)
     where[idx[real.bool()]] = real.view(-1).nonzero()[:,0]      # any copy of a prompt token will do
@@ -261,11 +280,13 @@ def own_logits(
     "The model's own call, whatever it does to its logits; its output layer works at `at` only"
     given = []
     def pick(layer, args):
+        "Keep what the output layer is given, and give it (1,M,d)"
         given.append(args[0])
         return args[0][at][None],
     with hooked(head(model).register_forward_pre_hook(pick)):
         z = model(input_ids=ids, attention_mask=real, **no_cache(model)).logits
-    if len(given)!=1: raise Unfit(f'its output layer is called {len(given)} times')
+    if len(given)!=1:
+        raise Unfit(f'its output layer is called {len(given)} times')
     return given[0],z[0]
 
 class Rows(NamedTuple):
@@ -297,12 +318,14 @@ def next_logits(
     "Logits of the token that follows each row, by the model's own call"
     longest = max(map(len, rows))
     check_length(model, longest)
-    out,n = [],max(1, most//longest)
+    out = []
+    n = max(1, most//longest)
     for part in (rows[i:i+n] for i in range(0, len(rows), n)):
         ids = pad_rows([torch.tensor(r, device=model.device) for r in part])
         size = torch.tensor([len(r) for r in part], device=ids.device)
-        real = (torch.arange(ids.shape[1], device=ids.device)<size[:,None]).long()
-        _,z = own_logits(model, ids, real, (torch.arange(len(part), device=ids.device),size-1))
+        def count(k): return torch.arange(k, device=ids.device)
+        real = (count(ids.shape[1])<size[:,None]).long()        # (n,T)
+        _,z = own_logits(model, ids, real, (count(len(part)),size-1))
         out.append(z.float())
     return torch.cat(out)
 
@@ -317,14 +340,17 @@ def row_slices(
     ends = [0,*accumulate(sizes)]                               # tokens before each response
     cuts = [0]
     for r in range(len(sizes)):
-        if r>cuts[-1] and ends[r+1]-ends[cuts[-1]]>max(1, SLICE//V): cuts.append(r)
+        if r>cuts[-1] and ends[r+1]-ends[cuts[-1]]>max(1, SLICE//V):
+            cuts.append(r)
+    # without those that hold no token
     pairs = [(slice(a, b),slice(ends[a], ends[b])) for a,b in pairwise([*cuts,len(sizes)])]
     return [(rows,s) for rows,s in pairs if s.stop>s.start]
 
 @torch.no_grad()
 def logit_scale(model)->float:
     "What a model multiplies the numbers of its output layer by (Cohere, Granite); an error where it does something else to them (Gemma 2)"
-    if (scale := model.__dict__.get('_logit_scale')) is not None: return scale
+    if (scale := model.__dict__.get('_logit_scale')) is not None:
+        return scale
     W = head(model).weight
     given = torch.linspace(-60, 60, len(W), device=W.device)
     one = torch.zeros(1, 1, dtype=torch.long, device=W.device)

@@ -30,10 +30,13 @@ def group_advantages(
     s = level(scores).masked_fill(~has, 0)
     top = s.abs().max()
     unit = top if scale!='none' and top>1e15 else 1.             # float32 does not hold the squares of such numbers
-    s,scores,eps = s/unit,scores/unit,eps/unit
+    s = s/unit
+    scores = scores/unit
+    eps = eps/unit
     a = (s-s.sum(1, keepdim=True)/has.sum(1, keepdim=True).clamp(min=1)).masked_fill(~has, 0)
     if scale=='none': return a
-    if scale=='batch': return a/(_std(scores.flatten(), 0)+eps)
+    if scale=='batch':
+        return a/(_std(scores.flatten(), 0)+eps)
     return a/(_std(scores, 1)+eps)
 
 def silent(
@@ -50,7 +53,8 @@ def level(scores):
 
 def _std(x, dim):
     "Standard deviation of what is not NaN"
-    if not x.isnan().any(): return x.std(dim, keepdim=True)
+    if not x.isnan().any():
+        return x.std(dim, keepdim=True)
     n = (~x.isnan()).sum(dim, keepdim=True)
     d = (x-x.nansum(dim, keepdim=True)/n.clamp(min=1)).nan_to_num(0.)
     return ((d**2).sum(dim, keepdim=True)/(n-1).clamp(min=1)).sqrt()
@@ -64,7 +68,8 @@ def token_weights(
 ): # (B,G,R)
     "What each token counts in the loss"
     m = mask.float()
-    if loss_type=='grpo': return m/m.sum(-1, keepdim=True).clamp(min=1)/n['responses']
+    if loss_type=='grpo':
+        return m/m.sum(-1, keepdim=True).clamp(min=1)/n['responses']
     return m/(n['responses']*max_length if loss_type=='dr_grpo' else n['tokens'])
 
 def kl_loss(
@@ -72,7 +77,8 @@ def kl_loss(
     old_log_probs,  # (B,G,R) of the policy that sampled
     ref_log_probs,  # (B,G,R)
     weights,        # (B,G,R)
-    corrected=False # Multiply by the ratio, which makes its gradient that of each token's KL(policy || reference), its prefix given
+    # Multiply by the ratio, which makes its gradient that of each token's KL(policy || reference), its prefix given
+    corrected=False
 ):
     "k3 as a loss, summed over tokens (Shao et al. 2024, eq. 4; corrected: DeepSeek-AI 2025, V3.2)"
     k3 = kl_estimates(log_probs, ref_log_probs)[2]
@@ -81,15 +87,23 @@ def kl_loss(
 # %% ../nbs/18_grpo.ipynb #ca6aaec0
 def grpo_step(net, b, n, o:GRPOConfig):
     "Policy loss and KL of a mini-batch"
-    lp,old = net(log_probs, b, o.temperature),b.old_log_probs
+    lp = net(log_probs, b, o.temperature)
+    old = b.old_log_probs
     w = token_weights(b.learn, n, o.loss_type, o.max_new_tokens)
+    # (B,G) to (B,G,R): each token has the advantage of its response
     adv = b.advantages[...,None].expand_as(lp)
     pl,clipped = clipped_policy_loss(lp, old, adv, w, o.epsilon, o.epsilon_high)
     kl = pl.new_zeros(())
-    if o.kl_in!='reward' and o.beta: kl = kl_loss(lp, old, b.ref_log_probs, w, o.kl_in=='loss_corrected')
+    if o.kl_in!='reward' and o.beta:
+        kl = kl_loss(lp, old, b.ref_log_probs, w, o.kl_in=='loss_corrected')
     d = (lp-old).detach()*b.learn
-    return pl+o.beta*kl,dict(policy_loss=pl.detach(), kl_loss=kl.detach(), clip_frac=clipped.sum()/n['tokens'],
-                             approx_kl=(d.expm1()-d).sum()/n['tokens'], ratio_off=(d.exp()-1).abs().sum()/n['tokens'])
+    stats = dict(
+        policy_loss=pl.detach(),
+        kl_loss=kl.detach(),
+        clip_frac=clipped.sum()/n['tokens'],
+        approx_kl=(d.expm1()-d).sum()/n['tokens'],             # k3 of the policy that sampled and that of now
+        ratio_off=(d.exp()-1).abs().sum()/n['tokens'])
+    return pl+o.beta*kl,stats
 
 def grpo_advantages(b, o:GRPOConfig):
     "Advantages of a rollout, (B,G)"

@@ -31,6 +31,7 @@ class Line:
         run:Run,
         command=None # The command line, to be named in the reports
     ):
+        "Nothing is read or loaded yet"
         self.run,self.config,self.command = run,run.config,command
         self.data = None        # what the rows are, once they are read
         # small models: a second thread costs more than it gives
@@ -56,6 +57,7 @@ class Line:
         "The reference's tokenizer, or the one it will have"
         c = self.config
         named = c.model.tokenizer or c.model.name
+        # once the reference is there, its own tokenizer counts
         if self.done('sft'): return load_tokenizer(self.run.made('sft'))
         if named!='scratch': return load_tokenizer(named)
         if self.world: return world_tokenizer(make_world(c.world, c.seed))
@@ -95,6 +97,7 @@ class Line:
         "What a stage with these settings looks at as it goes; None: nothing"
         if o.eval_every is None: return None
         rows = self.splits.dev
+        # as the stage itself reads: prompts, pairs, or answers
         if isinstance(o, RolloutConfig): return self.prompts(rows)
         if not isinstance(o, SFTConfig): return self.pairs(rows)
         return self.answers([dict(prompt=p['prompt'], response=p['chosen']) for p in rows])
@@ -111,6 +114,7 @@ class Line:
         return m
     def forget_first(self):
         "Let go of the model that is to be fine-tuned: who trains it changes it"
+        # `cached_property` keeps it there; who asks again gets a fresh one
         vars(self).pop('first', None)
     def model(self, stage:str):
         "The model that a stage has trained"
@@ -155,6 +159,7 @@ class Line:
             dev=self.dev(o))
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"
+        # as many tokens at once as a batch of the evaluation has
         score = self.scorer(micro_tokens=self.config.eval.batch_size*128)
         return dict(
             policy=self.model('sft'),
@@ -169,6 +174,7 @@ class Line:
     def begin(self):
         "Write down what the run is: its configuration, and what its data are"
         self.run.save()
+        # {sha, rows: {split: number}, name}, as the data were when the run began
         if self.data and not self.run.data_file.exists(): write_json(self.run.data_file, self.data)
     def records(self,
         prompts:list,      # Texts
@@ -219,6 +225,7 @@ def left_to_do(line:Line, todo:list)->list:
     "Those of the stages that have not run yet, in order; a ValueError where one is unknown or lacks what it needs"
     unknown = [s for s in todo if s not in stage_table]
     if unknown: raise ValueError(f"unknown stage '{unknown[0]}', expected some of {', '.join(stage_table)}")
+    # in the order of the table, whatever the order of `todo`
     left = [s for s in stage_table if s in todo and not line.done(s)]
     for s in left:
         lacks = [n for n in stage_table[s].needs if n not in left and not line.done(n)]
@@ -228,6 +235,7 @@ def left_to_do(line:Line, todo:list)->list:
 def check_line(line:Line, todo:list):
     "What can be known before anything is trained, or written: the stages, the device, the data, the model"
     c,left = line.config,left_to_do(line, todo)
+    # the model that training begins with, or has begun with
     name = str(line.run.made('sft')) if line.done('sft') else c.model.name
     if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
     if not line.world or not all(stage_table[s].light for s in left): _check_data(line, left)
@@ -237,6 +245,7 @@ def check_line(line:Line, todo:list):
 
 def _check_data(line, left):
     "Read the data, in the tokens and on the device that the stages use"
+    # each is made when it is first asked for, and tells what is wrong
     line.acc,line.splits,line.tok
     if any(stage_table[s].held_out for s in left): line.held()
     n,most = len(unique_prompts(line.splits.train)),line.config.ppo.mini_batches
@@ -250,6 +259,7 @@ def check_room(
     "A ValueError where prompt and answer may be longer"
     c = line.config
     drawn = [getattr(o, 'max_new_tokens', 0) for o in (*map(line.settings, trained), c.eval)]
+    # an answer of the data or a sampled one, whichever is longer
     most = c.data.max_prompt+max(c.data.max_response, *drawn)
     if most<=room: return
     raise ValueError(f'data.max_prompt and the longest of data.max_response and max_new_tokens make {most} tokens, '
@@ -271,7 +281,9 @@ def _planned(line, stage)->str:
     "How long a stage trains"
     o,key = line.settings(stage),stage_table[stage].settings
     n = _n_items(line, o)
+    # fewer rows than a batch make one batch of all of them
     size = min(o.batch_size, n)
+    # rollouts count prompts, all else counts rows
     if isinstance(o, RolloutConfig): total,what = n_rollouts(o, n),'prompts'
     else: total,what = n_updates(n, size, o.updates, o.epochs),'rows'
     given = ''

@@ -27,7 +27,8 @@ from .models import _first_line
 # %% ../nbs/11_load.ipynb #72e135f9
 def _json_file(f, missing=None):
     "A JSON object, or an error that names the file; `missing` where there is no file"
-    if missing is not None and not f.exists(): return missing
+    if missing is not None and not f.exists():
+        return missing
     try: d = json.loads(f.read_text(encoding='utf-8'))
     except (ValueError,OSError) as e:
         raise ValueError(f'{f}: not readable as JSON ({_first_line(e)})') from None
@@ -36,14 +37,16 @@ def _json_file(f, missing=None):
 
 def _check_weights(f):
     "Raise if a safetensors file is cut"
+    # the format: 8 bytes that say how long the header is, the header (JSON), the tensors behind it
     size = f.stat().st_size
     with f.open('rb') as o:
         n = int.from_bytes(o.read(8), 'little')
         head = o.read(n) if n<size else b''
     try: end = max((v['data_offsets'][1] for k,v in json.loads(head).items() if k!='__metadata__'), default=0)
     except (ValueError,LookupError,TypeError,AttributeError):
-        raise ValueError(f'{f}: not a safetensors file, or cut within its header ({size} bytes): download it again') from None
-    want = 8+n+end
+        raise ValueError(f'{f}: not a safetensors file, or cut within its header ({size} bytes): '
+                         'download it again') from None
+    want = 8+n+end       # offsets count from the end of the header
     if size!=want:
         raise ValueError(f'{f}: {size} bytes, its header says {want}: the download was cut, repeat it')
 
@@ -55,21 +58,25 @@ def _of_tokenizer(f):
 
 def _is_here(f):
     "Raise where a file is a pointer of Git LFS"
-    with f.open('rb') as o: start = o.read(40)
+    with f.open('rb') as o:
+        start = o.read(40)
     if start.startswith(b'version https://git-lfs'):
-        raise ValueError(f'{f}: a pointer of Git LFS, not the file itself: run `git lfs pull` there, or download the model again')
+        raise ValueError(f'{f}: a pointer of Git LFS, not the file itself: '
+                         'run `git lfs pull` there, or download the model again')
 
 def _full_weights(name, quantised):
     "Raise where a model's weights are quantised"
     if not quantised: return
-    kind = quantised.get('quant_method') if isinstance(quantised, dict) else getattr(quantised, 'quant_method', quantised)
-    raise ValueError(f"{name}: its weights are quantised ({getattr(kind, 'value', kind)}), and training needs the full ones: "
-                     'name the model that it was made from')
+    # a dictionary in config.json, an object once transformers has read it
+    kind = (quantised.get('quant_method') if isinstance(quantised, dict)
+            else getattr(quantised, 'quant_method', quantised))
+    raise ValueError(f"{name}: its weights are quantised ({getattr(kind, 'value', kind)}), "
+                     'and training needs the full ones: name the model that it was made from')
 
 def _check_config(path):
     "Raise where config.json is not that of a model with full weights"
     f = path/'config.json'
-    if not f.is_file(): return
+    if not f.is_file(): return       # loading says so
     d = _json_file(f)
     if not isinstance(d.get('model_type'), str):
         raise ValueError(f'{f}: no model_type, so that it is not known what model this is')
@@ -78,14 +85,17 @@ def _check_config(path):
 def _weight_files(path, files):
     "The files of weights that a folder has, or should have"
     whole,index = path/'model.safetensors',path/'model.safetensors.index.json'
-    if whole in files: return [whole]
-    if not index.exists(): return [f for f in files if f.suffix=='.bin']
+    if whole in files: return [whole]    # transformers takes it first, whatever else lies there
+    if not index.exists():
+        return [f for f in files if f.suffix=='.bin']    # of torch, from before safetensors
     parts = _json_file(index).get('weight_map')
     if not isinstance(parts, dict) or not parts:
         raise ValueError(f"{index}: no weight_map: download it again")
+    # the map goes from each weight to its file: few files hold many
     parts = sorted(set(map(str, parts.values())))
     if lost := [o for o in parts if path/o not in files]:
-        raise ValueError(f'{path}: {", ".join(lost[:3])} is missing ({len(lost)} of {len(parts)} files of weights): download it again')
+        raise ValueError(f'{path}: {", ".join(lost[:3])} is missing ({len(lost)} of {len(parts)} files of weights): '
+                         'download it again')
     return [path/o for o in parts]
 
 def check_folder(
@@ -96,12 +106,15 @@ def check_folder(
     path = Path(path)
     if not path.exists(): return
     if not path.is_dir(): raise ValueError(f'{path}: a file; expected a model folder')
+    # sorted: of several faults always the same one is named
     files = sorted(f for f in path.iterdir() if f.is_file())
     for f in files:
-        if f.suffix=='.json' or _of_tokenizer(f): _is_here(f)
+        if f.suffix=='.json' or _of_tokenizer(f):
+            _is_here(f)
     for k in ('config.json','generation_config.json','tokenizer_config.json'):
         if path/k in files: _json_file(path/k)
     if not weights: return
+    # transformers would look for the adapter's base model elsewhere
     if path/'adapter_config.json' in files:
         raise ValueError(f'{path}: an adapter (adapter_config.json), not a whole model: '
                          'merge it into its model (merge_and_unload of peft) and save the result')
@@ -113,6 +126,7 @@ def check_folder(
 def _config(name):
     "A model's config, or an error in one line"
     check_folder(name)
+    # never code that comes with a model, whatever its config asks for
     try: c = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as e: raise _not_found(name, 'model', e) from e
     _full_weights(name, getattr(c, 'quantization_config', None))
@@ -129,9 +143,13 @@ def stop_tokens(model)->set:
 
 def _check_guesses(tok, name, missing):
     "Raise where transformers has made up what a folder lacks: a tokenizer without words, or an EOS"
-    if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)
+    # it has added tokens only, a handful: the vocabulary itself is missing
+    if len(tok)<=len(tok.added_tokens_decoder)<20:
+        raise ValueError(missing)
+    # without tokenizer_config.json the EOS is the default of the model's type, which may be none of its tokens
     f = Path(name)/'tokenizer.json'
-    if not f.is_file() or f.with_name('tokenizer_config.json').is_file(): return
+    if not f.is_file() or f.with_name('tokenizer_config.json').is_file():
+        return
     if tok.eos_token and tok.eos_token not in read_text(f):
         raise ValueError(f'{name}: tokenizer_config.json is missing, and tokenizer.json has no {tok.eos_token}, '
                          'which transformers takes for EOS; copy the file there')
@@ -143,16 +161,19 @@ def load_tokenizer(
     "A tokenizer that has an EOS and a PAD of its own"
     check_folder(name, weights=False)
     folder = Path(name)
+    # read by hand: a tokenizer's folder need not hold a model
     c,g = (_json_file(folder/f, {}) for f in ('config.json','generation_config.json'))
     # our reward head's folder: transformers doesn't know its type
     kw = dict(config=AutoConfig.for_model(c['base_model_type'])) if 'base_model_type' in c else {}
     missing = (f'{name}: no tokenizer in this folder; copy its files there (tokenizer.json, tokenizer_config.json), '
                'or name another with --tokenizer')
-    if folder.is_dir() and not any(map(_of_tokenizer, folder.iterdir())): raise ValueError(missing)
+    if folder.is_dir() and not any(map(_of_tokenizer, folder.iterdir())):
+        raise ValueError(missing)
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
     # how it was loaded is not what it is
-    for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)
+    for k in ('is_local','local_files_only'):
+        tok.init_kwargs.pop(k, None)
     _check_guesses(tok, name, missing)
     if eos and tok.eos_token_id is None:
         raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
@@ -160,6 +181,7 @@ def load_tokenizer(
 
 def _own_pad(tok, stops, name):
     "Add a PAD where there is none, or where it ends responses"
+    # where PAD is EOS, padding and the end of an answer cannot be told apart
     if tok.pad_token_id is None or tok.pad_token_id in {tok.eos_token_id,*stops}:
         tok.add_special_tokens({'pad_token':'<|pad|>'})
         print(f'{name}: added the token <|pad|> (id {tok.pad_token_id}), because PAD was missing or the same as EOS')
@@ -175,6 +197,7 @@ def _not_found(name, what, e):
 def _stops(model, tok, own):
     "What ends a response by the model's configurations, as far as it means the same to the tokenizer"
     special = {i for i,t in tok.added_tokens_decoder.items() if t.special}|set(tok.all_special_ids)
+    # ids beyond the embedding are mistakes of a config, which nothing can sample
     n = len(model.get_input_embeddings().weight)
     return {i for i in stop_tokens(model) if i<n and (own or i in special)}
 
@@ -185,37 +208,45 @@ def _grow(model, n, old):
     layers = {id(o):o for o in (model.get_input_embeddings(),head(model)) if o is not None}
     for o in layers.values():
         for w in (o.weight,getattr(o, 'bias', None)):
-            if w is not None: w.data[old:] = w.data[:old].mean(0)
+            if w is not None:
+                w.data[old:] = w.data[:old].mean(0)
 
 def fit_tokenizer(
     model,        # Any Hugging Face model
     tok,          # Its tokenizer
-    own:bool=True # Did it come with the model? If not, the model's ids mean something only where they are special tokens of it
+    own:bool=True # Did it come with the model? If not, of the model's ids only its special tokens mean something
 ):
     "Make room for all tokens, and enter the special ones in the model's configuration"
     n = len(model.get_input_embeddings().weight)
+    # special tokens may be new, and get rows of their own; words without a row mean that this is another model's tokenizer
     words = max((i for i in tok.get_vocab().values() if i not in tok.added_tokens_decoder), default=-1)
     if words>=n:
         raise ValueError(f'the tokenizer has words up to id {words}, the model embeds {n}: this is not its tokenizer')
-    if len(tok)>n: _grow(model, len(tok), n)
+    if len(tok)>n:
+        _grow(model, len(tok), n)
     stops = _stops(model, tok, own)-{tok.pad_token_id}|{tok.eos_token_id}
-    c,g = model.config,getattr(model, 'generation_config', None)
+    c = model.config
+    g = getattr(model, 'generation_config', None)
+    # the config keeps the form that it had, one id or a list
     c.eos_token_id = sorted(stops) if isinstance(getattr(c, 'eos_token_id', None), list) else tok.eos_token_id
-    if g is not None: g.eos_token_id = sorted(stops) if len(stops)>1 else tok.eos_token_id
+    if g is not None:
+        g.eos_token_id = sorted(stops) if len(stops)>1 else tok.eos_token_id
     for o in (c,g):
         for k in ('pad_token_id','bos_token_id'):
-            if o is not None and getattr(tok, k) is not None: setattr(o, k, getattr(tok, k))
+            if o is not None and getattr(tok, k) is not None:
+                setattr(o, k, getattr(tok, k))
     return model
 
 def _check_kind(cls, c, name):
     "Raise where a config is not that of what is wanted: a language model, or a classifier with one label"
+    # what the checkpoint was saved as; None in a config that was written by hand
     trained = [o for o in c.architectures or [] if 'SequenceClassification' in o]
     if cls is AutoModelForSequenceClassification:
         if type(c) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ValueError(f'{name}: {no_classifier(c)}')
         if trained and c.num_labels!=1:
             raise ValueError(f'{name}: a reward model has one label, this one has {c.num_labels}')
-        c.num_labels = 1
+        c.num_labels = 1             # the default is two
     else:
         if type(c) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{name}: '{c.model_type}' is not a causal language model in transformers")
@@ -225,10 +256,13 @@ def _check_shapes(m, info, name):
     "Raise where checkpoint and config.json do not belong together"
     apart = 'they do not belong together'
     def shape(k): return re.sub(r'\.\d+\.', '.#.', k)          # of layers, one name
+    # of a layer too many transformers only warns; other unexpected keys (old buffers) do no harm
     known = {shape(k) for k in m.state_dict()}
     more = sorted(k for k in info['unexpected_keys'] if '.#.' in shape(k) and shape(k) in known)
     if more:
-        raise ValueError(f'{name}: the checkpoint has layers that config.json does not count, such as {more[0]}: {apart}')
+        raise ValueError(f'{name}: the checkpoint has layers that config.json does not count, '
+                         f'such as {more[0]}: {apart}')
+    # the first one is enough
     for k,was,now in sorted(info['mismatched_keys']):
         raise ValueError(f'{name}: {k} is {tuple(was)} in the checkpoint and {tuple(now)} by config.json: {apart}')
 
@@ -236,7 +270,10 @@ def _load(cls, name):
     "Weights and what the checkpoint lacks"
     c = _config(name)
     _check_kind(cls, c, name)
-    if getattr(c, 'activation_function', '')=='gelu_new': c.activation_function = 'gelu_pytorch_tanh'
+    # the same function in one kernel instead of several operations
+    if getattr(c, 'activation_function', '')=='gelu_new':
+        c.activation_function = 'gelu_pytorch_tanh'
+    # sizes that do not match are reported by us, in one line, instead of raised as a table
     try:
         m,info = cls.from_pretrained(name, config=c, dtype=torch.float32, output_loading_info=True,
                                      ignore_mismatched_sizes=True, trust_remote_code=False)
@@ -259,16 +296,20 @@ def load_policy(
     "A causal LM in float32 and its tokenizer"
     # what is wrong with it is said before what is wrong with its tokenizer
     _config(name)
-    tok,own = load_tokenizer(tokenizer or name),tokenizer is None
+    tok = load_tokenizer(tokenizer or name)
+    own = tokenizer is None
     m,missing = _load(AutoModelForCausalLM, name)
     if missing: raise ValueError(f'{name}: the checkpoint lacks {", ".join(sorted(missing)[:3])}')
+    # our own PAD has had its message
     more = len(tok)-len(m.get_input_embeddings().weight)-(tok.pad_token=='<|pad|>')
     _own_pad(tok, _stops(m, tok, own), tokenizer or name)
     if more>0: print(f'{name}: made room for {more} token{"s"*(more>1)} that the tokenizer has and the model lacks')
-    with _named(name): return _ready(fit_tokenizer(m, tok, own), forward).to(device),tok
+    with _named(name):
+        return _ready(fit_tokenizer(m, tok, own), forward).to(device),tok
 
 def _keep_memory():
     "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
+    # other C libraries have no mallopt, or other numbers for it
     if platform.libc_ver()[0]!='glibc': return
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)                                          # M_MMAP_MAX: large pieces from the heap too
@@ -296,12 +337,14 @@ def mk_policy(
 
 def _load_log_prob(path, d):
     "A reward model with the head `log_prob`, from a folder whose config.json is `d`"
+    # infinities come back from their tags, see `_tagged` in models
     d = json.loads(json.dumps(d), object_hook=lambda o: float(o['__float__']) if set(o)=={'__float__'} else o)
     kind,_,mean,_ = (d.pop(k) for k in ('base_model_type','model_type','reward_mean','head'))
     try:
         rm = LogProbReward(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
         missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
     except Exception as e: raise _not_found(path, 'model', e) from e
+    # a tied output matrix is saved once, as the embedding
     if set(missing)-{rm.tied()} or extra:
         raise ValueError(f'{path}: weights missing ({missing[:3]}) or unknown ({extra[:3]})')
     rm.config.reward_mean = mean
@@ -313,7 +356,8 @@ def load_reward_model(
     device='cpu'
 ):                         # Model, tokenizer
     "A reward model, or any sequence classifier with one label, and its tokenizer"
-    tok,path = load_tokenizer(name, eos=False),Path(name)
+    tok = load_tokenizer(name, eos=False)
+    path = Path(name)
     d = _json_file(path/'config.json', {})
     if d.get('head')=='log_prob':
         try: m = _load_log_prob(path, d)
@@ -326,8 +370,10 @@ def load_reward_model(
         raise ValueError(f'{name}: no trained head in this checkpoint (it lacks {", ".join(sorted(missing)[:3])}); '
                          'a reward model is made by `rlhf_nb train reward`')
     # a foreign model keeps its own PAD: it was trained with it
-    if hasattr(m.config, 'reward_mean'): fit_tokenizer(m, tok)
-    if not isinstance(getattr(m, 'score', None), nn.Linear): forward = 'padded'    # an encoder has no other way
+    if hasattr(m.config, 'reward_mean'):
+        fit_tokenizer(m, tok)
+    if not isinstance(getattr(m, 'score', None), nn.Linear):
+        forward = 'padded'    # an encoder has no other way
     with _named(name): _ready(m, forward, check_scores)
     return m.to(device),tok
 
@@ -337,6 +383,7 @@ def save_model(
     path   # Folder; replaced as a whole when everything is written
 ):
     "Save as a Hugging Face folder"
+    # all or nothing: a run that is killed here leaves the old folder
     with replacing(path) as tmp:
         model.save_pretrained(tmp)
         tok.save_pretrained(tmp)
@@ -357,5 +404,6 @@ def check_stages(
     if not why: return
     works = [s for s in trained if s not in needy and s!='reward']
     left = [s for s in stages if s not in needy or s=='reward'] or ['sft']
-    raise ValueError(f"{'the model' if is_config else name}: {why}, which {', '.join(bad)} needs. What works: {', '.join(works)}, and reward with "
+    raise ValueError(f"{'the model' if is_config else name}: {why}, which {', '.join(bad)} needs. "
+                     f"What works: {', '.join(works)}, and reward with "
                      f"reward.head=log_prob (--set reward.head=log_prob --stages {' '.join(left)})")

@@ -25,34 +25,40 @@ class _LogProb(torch.autograd.Function):
     "Log-probabilities of `ids` (M) from hidden states `h` (M,d), one slice of tokens at a time, forward and backward"
     @staticmethod
     def forward(ctx, h, W, bias, ids, temperature, most):
+        "Log-probabilities (M), from `most` rows of logits (V) at a time"
         dev = h.device.type
-        dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else h.dtype
+        dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else h.dtype    # of the product
         picked,lse = torch.empty(2, len(h), device=h.device)   # the logit of each token; log of the sum over all
         keep = len(h)<=4*most and dt==torch.float32 and ctx.needs_input_grad[0]  # cheaper than computing them again
-        ctx.args,ctx.kept = (dt,temperature,most),[]
+        ctx.args = (dt,temperature,most)
+        ctx.kept = []
         for s in _slices(len(h), most):
             z = _logits(h[s], W, bias, dt, temperature)
             picked[s],top = z.gather(-1, ids[s,None])[:,0],z.amax(-1)
             n = z.sub_(top[:,None]).exp_().sum(-1)       # in place: each pass over the vocabulary costs
             lse[s] = top+n.log()
-            if keep: ctx.kept.append(z.div_(n[:,None]))
-        ctx.save_for_backward(h, W, bias, ids, lse)
+            if keep: ctx.kept.append(z.div_(n[:,None]))  # the probabilities (m,V)
+        ctx.save_for_backward(h, W, bias, ids, lse)      # with lse (M) the probabilities can be made again
         return picked-lse
 
     @staticmethod
     def backward(ctx, grad):
-        (h,W,bias,ids,lse),(dt,temperature,most) = ctx.saved_tensors,ctx.args
+        "Gradients of `h`, `W` and `bias` from that of each log-probability (M)"
+        h,W,bias,ids,lse = ctx.saved_tensors
+        dt,temperature,most = ctx.args
         need_h,need_W,need_b = ctx.needs_input_grad[:3]
         dh = torch.empty_like(h)
         dW,db = (torch.zeros_like(o) if need else None for o,need in ((W,need_W),(bias,need_b)))
-        kept,ctx.kept = ctx.kept,[]                      # overwritten below: a second backward computes them again
-        grad = grad/temperature
+        kept = ctx.kept
+        ctx.kept = []                                    # overwritten below: a second backward computes them again
+        grad = grad/temperature                          # of the logits before they were divided
         with torch.autocast(h.device.type, enabled=False):
             for i,s in enumerate(_slices(len(h), most)):
                 p = kept[i] if kept else _logits(h[s], W, bias, dt, temperature).sub_(lse[s,None]).exp_()
                 # of the logits: chosen minus p
                 g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)
-                dh[s] = (g@W.to(dt)).to(h.dtype)
+                dh[s] = (g@W.to(dt)).to(h.dtype)         # (m,V) by (V,d)
+                # no copy of W's size where the precisions are the same
                 if need_W and dt==W.dtype: dW.addmm_(g.T, h[s].to(dt))
                 elif need_W: dW.add_(g.T@h[s].to(dt))
                 if need_b: db += g.sum(0).to(bias.dtype)
@@ -65,7 +71,8 @@ def _slices(n, k):
 def _logits(h, W, bias, dt, temperature):
     "Logits over temperature (M,V), in float32, to be overwritten"
     # CPU: some words at a time, in rows that start at multiples of 64. An odd vocabulary at once takes up to 1.5 times as long
-    h,W = h.to(dt),W.to(dt)
+    h = h.to(dt)
+    W = W.to(dt)
     V = len(W)
     z = h.new_empty(len(h), -(-V//64)*64)[:,:V]
     for s in _slices(V, 2048 if h.device.type=='cpu' else V): torch.mm(h, W[s].T, out=z[:,s])
@@ -84,7 +91,7 @@ def logits_of(
 
 def _log_probs_padded(policy, l:Layout, temperature):
     "`log_probs` by the model's own call, for the response tokens in row order"
-    out = [l.ids.new_zeros(0, dtype=torch.float32)]
+    out = [l.ids.new_zeros(0, dtype=torch.float32)]        # there may be no response token at all
     for rows,s in row_slices(l, len(head(policy).weight)):
         z = read_padded(policy, l, rows).logits
         if temperature!=1: z = z/temperature
@@ -100,7 +107,8 @@ def log_probs(
     l = Layout(batch.to(policy.device))
     if is_padded(policy): lp = _log_probs_padded(policy, l, temperature)
     else:
-        h,o = hidden(policy, l)[l.read],head(policy)
+        h = hidden(policy, l)[l.read]                      # (M,d), where the M response tokens are predicted
+        o = head(policy)
         most = max(1, SLICE//len(o.weight))                # tokens whose logits are held at once
         lp = _LogProb.apply(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), most)
     return l.per_token(lp).to(batch.device)
@@ -112,7 +120,9 @@ def _as(model, dtype):
     tensors = [*model.parameters(),*model.buffers()]
     was = [o.dtype for o in tensors]
     def cast(kinds):
+        "Each tensor in place, so that tied ones stay tied"
         for o,k in zip(tensors, kinds): o.data = o.data.to(k)
+    # whole numbers and masks are left alone
     cast([dtype if k.is_floating_point else k for k in was])
     try: yield
     finally: cast(was)
@@ -121,6 +131,7 @@ def _check_batch(model, V, avoid=()):
     "Prompts and responses of unequal length, for a comparison"
     g = generator(0, 'check')
     ids = torch.tensor([i for i in range(V) if i not in avoid])
+    # two responses each, of 3, 12, 5 and 1 tokens behind prompts of 9 and 2; the least there is for a tiny model
     def draw(n): return ids[torch.randint(0, len(ids), (n,), generator=g)].tolist()
     sizes = ((9,(3,12)),(2,(5,1))) if max_tokens(model)>=21 else ((1,(1,2)),(2,(1,1)))
     prompts = [draw(p) for p,_ in sizes]
@@ -135,7 +146,7 @@ def _plain_log_probs(model, b):
     out = []
     for row,n in zip(_rows(b), b.lengths.flatten().tolist()):
         z = model(input_ids=torch.tensor([row], device=model.device), **no_cache(model)).logits
-        lp = z[0,-n-1:-1].double().log_softmax(-1)
+        lp = z[0,-n-1:-1].double().log_softmax(-1)         # (n,V): a token is predicted one place earlier
         out.append(lp.gather(-1, torch.tensor(row[-n:], device=z.device)[:,None])[:,0])
     return torch.cat(out)
 
@@ -145,6 +156,7 @@ _FAILS = ArithmeticError,AssertionError,AttributeError,ImportError,LookupError,R
 def _first_line(e):
     "What an error says, in one line"
     lines = (str(e).strip() or 'no message').splitlines()
+    # a first line that ends in a colon only announces what comes
     return f'{type(e).__name__}: '+(lines[-1].strip() if lines[0].endswith(':') else lines[0])
 
 def _differs(model, plain, ours, tol):
@@ -158,6 +170,7 @@ def _differs(model, plain, ours, tol):
     def off(a, b): return (a.double()-b).abs().max().item()
     d = off(got, want)
     if d<=tol: return ''
+    # both are rounded: ours may be twice as far from float64 as the plain call is
     try:
         with _as(model, torch.float64): right = plain()
     except _FAILS: right = want                                 # some kernels have no float64
@@ -174,10 +187,11 @@ def _compare(model, plain, ours, tol):
     if model.dtype==torch.float64:
         raise ValueError('expected a model in float32 or less, not in float64')
     with torch.no_grad(),_in_float32(model):
-        attention = model.config._attn_implementation
+        attention = model.config._attn_implementation      # `hidden` sets its own
         try: said = _differs(model, plain, ours, tol)
         except _FAILS as e: said = f'its own call fails, {_first_line(e)}'
-        if said and model.config._attn_implementation!=attention: model.set_attn_implementation(attention)
+        if said and model.config._attn_implementation!=attention:
+            model.set_attn_implementation(attention)
     return said
 
 def _unusable(model, why):
@@ -187,7 +201,9 @@ def _unusable(model, why):
 def _say(model, check):
     "Raise if `check` finds something wrong, and say what works instead"
     if not (bad := check()): return
-    if bad.startswith('its own') or is_padded(model): raise _unusable(model, bad)
+    if bad.startswith('its own') or is_padded(model):
+        raise _unusable(model, bad)
+    # would the model's own call do?
     model.padded = True
     try: worse = check()
     finally: model.padded = False
@@ -197,8 +213,9 @@ def _say(model, check):
 
 def _looks_ahead(model, b, tol):
     "Does a longer response change the probabilities of its first tokens?"
-    prompt,response = b.prompts[:1],b.tokens()[0][1]
-    half = len(response)//2
+    prompt = b.prompts[:1]
+    response = b.tokens()[0][1]
+    half = len(response)//2        # what comes behind must not matter to these
     def first(k): return _plain_log_probs(model, Batch.from_tokens(prompt, [[response[:k]]]).to(model.device))[:half]
     return _compare(model, lambda: first(half), lambda: first(len(response)), tol)
 
@@ -219,12 +236,15 @@ def check_forward(
         return log_probs(model, b)[b.mask]
     _say(model, lambda: _compare(model, lambda: _plain_log_probs(model, b), ours, tol))
     if _looks_ahead(model, b, tol):
-        raise _unusable(model, 'it looks ahead (a token changes the probabilities of those before it), so it is no causal language model')
-    if said := _no_gradient(model, b): raise _unusable(model, said)
+        raise _unusable(model, 'it looks ahead (a token changes the probabilities of those before it), '
+                               'so it is no causal language model')
+    if said := _no_gradient(model, b):
+        raise _unusable(model, said)
 
 def _no_gradient(model, b):
-    "What goes wrong when the gradient goes back through the model in eval mode, as training sends it; here to the embedded tokens only, which needs no memory"
-    if torch.is_inference_mode_enabled(): return ''
+    "What goes wrong when the gradient goes back through the model in eval mode, as training sends it"
+    # here to the embedded tokens only: no gradients of the weights, which would take as much memory as they do
+    if torch.is_inference_mode_enabled(): return ''        # no gradients there, and none wanted
     given = []
     hook = model.get_input_embeddings().register_forward_hook(lambda layer,args,out: given.append(out))
     try:
@@ -238,7 +258,8 @@ def _no_gradient(model, b):
 # %% ../nbs/10_models.ipynb #de85e31e
 def _reader(model, l:Layout, temperature):
     "`f(rows, s)`: logits over temperature where the response tokens `s` are predicted, which are those of `rows`"
-    if is_padded(model): return lambda rows,s: read_padded(model, l, rows).logits/temperature
+    if is_padded(model):
+        return lambda rows,s: read_padded(model, l, rows).logits/temperature
     h = hidden(model, l)[l.read]
     return lambda rows,s: logits_of(model, h[s], temperature)
 
@@ -253,6 +274,7 @@ def exact_kl(
     V,W = (len(head(m).weight) for m in (policy,reference))
     if V!=W: raise ValueError(f'KL needs one vocabulary: the policy has {V} tokens, the reference {W}')
     l = Layout(batch.to(policy.device))
+    # each reads where it is; the reference's logits follow slice by slice
     there = l if reference.device==policy.device else Layout(batch.to(reference.device))
     readers = _reader(policy, l, temperature),_reader(reference, there, temperature)
     if is_padded(policy) or is_padded(reference): slices = row_slices(l, V)
@@ -260,25 +282,29 @@ def exact_kl(
     kl = torch.empty(len(l.own), device=l.ids.device)
     for rows,s in slices:
         p,q = (f(rows, s).log_softmax(-1).to(kl.device) for f in readers)
-        kl[s] = (p.exp()*(p-q)).sum(-1)
+        kl[s] = (p.exp()*(p-q)).sum(-1)                    # (m,V) to (m)
     return l.per_token(kl).to(batch.device)
 
 # %% ../nbs/10_models.ipynb #b9049989
 def _own_scores(rm, batch):
     "A classifier's own logits; a row at a time where it knows no PAD"
-    rows,pad = [torch.tensor(r, device=batch.device) for r in _rows(batch)],rm.config.get_text_config().pad_token_id
+    rows = [torch.tensor(r, device=batch.device) for r in _rows(batch)]
+    pad = rm.config.get_text_config().pad_token_id
     check_length(rm, max(map(len, rows)))
+    # without a PAD that it embeds it would not find the end of a shorter row
     alone = pad is None or not 0<=pad<len(rm.get_input_embeddings().weight)
     out = []
     for part in [[r] for r in rows] if alone else [rows]:
-        ids,real = pad_rows(part, 0 if alone else pad),pad_rows([torch.ones_like(r) for r in part])
+        ids = pad_rows(part, 0 if alone else pad)
+        real = pad_rows([torch.ones_like(r) for r in part])
         out.append(rm(input_ids=ids, attention_mask=real).logits)
     return torch.cat(out).float()[:,0].view(batch.shape[:2])
 
 def _score(model, h):
     "The head's answer to hidden states: (...,d) to (...)"
     # a head is small: under autocast too it is computed in its own precision, so that scores do not become equal by rounding
-    with _full(h): return model.score(h.to(model.score.weight.dtype)).float()[...,0]
+    with _full(h):
+        return model.score(h.to(model.score.weight.dtype)).float()[...,0]
 
 def scores(
     reward_model, # From `load_reward_model` or `mk_reward_model`, or any sequence classifier with one label
@@ -290,14 +316,16 @@ def scores(
 def _scores(reward_model, batch):
     "The same where the model is"
     l = Layout(batch)
-    if isinstance(reward_model, LogProbReward): return reward_model.read(l)
-    c,last = reward_model.config,l.last
-    ours,pad = hasattr(c, 'reward_mean'),c.get_text_config().pad_token_id
+    if isinstance(reward_model, LogProbReward):
+        return reward_model.read(l)
+    c,last = reward_model.config,l.last                    # (B,G) places in the row
+    ours = hasattr(c, 'reward_mean')
+    pad = c.get_text_config().pad_token_id
     if not ours and (is_padded(reward_model) or not hasattr(reward_model, 'score')):
         return _own_scores(reward_model, batch)
     if not ours and pad is not None:                                  # where plain transformers reads
         real = batch.mask & (batch.responses!=pad)
-        n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)
+        n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)    # (B,G)
         last = last-(batch.lengths-n)
     return _score(reward_model, hidden(reward_model, l)[last])-getattr(c, 'reward_mean', 0.)
 
@@ -319,14 +347,19 @@ def check_scores(
     tol:float=1e-4    # Largest difference of a score
 ):
     "Raise if what we read from a reward or value model differs from plain calls of it, in float32"
-    mean,pad = getattr(model.config, 'reward_mean', 0.),model.config.get_text_config().pad_token_id
+    mean = getattr(model.config, 'reward_mean', 0.)
+    pad = model.config.get_text_config().pad_token_id
     b = _check_batch(model, len(model.get_input_embeddings().weight), {pad})
-    rows,ours_too = _rows(b),hasattr(model.config, 'reward_mean')     # one of ours gives values too
+    rows = _rows(b)
+    ours_too = hasattr(model.config, 'reward_mean')        # one of ours gives values too
     def plain():
+        "Scores of all rows, each by a call of its own; for ours, the first one's again"
         z = [model(input_ids=torch.tensor([r], device=model.device)).logits[0].double() for r in rows]
-        if len(z[0])!=1: raise ValueError(f'one label expected, it has {len(z[0])}')
+        if len(z[0])!=1:
+            raise ValueError(f'one label expected, it has {len(z[0])}')
         return torch.cat([*z, *z[:ours_too]])-mean
     def ours():
+        "What we read in the place of each"
         s = scores(model, b).flatten()
         if not ours_too: return s
         # what comes next is worth what the score says so far
@@ -348,13 +381,16 @@ class LogProbReward(nn.Module):
     "A reward read off the next-token distribution of a causal LM"
     def __init__(self, lm):
         super().__init__()
-        self.lm,self.config = lm,deepcopy(lm.config)
+        self.lm = lm
+        self.config = deepcopy(lm.config)
         self.config.reward_mean = 0.
         W = head(lm).weight
         def start(x, *size): return nn.Parameter(torch.full(size, x, device=W.device))
         # what the output layer reads: in OPT-350m half of hidden_size
         d = W.shape[1]
-        self.w,self.g,self.c = start(0., d),start(0., d),start(.4)
+        self.w = start(0., d)
+        self.g = start(0., d)
+        self.c = start(.4)
     @property
     def device(self): return self.c.device
     def read(self, l:Layout):
@@ -365,18 +401,20 @@ class LogProbReward(nn.Module):
             parts = [self._terms(*read_padded(lm, l, rows), l.targets[s]) for rows,s in slices]
             r = torch.cat(parts) if parts else self.c.new_zeros(0)
         else:
-            h,scale = hidden(lm, l),logit_scale(lm)
-            before = h[l.read]
+            h = hidden(lm, l)
+            scale = logit_scale(lm)
+            before = h[l.read]                             # (M,d)
             z = head(lm)(before).float()
             r = self._terms(before, h[l.own], z if scale==1 else z*scale, l.targets)
         return l.per_token(r).sum(-1)/4-self.config.reward_mean
     def _terms(self, before, at, z, ids):
         "What each token adds (M): from the states before and at it (M,d), the logits that predicted it (M,V), and its id (M)"
         gap = z.gather(-1, ids[:,None])[:,0]-z.amax(-1)
+        # the gap is 0 for the likeliest token, below 0 for others: how far it is from what the model would say
         with _full(at): return at.float()@self.w.float()+(before.float()@self.g.float()+self.c)*gap
     def rescale(self, std:float):
         "Divide all rewards by `std`"
-        for p in (self.w,self.g,self.c): p.data /= std
+        for p in (self.w,self.g,self.c): p.data /= std     # the reward is linear in them
     def save_pretrained(self, path):
         "A folder for `load_reward_model`"
         path = Path(path)
@@ -388,7 +426,8 @@ class LogProbReward(nn.Module):
         save_file(weights, path/'model.safetensors', metadata={'format':'pt'})
     def tied(self):
         "Name of the output matrix, where it is the embedding matrix"
-        if head(self.lm).weight is not self.lm.get_input_embeddings().weight: return None
+        if head(self.lm).weight is not self.lm.get_input_embeddings().weight:
+            return None
         return next((f'lm.{k}.weight' for k,m in self.lm.named_modules() if m is head(self.lm)), None)
 
 # %% ../nbs/10_models.ipynb #f4b82a3f
@@ -405,10 +444,12 @@ def no_classifier(
     "Why reward and value heads cannot be built for an architecture"
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return f"transformers has no sequence classifier for '{config.model_type}'"
+    # built without memory, just to look at its head
     with torch.device('meta'):
         rm = AutoModelForSequenceClassification.from_config(_one_label(config), trust_remote_code=False)
     score = getattr(rm, 'score', None)
-    if isinstance(score, nn.Linear) and score.bias is None: return ''
+    if isinstance(score, nn.Linear) and score.bias is None:
+        return ''
     return f"{type(rm).__name__} is not one layer without bias on the last token"
 
 # %% ../nbs/10_models.ipynb #6b9e6c79
@@ -418,17 +459,20 @@ def mk_reward_model(
     seed:int=0
 ):
     "A reward model with the body of `policy` and an untrained head"
-    if head=='log_prob': return LogProbReward(deepcopy(policy)).eval()
+    if head=='log_prob':
+        return LogProbReward(deepcopy(policy)).eval()
     if why := no_classifier(policy.config):
         raise ValueError(f'{type(policy).__name__}: {why}; the head log_prob needs none')
     c = _one_label(policy.config, reward_mean=0., head='last_token', architectures=None, problem_type=None)
     rm = AutoModelForSequenceClassification.from_config(c, trust_remote_code=False).to(policy.device).eval()
     missing,extra = body(rm).load_state_dict(body(policy).state_dict(), strict=False)
     if missing or extra:
-        raise ValueError(f'{type(rm).__name__} has another body than {type(policy).__name__} (weights {[*missing,*extra][:3]})')
+        raise ValueError(f'{type(rm).__name__} has another body than {type(policy).__name__} '
+                         f'(weights {[*missing,*extra][:3]})')
+    # scores of about unit size: hidden states have numbers of about 1
     d = rm.score.weight.shape[1]
     rm.score.weight.data = torch.randn(1, d, generator=generator(seed, 'head')).to(policy.device)/(d+1)**.5
-    if hasattr(policy, 'padded'): rm.padded = policy.padded
+    if hasattr(policy, 'padded'): rm.padded = policy.padded      # read as the policy is
     check_scores(rm)
     return rm
 
@@ -437,5 +481,5 @@ def mk_value_model(
 ):
     "A value model with the body of `policy` and a head of zeros"
     vm = mk_reward_model(policy)
-    vm.score.weight.data.zero_()
+    vm.score.weight.data.zero_()                           # nothing is expected before something was seen
     return vm

@@ -33,15 +33,30 @@ from .evaluate import *
 
 # %% ../nbs/47_peers.ipynb #b27dba8b
 # {work: what its speed counts}
-units = dict(reward='pairs', dpo='pairs', dpo_cached='pairs', grpo='completions', ppo='completions',
-             gen8='tokens', gen32='tokens', answers='answers', answers96='answers')
+units = dict(
+    reward='pairs', dpo='pairs', dpo_cached='pairs',
+    grpo='completions', ppo='completions',
+    gen8='tokens', gen32='tokens',
+    answers='answers', answers96='answers')
 work = tuple(units)
-shapes = dict(tiny=dict(n_layer=4, n_embd=128, n_head=4, n_positions=256), gpt2={})
-cuts = dict(tiny=(128,192), gpt2=(256,320))  # longest prompt; longest prompt with a response
-G,NEW,EPOCHS,PAIRS = 8,48,4,8                # completions of a prompt, new tokens, PPO's passes, pairs of a step
-MODELS,EVERY = tuple(policies),4             # of `answers`; the peer's loop reads every fourth prompt
-evals = dict(answers=EvalConfig(max_new_tokens=NEW, n_samples=1, batch_size=100),
-             answers96=mk_config(dict(preset='prototype')).eval)                     # how they sample
+# of GPT2Config; what is not named has the size of GPT-2 124M
+shapes = dict(
+    tiny=dict(n_layer=4, n_embd=128, n_head=4, n_positions=256),
+    gpt2={})
+# longest prompt; longest prompt with a response
+cuts = dict(
+    tiny=(128,192),
+    gpt2=(256,320))
+G = 8                     # completions of a prompt
+NEW = 48                  # new tokens of each
+EPOCHS = 4                # PPO's passes over what it sampled
+PAIRS = 8                 # of a step
+MODELS = tuple(policies)  # of `answers`
+EVERY = 4                 # the peer's loop over answers is slow: it reads every fourth prompt
+# how they sample: short answers, and as the preset `prototype` does
+evals = dict(
+    answers=EvalConfig(max_new_tokens=NEW, n_samples=1, batch_size=100),
+    answers96=mk_config(dict(preset='prototype')).eval)
 
 def cut_pairs(
     pairs:list,     # Of prompt, chosen, rejected (texts)
@@ -50,18 +65,25 @@ def cut_pairs(
     max_total:int   # Prompt, response and EOS
 )->list:            # The same as token ids, without EOS
     "Tokens of each pair, the prompt's beginning and the responses' ends cut"
-    def ids(k): return tok([o[k] for o in pairs], add_special_tokens=False)['input_ids']
+    def ids(k):
+        "One column of all pairs: the tokenizer is faster on many texts at once"
+        texts = [o[k] for o in pairs]
+        return tok(texts, add_special_tokens=False)['input_ids']
     out = []
     for prompt,*both in zip(*map(ids, ('prompt','chosen','rejected'))):
         prompt = prompt[-max_prompt:]
-        chosen,rejected = (r[:max_total-1-len(prompt)] for r in both)
-        if chosen and rejected: out.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+        room = max_total-1-len(prompt)                       # one token is EOS
+        chosen,rejected = (r[:room] for r in both)
+        # a pair with an empty side is no pair
+        if chosen and rejected:
+            out.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
     return out
 
 def as_batch(rows, tok)->Batch:
     "Pairs of token ids as a batch, with EOS"
     eos = [tok.eos_token_id]
-    groups = [[r['chosen']+eos,r['rejected']+eos] for r in rows]
+    groups = [[r['chosen']+eos,r['rejected']+eos]
+              for r in rows]
     return Batch.from_tokens(prompt_ids(rows), groups)
 
 def step_rows(rows, size, n, first=0):
@@ -85,24 +107,33 @@ def peak_rss()->float:
 class Pace:
     "A process's side of the alternation: report the step that ended, wait for the next turn"
     def __init__(self):
-        self.out,self.t = os.fdopen(os.dup(1), 'w', encoding='utf-8'),None
+        "Keep stdout for the reports"
+        self.out = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+        self.t = None                                        # CPU seconds when the step began
         os.dup2(2, 1)                                        # what libraries print goes to stderr
     def say(self, **kw):
         "A line of JSON for the process that gives the turns"
         print(json.dumps(kw), file=self.out, flush=True)
     def __call__(self, **kw):
         "The step ended: its CPU seconds, and `kw`; then wait"
-        cpu = None if self.t is None else time.process_time()-self.t
-        more = {k:v() if callable(v) else v for k,v in kw.items()}   # called off the clock
+        cpu = None
+        if self.t is not None: cpu = time.process_time()-self.t
+        # called off the clock
+        more = {k:v() if callable(v) else v
+                for k,v in kw.items()}
         self.say(cpu=cpu, memory=peak_rss(), **more)
-        if not sys.stdin.readline(): os._exit(0)
+        # the other end is closed: no more turns, whatever the trainer would still do
+        if not sys.stdin.readline():
+            os._exit(0)
         self.t = time.process_time()
 
 def worker():
     "Entry point of a process: the job is a JSON argument"
     torch.set_num_threads(1)
-    job,turn = json.loads(sys.argv[1]),Pace()
-    steps = {'ours':ours_steps, 'HF':hf_steps}.get(job['side'], trl_steps)
+    job = json.loads(sys.argv[1])
+    turn = Pace()
+    sides = {'ours':ours_steps, 'HF':hf_steps}
+    steps = sides.get(job['side'], trl_steps)                # both of TRL's: as the rows come, and sorted
     try: steps(job, turn)
     except Exception as e:
         turn.say(error=f'{type(e).__name__}: {e}')
@@ -110,105 +141,161 @@ def worker():
 
 def matmul_rate(n=1024, k=6)->float:
     "Operations per CPU-second of a float32 matrix product, the best of `k`"
-    a,best = torch.randn(n, n),1e9
+    a = torch.randn(n, n)
+    best = 1e9
     for _ in range(k):
         t = time.process_time()
         a@a
-        best = min(best, time.process_time()-t)
+        taken = time.process_time()-t
+        best = min(best, taken)
     return 2*n**3/best
 
 # %% ../nbs/47_peers.ipynb #3cee44c1
 def _score(prompts, responses, finished):
     "A reward that is cheap on purpose"
-    def one(words): return len(set(words))/(len(words)+1)
+    def one(words):
+        "How varied they are; one more below the line, for an answer without words"
+        return len(set(words))/(len(words)+1)
     return [one(r.split()) for r in responses]
 
 def _our_generation(job, policy, ref, tok, rows):
     "A call of `sample` for each step"
     parts = step_rows(rows, job['prompts'], job['steps'])
-    return (sample(policy, prompt_ids(o), G, NEW, seed=i, stop_ids=()) for i,o in enumerate(parts))
+    # without a token to stop at, all answers have NEW tokens, as the peer's have
+    return (sample(policy, prompt_ids(o), G, NEW, seed=i, stop_ids=())
+            for i,o in enumerate(parts))
 
 def _our_answers(job, policy, ref, tok, rows):
     "A comparison of four models for each step"
+    # weights do not matter to speed, but each model must have its own
     copies = [deepcopy(ref) for _ in MODELS[2:]]
+    # in the order of MODELS, the reference first
     models = dict(zip(MODELS, [ref,policy,*copies]))
     rm,_ = load_reward_model(f"{job['folder']}/rm")
     score = mk_scorer((rm,tok), tok)
     texts = [tok.decode(p) for p in prompt_ids(rows)]
-    longest = max(len(p) for p in texts)
+    longest = max(len(p) for p in texts)     # so that no prompt is cut
     parts = step_rows(texts, job['prompts'], job['steps'])
     how = evals[job['what']]
-    return (sample_records(models, o, tok, score, None, how, longest, i) for i,o in enumerate(parts))
+    return (sample_records(models, o, tok, score, None, how, longest, i)
+            for i,o in enumerate(parts))
 
 def _our_rl(job, policy, ref, tok, rows):
     "An update of GRPO or PPO for each step"
     # what the trainers of this package give their loop
-    kw = dict(_ours, updates=job['steps'], batch_size=job['prompts'], max_new_tokens=NEW)
+    kw = dict(
+        _ours,
+        updates=job['steps'], batch_size=job['prompts'],
+        max_new_tokens=NEW)
+    prompts = prompt_ids(rows)
+    # the reward of GRPO is nearly free, so that what is measured is GRPO; PPO's is a model, as its peer wants one
     if job['what']=='grpo':
         o = GRPOConfig(**kw, group_size=G, beta=.04)
-        def advantages(b): return grpo_advantages(b, o)
-        def step(net, b, counts): return grpo_step(net, b, counts, o)
-        ups = rollouts(policy, ref, mk_scorer(_score, tok), prompt_ids(rows), o, advantages, G)
+        def advantages(b):
+            "What `rollouts` adds to a batch"
+            return grpo_advantages(b, o)
+        def step(net, b, counts):
+            "What `steps` does with a micro-batch"
+            return grpo_step(net, b, counts, o)
+        score = mk_scorer(_score, tok)
+        ups = rollouts(policy, ref, score, prompts, o, advantages, G)
         return steps(policy, ups, step, o, o.updates)
     o = PPOConfig(**kw, value_lr=1e-6, epochs=EPOCHS)
-    rm,value = mk_reward_model(policy),mk_value_model(policy)
+    rm = mk_reward_model(policy)
+    value = mk_value_model(policy)
     score = mk_scorer((rm,tok), tok)
-    def advantages(b): return ppo_advantages(b, value, o)
-    def step(net, b, counts): return ppo_step(net, b, counts, o)
-    ups = rollouts(policy, ref, score, prompt_ids(rows), o, advantages, 1, EPOCHS)
+    def advantages(b):
+        "As above, by the values of the critic"
+        return ppo_advantages(b, value, o)
+    def step(net, b, counts):
+        "As above, of policy and critic at once"
+        return ppo_step(net, b, counts, o)
+    # one answer to a prompt, read EPOCHS times
+    ups = rollouts(policy, ref, score, prompts, o, advantages, 1, EPOCHS)
     both = nn.ModuleDict(dict(policy=policy, value=value))
     return steps(both, ups, step, o, o.updates)
 
 def _our_pairs(job, policy, ref, tok, rows):
     "An update of the reward model or of DPO for each step"
     what,n = job['what'],job['steps']
-    data,o = as_batch(rows, tok),DPOConfig(**_ours, updates=n, beta=.1)
-    if what=='dpo_cached': data = data.plus(ref_sums=reference_log_probs(ref, data, o.micro_tokens))
-    if what!='dpo': ref = None                                                   # its memory is free again
-    def step(net, b, counts): return dpo_step(net, b, counts, o, ref)
+    data = as_batch(rows, tok)
+    o = DPOConfig(**_ours, updates=n, beta=.1)
+    if what=='dpo_cached':
+        sums = reference_log_probs(ref, data, o.micro_tokens)
+        data = data.plus(ref_sums=sums)
+    if what!='dpo': ref = None                               # its memory is free again
+    def step(net, b, counts):
+        "What `steps` does with a micro-batch"
+        return dpo_step(net, b, counts, o, ref)
     model = policy
-    if what=='reward': model,step = mk_reward_model(policy),reward_step
+    if what=='reward':
+        model = mk_reward_model(policy)
+        step = reward_step
     del policy
-    ups = (([b],{}) for b in step_rows(data, PAIRS, n))
+    # an update as `steps` takes it: its batches, and what else its row tells
+    ups = (([b],{})
+           for b in step_rows(data, PAIRS, n))
     return steps(model, ups, step, o, n)
 
+# settings of all our trainers: so small a rate changes no model in a way that changes its speed
 _ours = dict(lr=1e-6, micro_tokens=4096)
-_our_work = dict(reward=_our_pairs, dpo=_our_pairs, dpo_cached=_our_pairs, grpo=_our_rl, ppo=_our_rl,
-                 gen8=_our_generation, gen32=_our_generation, answers=_our_answers, answers96=_our_answers)
+_our_work = dict(
+    reward=_our_pairs, dpo=_our_pairs, dpo_cached=_our_pairs,
+    grpo=_our_rl, ppo=_our_rl,
+    gen8=_our_generation, gen32=_our_generation,
+    answers=_our_answers, answers96=_our_answers)
 
 def ours_steps(job, turn):
     "One turn per step of this package"
     folder = Path(job['folder'])
     policy,tok = load_policy(f'{folder}/lm')
-    rows,begin = read_json(folder/job['rows']),_our_work[job['what']]
-    done = begin(job, policy, deepcopy(policy), tok, rows)
-    del policy
-    turn(rate=matmul_rate, torch=torch.__version__, transformers=version('transformers'),
-         python=platform.python_version())
+    rows = read_json(folder/job['rows'])
+    begin = _our_work[job['what']]
+    done = begin(job, policy, deepcopy(policy), tok, rows)   # an iterator that does a step when asked for its next
+    del policy                                               # nothing but `done` holds it now
+    turn(
+        rate=matmul_rate,
+        torch=torch.__version__,
+        transformers=version('transformers'),
+        python=platform.python_version())
     for _ in done: turn(rate=matmul_rate)
 
 # %% ../nbs/47_peers.ipynb #7bfce711
 class _TRL:
     "What TRL's trainers have in common here"
     def __init__(self, job, turn):
+        "Read the job; load no model yet"
         import datasets,trl
         from transformers import AutoTokenizer,TrainerCallback
         # its trainers call this between their steps
         class Turns(TrainerCallback):
-            def on_train_begin(self, *args, **kw): turn(trl=trl.__version__)
-            def on_step_end(self, *args, **kw): turn()
+            "A turn for each step"
+            def on_train_begin(self, *args, **kw):
+                "Everything is loaded"
+                turn(trl=trl.__version__)
+            def on_step_end(self, *args, **kw):
+                "The optimizer has stepped"
+                turn()
         datasets.disable_progress_bars()
-        self.trl,self.folder = trl,Path(job['folder'])
+        self.trl = trl
+        self.folder = Path(job['folder'])
         self.steps,self.what = job['steps'],job['what']
+        # nothing of a folder is ever run
         self.tok = AutoTokenizer.from_pretrained(self.folder/'lm', trust_remote_code=False)
         self.ids = read_json(self.folder/job['rows'])
-        texts = [{k:self.tok.decode(v) for k,v in r.items()} for r in self.ids]
+        # its trainers want texts, and read them with the same tokenizer
+        texts = [{k:self.tok.decode(v) for k,v in r.items()}
+                 for r in self.ids]
         self.rows = datasets.Dataset.from_list(texts)
-        self.size = dict(grpo=job['prompts']*G, ppo=job['prompts']).get(self.what, PAIRS)       # rows of a step
+        # rows of a step: GRPO counts completions
+        sizes = dict(grpo=job['prompts']*G, ppo=job['prompts'])
+        self.size = sizes.get(self.what, PAIRS)
+        # what every trainer takes
         self.both = dict(processing_class=self.tok, callbacks=[Turns()])
     def _load(self, cls, name):
         "A model of the folder, in float32 as on our side"
-        return cls.from_pretrained(self.folder/name, dtype=torch.float32, trust_remote_code=False)
+        return cls.from_pretrained(
+            self.folder/name, dtype=torch.float32, trust_remote_code=False)
     def lm(self):
         "A policy"
         return self._load(GPT2LMHeadModel, 'lm')
@@ -217,68 +304,114 @@ class _TRL:
         return self._load(GPT2ForSequenceClassification, 'rm')
     def args(self, cls, **kw):
         "A configuration: float32 on the CPU, nothing saved or shown"
-        return cls(output_dir=str(self.folder/'trl'), learning_rate=1e-6, bf16=False, gradient_checkpointing=False,
-                   report_to='none', save_strategy='no', logging_steps=1, disable_tqdm=True, use_cpu=True,
-                   dataloader_pin_memory=False, per_device_train_batch_size=self.size, **kw)
+        return cls(
+            output_dir=str(self.folder/'trl'), learning_rate=1e-6, per_device_train_batch_size=self.size,
+            # how it computes: as we do
+            bf16=False, gradient_checkpointing=False, use_cpu=True, dataloader_pin_memory=False,
+            # what it leaves: nothing
+            report_to='none', save_strategy='no', logging_steps=1, disable_tqdm=True,
+            **kw)
 
 def _trl_reward(t):
     "TRL's trainer of reward models, rows in their order"
-    args = t.args(t.trl.RewardConfig, max_steps=t.steps, max_length=512, train_sampling_strategy='sequential')
-    return t.trl.RewardTrainer(model=t.rm(), train_dataset=t.rows, args=args, **t.both)
+    args = t.args(
+        t.trl.RewardConfig,
+        max_steps=t.steps, max_length=512,                   # longer than any row: nothing is cut
+        train_sampling_strategy='sequential')
+    return t.trl.RewardTrainer(
+        model=t.rm(), train_dataset=t.rows,
+        args=args, **t.both)
 
 def _trl_dpo(t):
     "TRL's DPO; `dpo_cached` computes the reference before it begins"
     cached = t.what=='dpo_cached'
-    args = t.args(t.trl.DPOConfig, max_steps=t.steps, max_length=512, beta=.1, precompute_ref_log_probs=cached,
-                  train_sampling_strategy='sequential')
+    args = t.args(
+        t.trl.DPOConfig,
+        max_steps=t.steps, max_length=512, beta=.1,
+        precompute_ref_log_probs=cached,
+        train_sampling_strategy='sequential')
     ref = None if cached else t.lm()
-    return t.trl.DPOTrainer(model=t.lm(), ref_model=ref, train_dataset=t.rows, args=args, **t.both)
+    return t.trl.DPOTrainer(
+        model=t.lm(), ref_model=ref,
+        train_dataset=t.rows,
+        args=args, **t.both)
 
 def _trl_grpo(t):
     "TRL's GRPO: one update for each sampling, plain temperature"
-    args = t.args(t.trl.GRPOConfig, max_steps=t.steps, num_generations=G, beta=.04, max_completion_length=NEW,
-                  temperature=1., top_k=0, top_p=1., steps_per_generation=1, shuffle_dataset=False)
-    def reward(prompts, completions, **_): return _score(prompts, completions, None)
+    args = t.args(
+        t.trl.GRPOConfig,
+        max_steps=t.steps, beta=.04,
+        num_generations=G, max_completion_length=NEW,
+        temperature=1., top_k=0, top_p=1.,
+        steps_per_generation=1, shuffle_dataset=False)
+    def reward(prompts, completions, **_):
+        "The cheap reward, as TRL calls it"
+        return _score(prompts, completions, None)
     prompts = t.rows.select_columns('prompt')
-    return t.trl.GRPOTrainer(model=t.lm(), train_dataset=prompts, reward_funcs=reward, args=args, **t.both)
+    return t.trl.GRPOTrainer(
+        model=t.lm(), train_dataset=prompts,
+        reward_funcs=reward,
+        args=args, **t.both)
 
 def _trl_ppo(t):
     "TRL's PPO, of the last version that has it"
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
     from trl.experimental.ppo import PPOConfig,PPOTrainer
-    t.tok.padding_side = 'left'
+    t.tok.padding_side = 'left'                              # its answers begin where its prompts end
     data = Dataset.from_list([dict(input_ids=r['prompt']) for r in t.ids])
-    args = t.args(PPOConfig, num_mini_batches=1, num_ppo_epochs=EPOCHS, total_episodes=t.steps*t.size,
-                  response_length=NEW, local_rollout_forward_batch_size=t.size,
-                  temperature=1., num_sample_generations=0)
-    return PPOTrainer(model=t.lm(), ref_model=t.lm(), reward_model=t.rm(), value_model=t.rm(),
-                      train_dataset=data, eval_dataset=data.select([0]),
-                      data_collator=DataCollatorWithPadding(t.tok), args=args, **t.both)
+    args = t.args(
+        PPOConfig,
+        total_episodes=t.steps*t.size,                       # it counts answers, not updates
+        num_mini_batches=1, num_ppo_epochs=EPOCHS,
+        response_length=NEW, temperature=1.,
+        local_rollout_forward_batch_size=t.size,             # all of a step at once
+        num_sample_generations=0)                            # no answers to look at in between
+    return PPOTrainer(
+        model=t.lm(), ref_model=t.lm(),
+        reward_model=t.rm(), value_model=t.rm(),
+        train_dataset=data,
+        eval_dataset=data.select([0]),                       # it wants one, and reads it never
+        data_collator=DataCollatorWithPadding(t.tok),
+        args=args, **t.both)
 
 def trl_steps(job, turn):
     "One turn per optimizer step of TRL's trainer (PPO: per update)"
-    trainers = dict(reward=_trl_reward, dpo=_trl_dpo, dpo_cached=_trl_dpo, grpo=_trl_grpo, ppo=_trl_ppo)
-    trainers[job['what']](_TRL(job, turn)).train()
+    trainers = dict(
+        reward=_trl_reward, dpo=_trl_dpo, dpo_cached=_trl_dpo,
+        grpo=_trl_grpo, ppo=_trl_ppo)
+    mk_trainer = trainers[job['what']]
+    mk_trainer(_TRL(job, turn)).train()                      # it calls `turn` between its steps
 
 def _generate(model, ids, mask, tok, **kw):
     "Plain sampling with `generate`"
-    return model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), do_sample=True, top_k=0, top_p=1.,
-                          pad_token_id=tok.pad_token_id, **kw)
+    return model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask),
+        do_sample=True, top_k=0, top_p=1.,
+        pad_token_id=tok.pad_token_id, **kw)
 
 def hf_steps(job, turn):
     "One turn per call of `generate`; `answers`: one per prompt and model, and what each answer is worth"
     from transformers import AutoTokenizer
-    folder,what = Path(job['folder']),job['what']
+    folder = Path(job['folder'])
+    what = job['what']
     tok = AutoTokenizer.from_pretrained(folder/'lm', trust_remote_code=False)
-    def load(cls, name): return cls.from_pretrained(folder/name, trust_remote_code=False).eval()
+    def load(cls, name):
+        "A model of the folder"
+        m = cls.from_pretrained(folder/name, trust_remote_code=False)
+        return m.eval()
     # a comparison needs all models at once, plain generation one
-    policies_ = [load(GPT2LMHeadModel, 'lm') for _ in range(len(MODELS) if what in evals else 1)]
-    rm = load(GPT2ForSequenceClassification, 'rm') if what in evals else None
+    n = len(MODELS) if what in evals else 1
+    policies_ = [load(GPT2LMHeadModel, 'lm') for _ in range(n)]
+    rm = None
+    if what in evals: rm = load(GPT2ForSequenceClassification, 'rm')
     turn()
-    for rows in step_rows(read_json(folder/job['rows']), job['prompts'], job['steps']):
-        if what in evals: _hf_answers(policies_, rm, prompt_ids(rows), tok, evals[what].max_new_tokens)
-        else: _hf_generation(policies_[0], prompt_ids(rows), tok)
+    rows = read_json(folder/job['rows'])
+    for part in step_rows(rows, job['prompts'], job['steps']):
+        prompts = prompt_ids(part)
+        if what in evals:
+            _hf_answers(policies_, rm, prompts, tok, evals[what].max_new_tokens)
+        else: _hf_generation(policies_[0], prompts, tok)
         turn()
 
 def _hf_generation(model, prompts, tok):
@@ -295,5 +428,7 @@ def _hf_answers(models, rm, prompts, tok, new):
     "One answer of each model to every fourth prompt, and what it is worth"
     for p in sorted(prompts, key=len)[EVERY//2::EVERY]:
         for m in models:
-            ids = _generate(m, [p], [[1]*len(p)], tok, max_new_tokens=new)
-            plain_values(m, models[0], rm, p, ids[0,len(p):].tolist())
+            mask = [[1]*len(p)]
+            ids = _generate(m, [p], mask, tok, max_new_tokens=new)
+            answer = ids[0,len(p):].tolist()                 # (T) behind the prompt
+            plain_values(m, models[0], rm, p, answer)

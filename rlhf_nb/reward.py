@@ -33,8 +33,11 @@ def reward_step(net, b, n, center=0.):
     "Bradley-Terry on groups of two"
     chosen,rejected = net(scores, b).unbind(1)
     d = (chosen-rejected).detach()
-    loss = bradley_terry_loss(chosen, rejected, b.fields.get('margin', 0.))+center*((chosen+rejected)**2).sum()
-    return loss/n['prompts'],dict(accuracy=_right(d).sum()/n['prompts'], margin=d.sum()/n['prompts'])
+    loss = bradley_terry_loss(chosen, rejected, b.fields.get('margin', 0.))
+    # the loss knows differences only: this keeps the scores near 0
+    loss = loss+center*((chosen+rejected)**2).sum()
+    stats = dict(accuracy=_right(d).sum()/n['prompts'], margin=d.sum()/n['prompts'])
+    return loss/n['prompts'],stats
 
 def _right(d):
     "Is the chosen one above, by its differences `d`? Ties count half"
@@ -71,7 +74,8 @@ def accuracy(
     "How often the chosen response scores higher, with its 95% interval (Wilson); ties count half"
     d = s[:,0]-s[:,1]
     if where is not None: d = d[where]
-    n,k = len(d),_right(d).sum().item()
+    n = len(d)
+    k = _right(d).sum().item()
     low,high = wilson(k, n)
     return dict(accuracy=k/n if n else math.nan, low=low, high=high, n=n)
 
@@ -93,7 +97,8 @@ def calibration(
 )->dict:         # ece, n, and a row per bin: p (predicted), right (share), low, high, n
     "Is the higher score preferred as often as sigmoid(difference) says?"
     d = s[:,0]-s[:,1]
-    p,right = d.abs().sigmoid(),_right(d)
+    p = d.abs().sigmoid()
+    right = _right(d)
     rows = []
     for i in p.argsort().tensor_split(min(bins, max(1, len(p)))):
         low,high = wilson(right[i].sum().item(), len(i))
@@ -113,7 +118,9 @@ def normalise(
         raise ValueError(f'a standard deviation needs at least 2 samples (reward.n_normalise), got {s.numel()}')
     std = s.std().item()
     if not std>0:
-        raise ValueError(f'the reward model gives all {s.numel()} samples the same score ({s.flatten()[0]:.3g}); it has learned nothing')
+        raise ValueError(f'the reward model gives all {s.numel()} samples the same score ({s.flatten()[0]:.3g}); '
+                         'it has learned nothing')
+    # score = head - mean, so that the head and the mean are both divided by the deviation
     rm.config.reward_mean = (rm.config.reward_mean+s.mean().item())/std
     if isinstance(rm, LogProbReward): rm.rescale(std)
     else: rm.score.weight.data /= std

@@ -32,10 +32,10 @@ def kl_estimates(
 
 # %% ../nbs/16_rollout.ipynb #f5490c9b
 def mk_scorer(
-    source,              # Function of (prompts, responses, finished), or (reward model, tokenizer), or a list of (weight, source)
+    source,              # Function of (prompts, responses, finished), (reward model, tokenizer), or [(weight, source)]
     tok,                 # The policy's tokenizer
     micro_tokens:int=16384
-):                       # `score(batch) -> (B,G)`, batch with `finished`; NaN for a response about which no source says anything
+):                       # `score(batch) -> (B,G)`, batch with `finished`; NaN: no source says anything about a response
     "Turn a reward source into a function of batches"
     if isinstance(source, list):
         if not source or not all(map(_is_weighted, source)):
@@ -45,10 +45,13 @@ def mk_scorer(
     if callable(source) and not isinstance(source, nn.Module):
         return lambda b: _score_texts(source, tok, b)
     if not isinstance(source, tuple) or len(source)!=2:
-        raise ValueError(f'a reward source is a function, (reward model, tokenizer) or a list of (weight, source), got {type(source).__name__}')
+        raise ValueError('a reward source is a function, (reward model, tokenizer) or a list of (weight, source), '
+                         f'got {type(source).__name__}')
     rm,rm_tok = source
+    # one vocabulary: the ids are read as they are
     def read(b): return _finite(in_pieces(lambda o: scores(rm, o), b, micro_tokens))
-    if rm_tok is None or rm_tok.get_vocab()==tok.get_vocab(): return read
+    if rm_tok is None or rm_tok.get_vocab()==tok.get_vocab():
+        return read
     return lambda b: read(_in_words_of(rm, rm_tok, b, tok))
 
 def _is_weighted(o):
@@ -69,7 +72,8 @@ def _finite(s):
 
 def _in_words_of(rm, rm_tok, b, tok):
     "The batch as a reward model with a tokenizer of its own reads it"
-    (ps,rs),(front,back) = texts(b, tok),_around(rm_tok)
+    ps,rs = texts(b, tok)
+    front,back = _around(rm_tok)
     eos = [] if rm_tok.eos_token_id is None else [rm_tok.eos_token_id]
     empty = eos if rm_tok.bos_token_id is None else [rm_tok.bos_token_id]
     # for an encoder's classifier a text is closed, also where an answer was cut
@@ -83,7 +87,8 @@ def _around(tok):
     plain,full = (tok('a', add_special_tokens=o)['input_ids'] for o in (False,True))
     n = len(plain)
     for i in range(len(full)):
-        if full[i:i+n]==plain: return full[:i],full[i+n:]
+        if full[i:i+n]==plain:
+            return full[:i],full[i+n:]
     return [],[]
 
 def written(
@@ -93,7 +98,8 @@ def written(
 )->list:
     "The ids that make its text: without the EOS (or other stop) at the end, and without PAD; special tokens within it stay"
     pad = tok.pad_token_id if tok.pad_token_id!=tok.unk_token_id else None
-    if ended or ids[-1:]==[tok.eos_token_id]: ids = ids[:-1]
+    if ended or ids[-1:]==[tok.eos_token_id]:
+        ids = ids[:-1]
     return [i for i in ids if i!=pad]
 
 def texts(
@@ -105,6 +111,7 @@ def texts(
     def read(ids): return tok.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     front = _around(tok)[0] or [tok.bos_token_id]
     def said(p):
+        "A prompt's ids without what the tokenizer puts in front"
         if p==[tok.eos_token_id]: return []                 # EOS alone stands for nothing
         return p[len(front):] if p[:len(front)]==front else p
     ps = list(map(said, batch.prompts))
@@ -123,7 +130,9 @@ def _name(f):
 
 def _score_texts(f, tok, b):
     "What a function of texts says about a batch, (B,G)"
-    (ps,rs),(B,G,_) = texts(b, tok),b.shape
+    ps,rs = texts(b, tok)
+    B,G,_ = b.shape
+    # flat lists of B*G: a prompt stands before each of its responses
     each = [p for p in ps for _ in range(G)],[r for o in rs for r in o],b.finished.flatten().tolist()
     try: out = f(*map(list, each))
     except Exception as e: raise _failed(f, each, G, e) from e
@@ -137,22 +146,28 @@ def _failed(f, each, G, e):
         except Exception as one:
             e,at = one,i
             break
-    return ValueError(f"the reward function {_name(f)} failed with {type(e).__name__}: {' '.join(str(e).split())[:200]}; "
+    said = ' '.join(str(e).split())[:200]
+    return ValueError(f"the reward function {_name(f)} failed with {type(e).__name__}: {said}; "
                       f"the prompt: {each[0][at][-200:]!r}")
 
 def _numbers(out, n, name):
     "What a reward function returned as `n` floats; None and NaN, not applicable, are NaN"
     def bad(got):
+        "The error, with what was given instead"
         return ValueError(f'the reward function {name} must return a list of {n} finite numbers, one for each response '
                           f'(None: not applicable); got {got}')
     if hasattr(out, 'tolist') and hasattr(out, 'shape'):         # torch, numpy, pandas
-        if len(out.shape)!=1: raise bad(f'{type(out).__name__} of shape {tuple(out.shape)}')
+        if len(out.shape)!=1:
+            raise bad(f'{type(out).__name__} of shape {tuple(out.shape)}')
         out = out.tolist()
-    if not isinstance(out, (list,tuple)): raise bad(f'{type(out).__name__} {str(out)[:60]!r}')
-    if len(out)!=n: raise bad(f'{len(out)}')
+    if not isinstance(out, (list,tuple)):
+        raise bad(f'{type(out).__name__} {str(out)[:60]!r}')
+    if len(out)!=n:
+        raise bad(f'{len(out)}')
     vals = []
     for i,x in enumerate(out):
-        v = x.item() if hasattr(x, 'item') and not getattr(x, 'shape', ()) else x   # a number of numpy or torch
+        one = hasattr(x, 'item') and not getattr(x, 'shape', ())    # a number of numpy or torch
+        v = x.item() if one else x
         if v is None: v = math.nan
         if not isinstance(v, (int,float)) or abs(v)>torch.finfo(torch.float32).max:
             raise bad(f'{str(x)[:60]!r} ({type(x).__name__}) at place {i}')
@@ -177,12 +192,14 @@ def check_rollouts(
     "A ValueError, before the first rollout, where it is known that a later one must fail"
     if not prompts: raise ValueError('no prompts to learn from')
     if not o.temperature>0:
-        raise ValueError('temperature: 0 leaves nothing to learn from, since every sample is the same and certain; give a temperature above 0')
+        raise ValueError('temperature: 0 leaves nothing to learn from, since every sample is the same and certain; '
+                         'give a temperature above 0')
     size = min(o.batch_size, len(prompts))
     if mini_batches>size:
         raise ValueError(f'mini_batches: {mini_batches} of them cannot be made of the {size} prompts of an update; '
                          'lower it, or raise batch_size')
-    if why := too_long(policy, prompts, o.max_new_tokens): raise ValueError('a'+why)
+    if why := too_long(policy, prompts, o.max_new_tokens):
+        raise ValueError('a'+why)
     return size
 
 def _mean(x):
@@ -207,12 +224,16 @@ def unseen(
     b = sample(policy, prompts[:o.eval_n], 1, o.max_new_tokens, o.temperature, child_seed(seed, 'dev'))
     ref = in_pieces(lambda x: log_probs(reference, x, o.temperature), b, o.micro_tokens)
     kl = _mean(((b.old_log_probs-ref)*b.mask).sum(-1))         # k1, as in the rows of training
-    out,good = dict(kl=kl, length=_mean(b.lengths), finished=_mean(b.finished), n=len(b)),0.
+    out = dict(kl=kl, length=_mean(b.lengths), finished=_mean(b.finished), n=len(b))
+    good = 0.
     if score is not None:
         raw = score(b).to(b.device)
         has = ~raw.isnan()                                     # NaN: about this answer no source says anything
-        if not has.all(): out['unrewarded'] = 1-_mean(has)
-        if has.any(): out,good = dict(reward=_mean(raw[has]), **out),_mean(_penalised(raw, b, o)[has])
+        if not has.all():
+            out['unrewarded'] = 1-_mean(has)
+        if has.any():
+            out = dict(reward=_mean(raw[has]), **out)
+            good = _mean(_penalised(raw, b, o)[has])
     out.update({k:_mean(f(b)) for k,f in (watch or {}).items()})
     return out,-math.inf if o.max_kl is not None and kl>o.max_kl else good-coef*kl
 
@@ -224,11 +245,13 @@ def _spread(x):
 def _read(model, b, parts, o, precision):
     "Log-probabilities (B,G,R) under the precision of the training forward, part by part"
     def read(x): return log_probs(model, x, o.temperature)
-    with precision(): out = torch.cat([in_pieces(read, b[j], o.micro_tokens) for j in parts])
+    with precision():
+        out = torch.cat([in_pieces(read, b[j], o.micro_tokens) for j in parts])
     return out[torch.cat(parts).argsort()]
 
 def _with_log_probs(policy, reference, b, cut, o, precision, low):
     "The batch with the log-probabilities that training compares, and metrics"
+    # in float32 the sampler and the forward agree, and how prompts are put together does not matter
     row,parts = {},cut if low else [torch.arange(len(b))]
     # ratios must start at one: old log-probabilities come from the forward that trains, in its cut
     if low:
@@ -239,8 +262,10 @@ def _with_log_probs(policy, reference, b, cut, o, precision, low):
 
 def _with_scores(b, raw, o):
     "The batch with its scores, the rewards (those that there are), and metrics"
-    b,has = b.plus(scores=_penalised(raw, b, o)),~raw.isnan()
-    if has.all(): return b,raw,{}
+    b = b.plus(scores=_penalised(raw, b, o))
+    has = ~raw.isnan()
+    if has.all():
+        return b,raw,{}
     # what no source has an opinion about teaches nothing
     return b.plus(learn=b.mask & has[...,None]),raw[has],dict(unrewarded=1-_mean(has))
 
@@ -249,7 +274,8 @@ def _rewards(score, b, i):
     raw = score(b)
     got = tuple(raw.shape) if torch.is_tensor(raw) else type(raw).__name__
     if got!=b.shape[:2]:
-        raise ValueError(f'score(batch) must return a tensor with one number for each response, {b.shape[:2]}, got {got}')
+        raise ValueError('score(batch) must return a tensor with one number for each response, '
+                         f'{b.shape[:2]}, got {got}')
     if raw.isinf().any():
         raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
     return raw.to(b.device)
@@ -258,15 +284,24 @@ def _about(b, raw, watch):
     "Metrics of a rollout; `raw` are the rewards that there are"
     k1,_,k3 = (k*b.mask for k in kl_estimates(b.old_log_probs, b.ref_log_probs))
     entropy = -(b.old_log_probs*b.mask).sum().item()/b.mask.sum().item()
-    return dict(reward=_mean(raw), reward_std=_spread(raw), kl=_mean(k1.sum(-1)), kl_k3=_mean(k3.sum(-1)), entropy=entropy,
-                length=_mean(b.lengths), finished=_mean(b.finished), new_tokens=int(b.mask.sum()),
-                **{k:_mean(f(b)) for k,f in (watch or {}).items()})
+    return dict(
+        reward=_mean(raw),
+        reward_std=_spread(raw),
+        kl=_mean(k1.sum(-1)),            # of whole responses
+        kl_k3=_mean(k3.sum(-1)),
+        entropy=entropy,                 # of a token, estimated from those that were sampled
+        length=_mean(b.lengths),
+        finished=_mean(b.finished),
+        new_tokens=int(b.mask.sum()),
+        **{k:_mean(f(b)) for k,f in (watch or {}).items()})
 
 def _explained(b):
     "What share of the returns' variance the value model foresaw, where there is one"
     if 'returns' not in b.fields: return {}
-    r,e = b.returns[b.learn],(b.returns-b.values)[b.learn]
-    return dict(value_explained=1-(e.var()/r.var().clamp(min=1e-12)).item()) if r.numel()>1 else {}
+    r = b.returns[b.learn]
+    e = (b.returns-b.values)[b.learn]
+    if r.numel()<=1: return {}           # one number has no variance
+    return dict(value_explained=1-(e.var()/r.var().clamp(min=1e-12)).item())
 
 @torch.no_grad()
 def rollouts(
@@ -321,12 +356,14 @@ def fit_rollouts(
     opt=None
 )->list:           # Metrics rows
     "`fit` a stage to what its policy writes"
-    acc,seed = acc or mk_accelerator(),child_seed(seed, stage)
+    acc = acc or mk_accelerator()
+    seed = child_seed(seed, stage)
     reference.to(acc.device)              # `fit` moves the models that learn
     def mk_updates(start): return draw(seed=seed, start=start, acc=acc)
     def too_far(stats): return stats['approx_kl']>o.target_kl
-    return fit(model, mk_updates, step, o, n_rollouts(o, n), run, stage, opt, acc,
-               until=None if o.target_kl is None else too_far, dev=look and (lambda: look(seed=seed)), show=show)
+    until = None if o.target_kl is None else too_far
+    dev = look and (lambda: look(seed=seed))
+    return fit(model, mk_updates, step, o, n_rollouts(o, n), run, stage, opt, acc, until=until, dev=dev, show=show)
 
 # %% ../nbs/16_rollout.ipynb #36be371f
 def bandit(
@@ -338,7 +375,8 @@ def bandit(
     seed_all(seed)
     c = GPT2Config(n_layer=1, n_embd=16, n_head=1, n_positions=4, vocab_size=k, bos_token_id=None, eos_token_id=None)
     policy,reference = (AutoModelForCausalLM.from_config(c).eval() for _ in range(2))
-    for p in policy.parameters(): p.data += .3*torch.randn_like(p)     # a reference that is not uniform
+    for p in policy.parameters():
+        p.data += .3*torch.randn_like(p)     # a reference that is not uniform
     reference.load_state_dict(policy.state_dict())
     rewards = torch.randn(k, generator=generator(seed, 'bandit'))
     def score(b): return rewards.to(b.device)[b.responses[...,0]]

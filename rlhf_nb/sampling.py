@@ -46,13 +46,16 @@ SMALL = 4 # the largest group whose own keys lie behind those of its prompt, in 
 class Piece:
     "Prompts that were read together, each with its group: what is kept of them while their responses are written"
     at:torch.Tensor   # (b) places of its prompts among all that are kept
-    bias:torch.Tensor # 0 where a key may be seen, else -inf: (b,1,1,1,P); in small groups (b,1,G,P+length*G), the group's own keys too
-    keys:dict         # layer -> keys and values (b,K,P,D) of the prompts; in small groups with room for the responses behind them
+    # 0 where a key may be seen, else -inf: (b,1,1,1,P); in small groups (b,1,G,P+length*G), the group's own keys too
+    bias:torch.Tensor
+    # layer -> keys and values (b,K,P,D) of the prompts; in small groups with room for the responses behind them
+    keys:dict
     own:dict = field(default_factory=dict)  # layer -> keys and values (b,G,K,length,D) of responses, in larger groups
 
     def make_room(self, n, length):
         "In a small group token t of response i lies at P+t*n+i, and only response i sees it"
-        same = torch.full((n,n), -torch.inf, device=self.bias.device).fill_diagonal_(0).repeat(1, length)
+        same = torch.full((n,n), -torch.inf, device=self.bias.device).fill_diagonal_(0)
+        same = same.repeat(1, length)                     # (n,length*n)
         prompt = self.bias[:,0].expand(-1,-1,n,-1)
         self.bias = torch.cat([prompt, same.expand(len(prompt),1,-1,-1)], -1)
         for layer,kv in self.keys.items():
@@ -64,7 +67,8 @@ class Piece:
         self.at,self.bias = new[self.at[here]],self.bias[here]
         for kept in (self.keys,self.own):
             # layer by layer: all of it twice would be the most memory of a decoding
-            for layer,(k,v) in kept.items(): kept[layer] = k[here],v[here]
+            for layer,(k,v) in kept.items():
+                kept[layer] = k[here],v[here]
         return len(here)>0
 
 class Decode:
@@ -75,15 +79,18 @@ class Decode:
         n:int,        # Responses to each prompt
         length:int    # Most tokens of a response
     ):
-        self.n,self.length,self.t = n,length,0        # t: the place of the new token in its response
+        self.n = n
+        self.length = length
+        self.t = 0                                    # the place of the new token in its response
         self.B = sum(map(len, at))                    # prompts that are kept
-        self.longest = max(l.longest for l in layouts)+length
+        self.longest = max(l.longest for l in layouts)+length    # what a sliding window must hold
         self.pieces = []
         for l,i in zip(layouts, at):
             real = l.gid==0                           # (b,P)
             bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
             self.pieces.append(Piece(i, bias[:,None,None,None], l.keys))
-            if n<=SMALL: self.pieces[-1].make_room(n, length)
+            if n<=SMALL:
+                self.pieces[-1].make_room(n, length)
 
     def keep(self, i):
         "Go on with the prompts of index `i` only; their new places (B), -1 for the others"
@@ -95,24 +102,33 @@ class Decode:
 
     def attend(self, layer, q, k, v, scaling):
         "One new token per live response: q (1,H,N,D), k and v (1,K,N,D)"
-        B,G,K = self.B,self.n,k.shape[1]
+        B = self.B
+        G = self.n
+        K = k.shape[1]
         # (B,G,K,H/K,D), of queries and (H/K = 1) of keys and values, which may be narrower than keys (DeepSeek)
-        q,k,v = (self._grid(o, B*G).view(B, G, K, -1, o.shape[3]) for o in (q,k,v))
-        q,k,v = q*scaling,k[...,0,:],v[...,0,:]
+        def grouped(x): return self._grid(x, B*G).view(B, G, K, -1, x.shape[3])
+        q,k,v = map(grouped, (q,k,v))
+        q = q*scaling
+        k = k[...,0,:]
+        v = v[...,0,:]
         if len(self.pieces)==1: o = self._piece(self.pieces[0], layer, q, k, v)
         else:
+            # (B,G,K,H/K,D), piece after piece
             o = torch.cat([self._piece(p, layer, q[p.at], k[p.at], v[p.at]) for p in self.pieces])
             o = o[torch.cat([p.at for p in self.pieces]).argsort()]       # back in the order of the prompts
         return o.reshape(1, B*G, -1, o.shape[-1])[:,self.live]
 
     def _piece(self, piece, layer, q, k, v):
         "The same for one piece: q (b,G,K,H/K,D), k and v (b,G,K,D)"
-        return (self._together if self.n<=SMALL else self._apart)(piece, layer, q, k, v)
+        read = self._together if self.n<=SMALL else self._apart
+        return read(piece, layer, q, k, v)
 
     def _together(self, piece, layer, q, k, v):
         "A small group reads prompt and responses at once"
         keys,values = piece.keys[layer]                                   # (b,K,P+length*G,D)
-        (b,K,most,D),G,heads = keys.shape,self.n,q.shape[3]
+        b,K,most,D = keys.shape
+        G = self.n
+        heads = q.shape[3]
         # what is written by now, these tokens included
         end = most-(self.length-self.t-1)*G
         keys[:,:,end-G:end],values[:,:,end-G:end] = k.transpose(1,2),v.transpose(1,2)
@@ -124,44 +140,56 @@ class Decode:
     def _apart(self, piece, layer, q, k, v):
         "A large group reads its prompt at once, and each response its own tokens; one softmax over both, in the precision that attention has"
         keys,values = piece.keys[layer]                                   # (b,K,P,D)
-        (b,K,P,D),G = keys.shape,self.n
+        b,K,P,D = keys.shape
+        G = self.n
         if layer not in piece.own:
             piece.own[layer] = tuple(o.new_zeros(b, G, K, self.length, o.shape[3]) for o in (keys,values))
         own_keys,own_values = piece.own[layer]
         own_keys[:,:,:,self.t],own_values[:,:,:,self.t] = k,v
         own_keys,own_values = (o[:,:,:,:self.t+1] for o in (own_keys,own_values))
+        # the queries of a group side by side: one product with the prompt's keys, which are not repeated
         of_prompt = (q.transpose(1,2).reshape(b, K, -1, D)@keys.mT).view(b, K, G, -1, P).transpose(1,2)
         w = torch.cat([of_prompt+piece.bias, q@own_keys.mT], -1).float().softmax(-1).to(v.dtype)  # (b,G,K,H/K,P+t+1)
         o = w[...,:P].transpose(1,2).reshape(b, K, -1, P)@values
-        return o.view(b, K, G, -1, values.shape[3]).transpose(1,2)+w[...,P:]@own_values
+        o = o.view(b, K, G, -1, values.shape[3]).transpose(1,2)
+        return o+w[...,P:]@own_values
 
     def _grid(self, x, n):
         "(1,K,N,D) of the live responses to (n,K,D) of all"
         x = x[0].transpose(0,1)
-        return x if len(x)==n else x.new_zeros(n, *x.shape[1:]).index_copy_(0, self.live, x)
+        if len(x)==n: return x
+        return x.new_zeros(n, *x.shape[1:]).index_copy_(0, self.live, x)
 
 def _by_length(prompts, model, most=1<<19):
     "Which prompts are read together: on a CPU those of similar length, `most` numbers of padding in a layer's keys"
-    if model.device.type!='cpu': return [torch.arange(len(prompts), device=model.device)]
-    size,width = [len(p) for p in prompts],model.config.get_text_config().hidden_size
+    if model.device.type!='cpu':
+        return [torch.arange(len(prompts), device=model.device)]
+    size = [len(p) for p in prompts]
+    width = model.config.get_text_config().hidden_size
     out,pad = [],0
     for i in sorted(range(len(prompts)), key=size.__getitem__):
-        if out: pad += len(out[-1])*(size[i]-size[out[-1][-1]])
+        if out:
+            pad += len(out[-1])*(size[i]-size[out[-1][-1]])
         if not out or pad*width>most:
             out.append([])
             pad = 0
         out[-1].append(i)
-    return [torch.tensor(o) for o in out] if len(out)>1 else [torch.arange(len(prompts))]
+    # one piece is all of them, in the order that they have
+    if len(out)<=1:
+        return [torch.arange(len(prompts))]
+    return [torch.tensor(o) for o in out]
 
 # %% ../nbs/15_sampling.ipynb #e78231d9
 def _read_prompts(model, prompts, n, length):
     "Each prompt, read once: the state of a decoding, and the hidden states that predict its first tokens (B*n,d)"
-    at,layouts = _by_length(prompts, model),[]
+    at = _by_length(prompts, model)
+    layouts = []
     for i in at:
         nothing = torch.zeros(len(i), 1, 1, dtype=torch.long, device=model.device)
         layouts.append(Layout(Batch([prompts[j] for j in i], nothing, nothing.bool())))
         layouts[-1].keys = {}
-    h = torch.cat([hidden(model, l)[l.prompt_end] for l in layouts])[torch.cat(at).argsort()]
+    h = torch.cat([hidden(model, l)[l.prompt_end] for l in layouts])
+    h = h[torch.cat(at).argsort()]                            # (B,d), back in the order of the prompts
     return Decode(layouts, at, n, length),h.repeat_interleave(n, 0)
 
 def _read_again(model, prompts, n):
@@ -190,13 +218,16 @@ def states(
     prompts:list,  # B token lists
     n:int,         # Responses to each
     length:int     # Most tokens of a response
-): # Live responses among all B*n, the logits of their next token (live,V); wants (their tokens, which of them go on) sent
+): # Live responses among all B*n, logits of their next token (live,V); wants (their tokens, which go on) sent
     "A model that reads responses as they are written: a coroutine, one turn per token"
     if not prompts: raise ValueError('no prompts to sample from')
-    if why := too_long(model, prompts, length): raise ValueError('A'+why)
+    if why := too_long(model, prompts, length):
+        raise ValueError('A'+why)
     check_sampling(model)
-    if is_padded(model): return (yield from _read_again(model, prompts, n))
-    dev,B = model.device,len(prompts)
+    if is_padded(model):
+        return (yield from _read_again(model, prompts, n))
+    dev = model.device
+    B = len(prompts)
     state,h = _read_prompts(model, prompts, n, length)
     size = torch.tensor([len(p) for p in prompts], device=dev)
     kept = torch.arange(B, device=dev)                        # prompts that some response still reads
@@ -204,15 +235,17 @@ def states(
     rows = live = torch.arange(B*n, device=dev)
     for t in range(length):
         ids,go = yield rows,logits_of(model, h)
-        rows,live,ids = rows[go],live[go],ids[go]
+        rows,live,ids = (o[go] for o in (rows,live,ids))
         alive = torch.zeros(B*n, dtype=torch.bool, device=dev)
         alive[rows] = True
         busy = alive.view(B,n).any(1)[kept]
         if busy.sum()<=.75*len(kept):                         # drop prompts whose group has finished
             i = busy.nonzero()[:,0]
             new = state.keep(i)
-            kept,live = kept[i],new[live//n]*n+live%n
-        state.t,state.live = t,live
+            kept = kept[i]
+            live = new[live//n]*n+live%n
+        state.t = t
+        state.live = live
         h = run_body(model, ids, size[rows//n]+t, state)
 
 class Token(NamedTuple):
@@ -225,7 +258,9 @@ class Token(NamedTuple):
 def _draw(lp, u):
     "The first token at which the cumulative distribution passes `u` (m); lp (m,V)"
     c = lp.to(u.device).exp().cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(c, u[:,None]*c[:,-1:], right=True)[:,0].clamp_(max=lp.shape[-1]-1).to(lp.device)
+    # `u` of the sum, which rounding keeps from being 1
+    i = torch.searchsorted(c, u[:,None]*c[:,-1:], right=True)[:,0]
+    return i.clamp_(max=lp.shape[-1]-1).to(lp.device)
 
 @torch.no_grad()
 def decode(
@@ -236,11 +271,14 @@ def decode(
     temperature:float=1.0,  # 0: the most likely token each time
     seed:int=0,
     stop_ids=None,          # Ids that end a response (None: the model's EOS ids)
-    beside:int=0            # Responses of others to each prompt, which this model reads along: wants (their ids, which of them go on), both (B,beside), sent
+    beside:int=0            # Responses of others that it reads along: wants (their ids, which go on) sent, (B,beside)
 ):                          # A `Token` for each step
     "Sample token by token from the full distribution, without top-k or top-p"
-    dev,B,G = policy.device,len(prompts),n+beside
-    stop = torch.tensor(sorted(stop_tokens(policy) if stop_ids is None else stop_ids), dtype=torch.long, device=dev)
+    dev = policy.device
+    B = len(prompts)
+    G = n+beside
+    if stop_ids is None: stop_ids = stop_tokens(policy)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=dev)
     home = torch.device('cpu') if dev.type=='mps' else dev     # mps has no float64
     u = noise(seed, prompts, n, max_new_tokens).to(home).view(B*n, -1)
     reader = states(policy, prompts, G, max_new_tokens)
@@ -262,7 +300,8 @@ def decode(
         go = ~torch.isin(ids, stop)
         if beside:
             ids,go = (torch.cat(o, 1).view(-1)[rows] for o in ((token,told[0]),(grid(go),told[1].bool())))
-        if t+1==max_new_tokens or not go.any(): return
+        if t+1==max_new_tokens or not go.any():
+            return
         rows,z = reader.send((ids,go))
 
 def from_steps(
@@ -272,7 +311,7 @@ def from_steps(
 )->Batch:
     "The batch that the steps of a decoding make"
     ids,lp,mask = (torch.stack(o, 2) for o in zip(*steps))
-    last = ids.gather(-1, mask.sum(-1, keepdim=True)-1)[...,0]
+    last = ids.gather(-1, mask.sum(-1, keepdim=True)-1)[...,0]    # (B,n) the last token of each response
     finished = torch.isin(last, torch.tensor(sorted(stop_ids), device=ids.device))
     return Batch([list(p) for p in prompts], ids, mask, old_log_probs=lp, finished=finished)
 
@@ -293,7 +332,8 @@ def decode_bytes(
     width = (size('num_key_value_heads') or heads)*(size('head_dim') or c.hidden_size//heads)
     layers = 0 if is_padded(model) else size('num_hidden_layers') or 1
     keys = 2*layers*width*(prompt+n*length)*model.dtype.itemsize
-    return keys+(4*n+20*(n if drawn is None else drawn))*len(head(model).weight)
+    if drawn is None: drawn = n
+    return keys+(4*n+20*drawn)*len(head(model).weight)
 
 def in_memory(
     prompts:list, # Token lists
@@ -302,11 +342,13 @@ def in_memory(
 )->list:          # Lists of indices
     "Which prompts are sampled together: all, as they are, where they fit; else those of similar length, the longest first, so that what fails fails at once"
     n = [len(p) for p in prompts]
-    if len(n)*cost(max(n, default=0))<=memory: return [list(range(len(n)))]
+    if len(n)*cost(max(n, default=0))<=memory:
+        return [list(range(len(n)))]
     out = []
     for i in sorted(range(len(n)), key=lambda i: -n[i]):
         # the first of a slice is its longest
-        if not out or (len(out[-1])+1)*cost(n[out[-1][0]])>memory: out.append([])
+        if not out or (len(out[-1])+1)*cost(n[out[-1][0]])>memory:
+            out.append([])
         out[-1].append(i)
     return out
 
@@ -315,12 +357,15 @@ def joined(
     parts:list    # Their places: from `in_memory`
 )->Batch:
     "The batch of all prompts, in their order"
-    if len(batches)==1: return batches[0]
+    if len(batches)==1:
+        return batches[0]
     R = max(b.shape[2] for b in batches)
     def join(xs):
+        "A field of all batches: tensors of tokens (b,n,R), padded to the longest; of responses (b,n); lists"
         if not torch.is_tensor(xs[0]):
             return xs[0] and sum(xs, [])       # prompts; rows, where there are any
-        return torch.cat([F.pad(x, (0, R-x.shape[2])) if x.dim()==3 else x for x in xs])
+        def wide(x): return F.pad(x, (0, R-x.shape[2])) if x.dim()==3 else x
+        return torch.cat(list(map(wide, xs)))
     whole = Batch(**{k:join([b.parts[k] for b in batches]) for k in batches[0].parts})
     return whole[torch.tensor(sum(parts, [])).argsort()]
 
@@ -332,11 +377,12 @@ def sample(
     temperature:float=1.0,
     seed:int=0,
     stop_ids=None,
-    memory:int=MEMORY       # Bytes at once: more prompts than that are sampled slice by slice, and their answers stay the same
+    memory:int=MEMORY       # Bytes at once: more prompts are sampled slice by slice, and their answers stay the same
 )->Batch: # With `old_log_probs` (B,n,R) under which the tokens were sampled, and `finished` (B,n)
     "A group of `n` responses to each prompt"
     stop_ids = stop_tokens(policy) if stop_ids is None else stop_ids
     def answers(ps):
+        "Of the prompts that are sampled together"
         tokens = decode(policy, ps, n, max_new_tokens, temperature, seed, stop_ids)
         # without `of_all`, which would fill the memory
         return from_steps(ps, [o[:3] for o in tokens], stop_ids)
@@ -346,12 +392,14 @@ def sample(
 def _sampling_gap(model, prompts, length, tol):
     "By how much log-probabilities of samples differ from the forward's; 0 where it is at most `tol`, or rounding"
     bs = [sample(model, prompts, n, length, seed=0, stop_ids=()) for n in (1,SMALL+1)]    # both ways of attention
-    def read(): return [log_probs(model, b) for b in bs]
+    def read(): return [log_probs(model, b) for b in bs]      # (B,n,R) each
     def off(xs, ys): return max((x-y).abs().max().item() for x,y in zip(xs, ys))
-    got,want = [b.old_log_probs for b in bs],read()
+    got = [b.old_log_probs for b in bs]
+    want = read()
     d = off(got, want)
     if d<=tol: return 0
-    with _as(model, torch.float64): right = read()
+    with _as(model, torch.float64):
+        right = read()
     return 0 if off(got, right)<=max(tol, 2*off(want, right)) else d
 
 @torch.no_grad()
@@ -361,10 +409,13 @@ def check_sampling(
 ):
     "Raise, once for a model, if what its kept keys say differs from its forward; sampling asks for it"
     longest = max_tokens(model)
-    if is_padded(model) or longest<2 or getattr(model, '_decodes', False): return
+    if is_padded(model) or longest<2 or getattr(model, '_decodes', False):
+        return
     model._decodes = True                                      # the samples below come here too
-    g,length = generator(0, 'check'),min(3, longest-1)
-    prompts = [torch.randint(len(head(model).weight), (min(k, longest-length),), generator=g).tolist() for k in (7,2)]
+    g = generator(0, 'check')
+    length = min(3, longest-1)
+    def draw(k): return torch.randint(len(head(model).weight), (min(k, longest-length),), generator=g).tolist()
+    prompts = [draw(k) for k in (7,2)]                         # of unequal length
     with torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
         try:
             d = _sampling_gap(model, prompts, length, tol)

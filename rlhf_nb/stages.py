@@ -36,6 +36,7 @@ def sft_stage(line:Line):
     model = line.first
     line.forget_first()                                  # so that its memory is free once it is saved
     check_room(line, max_tokens(model))
+    # skipped: the model that was given is the reference as it is
     if not line.config.sft.skip:
         rows = line.splits.sft+line.splits.documents
         train_sft(model, line.answers(rows), **line.how('sft'))
@@ -53,9 +54,11 @@ def _mk_reward(
     run        # Where its log goes (None: nowhere)
 )->tuple:      # The model, its accuracies
     "A reward model, trained and normalised, and how often it is right"
+    # it begins with the reference's weights
     ref = line.model('sft')
     rm = mk_reward_model(ref, head, line.config.seed)
     train_reward(rm, line.pairs(line.splits.train), **{**line.how('reward'), 'run':run})
+    # a reward then counts from what the reference gets, in its spread
     normalise(rm, _reference_samples(line, ref).to(line.acc.device))
     return rm,_reward_accuracies(line, rm, head)
 
@@ -67,6 +70,7 @@ def _reference_samples(line, ref)->Batch:
     n = max(1, most//len(prompts))                       # of a handful of prompts several answers each
     seed = child_seed(c.seed, 'normalise')
     parts = []
+    # in batches, as the evaluation samples
     for i in range(0, len(prompts), size):
         parts.append(sample(ref, prompts[i:i+size], n, c.eval.max_new_tokens, seed=seed))
     prompts = [p for b in parts for p in b.prompts]
@@ -88,6 +92,7 @@ def _reward_accuracies(line, rm, head:str)->dict:
         rule_accuracy=accuracy(-longer if shorter else longer),
         by_length=by_length(scores, pairs),
         ece=calibration(scores)['ece'])
+    # where it is known who is right, so is what can be reached
     return {**out, **_possible(held, out['accuracy']['accuracy'])} if line.world else out
 
 def _possible(held, reached:float)->dict:
@@ -123,6 +128,7 @@ def grpo_stage(line:Line):
 # %% ../nbs/40_stages.ipynb #pipe0mea
 def last_token_stage(line:Line):
     "The plain head, for comparison"
+    # only its accuracies are kept, not the model
     write_json(line.run.last_token, _mk_reward(line, 'last_token', None)[1])
 
 def frontier_stage(
@@ -135,10 +141,12 @@ def frontier_stage(
     ref,score = line.model('sft'),line.scorer()
     prompts = line.prompts(line.held())[:min(n_prompts, c.eval.n_prompts)]
     seed = child_seed(c.seed, 'frontier')
+    # all `n` of a prompt stand beside one another: (B,n)
     b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=seed)
     proxy = score(b)                                     # (B,n)
     gold = line.gold(b) if line.gold else None
     out = dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold))
+    # the best that any policy could do at each KL
     if gold is not None: out['gibbs_gold'] = gibbs(gold, gold)
     write_json(line.run.frontier, out)
 
@@ -152,6 +160,7 @@ def overoptimise_stage(
     policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
     few = line.pairs(line.splits.train[:n_pairs])
+    # few pairs and few updates: a reward model that is easily misled
     train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
     prompts = line.prompts(line.splits.train)
     some = prompts[:c.reward.n_normalise]
@@ -160,11 +169,13 @@ def overoptimise_stage(
     unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
     score,watch = mk_scorer((rm,line.tok), line.tok),line.watch
     rows = train_grpo(policy, ref, score, prompts, unbraked, c.seed, watch=watch, acc=line.acc)
+    # a log without what the report does not draw
     keys = 'update','reward','gold','kl','length'
     write_json(line.run.overoptimise, [{k:r[k] for k in keys if k in r} for r in rows])
 
 def evaluate_stage(line:Line):
     "The comparison"
+    # accuracies are there if the reward model was trained here
     c,s,accuracies = line.config,line.splits,line.run.reward_accuracy
     prompts = unique_prompts(line.held())[:c.eval.n_prompts]
     # a held-out prompt that a model learned from would be an error here
@@ -185,8 +196,10 @@ def world_rates(
     "What an answer in the world did, by family"
     o = outcome(r['prompt'], r['response'])
     kind = o['family']
+    # a prompt that the world did not make
     if kind is None: return {}
     out = {f'{kind} right':o['right']}
+    # families where being wrong has a name of its own
     more = {'false_claim':'sycophantic', 'harm':'complied'}.get(kind)
     if more: out[more] = o[more]
     return out

@@ -31,7 +31,8 @@ def counts(
     learn = batch.learn
     responses = learn.any(-1).sum() if 'learn' in batch.fields else B*G
     n = torch.tensor([B, responses, learn.sum(), learn[:,0].sum()], dtype=torch.float64)
-    if acc is not None and acc.num_processes>1: n = acc.reduce(n.to(acc.device, torch.float32))
+    if acc is not None and acc.num_processes>1:
+        n = acc.reduce(n.to(acc.device, torch.float32))
     n = n.clamp(min=1)               # an update in which every response is masked divides zero by one
     return dict(zip(('prompts','responses','tokens','chosen_tokens'), n.tolist()))
 
@@ -43,7 +44,8 @@ def micro_batches(
     size = batch.sizes
     pieces = [[]]
     for i in sorted(range(len(batch)), key=size.__getitem__):   # ascending: the last of a piece is its longest
-        if pieces[-1] and size[i]*(len(pieces[-1])+1)>tokens: pieces.append([])
+        if pieces[-1] and size[i]*(len(pieces[-1])+1)>tokens:
+            pieces.append([])
         pieces[-1].append(i)
     return pieces
 
@@ -55,6 +57,7 @@ def in_pieces(
 ):
     "`f(batch)`, computed piece by piece without gradients"
     idx = micro_batches(batch, tokens)
+    # put back in the order of the batch
     out = torch.cat([f(batch[i]) for i in idx])
     return out[torch.argsort(torch.tensor(sum(idx, []), device=out.device))]
 
@@ -68,6 +71,7 @@ class Net(nn.Module):
         super().__init__()
         self.model,self.autocast = model,autocast
     def forward(self, f, *args, **kw):
+        "`f(model, ...)`: through a module's own call, since that is what several processes watch"
         with self.autocast(): return f(self.model, *args, **kw)
 
 def lr_factor(
@@ -78,7 +82,7 @@ def lr_factor(
     "Learning rate at update `i` over its peak"
     warm = math.ceil(o.warmup*total)
     if i<warm: return (i+1)/warm
-    x = (i-warm)/max(1, total-warm)
+    x = (i-warm)/max(1, total-warm)      # the share of the way down, from 0
     return {'constant':1., 'linear':1-x, 'cosine':(1+math.cos(math.pi*x))/2}[o.schedule]
 
 def mk_optimizer(
@@ -96,7 +100,7 @@ def pick_device(
     "The device of that name, which must be there"
     if not re.fullmatch(r'auto|cpu|mps|cuda(:\d+)?', str(device)):
         raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got '{device}'")
-    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0    # GPUs
     if device=='auto': device = 'cuda' if n else 'cpu'
     d = torch.device(device)
     if d.type=='cuda' and (d.index or 0)>=n:
@@ -112,12 +116,15 @@ def best_precision(
     device # `cpu`, `cuda`, ...; or a torch.device
 )->str:
     "What `auto` means: bf16 where it is native, fp16 on older GPUs, else float32; or what the environment variable RLHF_NB_PRECISION says"
-    d,asked = torch.device(device),os.environ.get('RLHF_NB_PRECISION')
+    d = torch.device(device)
+    asked = os.environ.get('RLHF_NB_PRECISION')
     if asked:
         if asked not in dtypes:
             raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{asked}'")
         return asked
-    if d.type=='cuda': return 'bf16' if torch.cuda.get_device_capability(d)>=(8,0) else 'fp16'
+    # Ampere (8.0) is the first with bf16 units
+    if d.type=='cuda':
+        return 'bf16' if torch.cuda.get_device_capability(d)>=(8,0) else 'fp16'
     native = d.type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bf16' if native else 'fp32'
 
@@ -130,15 +137,16 @@ class Engine(Accelerator):
         self.native_amp = False                     # the autocast is `Net`'s
         self.scaler = torch.amp.GradScaler(device.type) if precision=='fp16' else None
     @property
-    def device(self): return self.state.device if self.state.num_processes>1 else self._device
+    def device(self): return self.state.device if self.state.num_processes>1 else self._device    # one GPU for each
     @property
-    def mixed_precision(self): return 'no' if self.precision=='fp32' else self.precision
+    def mixed_precision(self): return 'no' if self.precision=='fp32' else self.precision          # as `accelerate` says
     def autocast(self, autocast_handler=None):
         "The context of what is computed in this precision; a new one for each use"
         return nullcontext() if self.precision=='fp32' else torch.autocast(self.device.type, dtypes[self.precision])
     def unscale_gradients(self, optimizer=None):
         "The gradients themselves, where fp16 has scaled the loss"
-        if self.scaler is not None: self.scaler.unscale_(optimizer.optimizer)
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer.optimizer)
 
 def mk_accelerator(
     precision:str='fp32', # `auto`, `fp32`, `bf16`, `fp16`
@@ -146,7 +154,8 @@ def mk_accelerator(
 ):
     "An accelerator with the precision that the hardware has"
     d = pick_device(device)
-    if d.type=='cuda' and d.index is not None: torch.cuda.set_device(d)   # what says `cuda` alone means this one
+    if d.type=='cuda' and d.index is not None:
+        torch.cuda.set_device(d)   # what says `cuda` alone means this one
     if precision=='auto': precision = best_precision(d)
     if precision not in dtypes:
         raise ValueError(f"model.precision: expected auto, {', '.join(dtypes)}, got '{precision}'")
@@ -159,15 +168,16 @@ def peak_memory(
     device # torch.device
 )->dict: # peak_memory, bytes; empty where the system does not tell
     "The most memory so far: tensors on the GPU, or this process on a CPU"
-    if device.type=='cuda': return dict(peak_memory=torch.cuda.max_memory_allocated(device))
+    if device.type=='cuda':
+        return dict(peak_memory=torch.cuda.max_memory_allocated(device))
     if sys.platform=='win32': return {}
     import resource
-    unit = 1 if sys.platform=='darwin' else 1024
+    unit = 1 if sys.platform=='darwin' else 1024     # bytes on macOS, else KiB
     return dict(peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit)
 
 def steps(
     model,           # Module, or ModuleDict of several
-    updates,         # Iterable of (list of batches, dict of metrics); may sample from `model` itself, one item at a time
+    updates,         # Iterable of (list of batches, dict of metrics); may sample from `model`, one item at a time
     step,            # `step(net, batch, n) -> loss, stats`: sums over denominators from `n`
     o:Optim,
     total:int,       # Number of updates, for the schedule
@@ -180,42 +190,56 @@ def steps(
     acc = acc or mk_accelerator()
     net,opt = acc.prepare(Net(model, acc.autocast), opt or mk_optimizer(model, o))
     for i,(batches,row) in enumerate(updates, start):
-        began,f = time.perf_counter(),lr_factor(o, i, total)
-        for g in opt.param_groups: g['lr'] = g['peak']*f
-        sums,done,tokens = defaultdict(float),0,0
+        began = time.perf_counter()
+        f = lr_factor(o, i, total)
+        # each group has its own peak, as a policy and its value model do
+        for g in opt.param_groups:
+            g['lr'] = g['peak']*f
+        sums = defaultdict(float)
+        done = 0
+        tokens = 0
         for batch in batches:
             tokens += sum(batch.sizes)
             stats = _step(net, batch, step, opt, o, acc, i)
             done += 1
-            for k,v in stats.items(): sums[k] += v
+            for k,v in stats.items():
+                sums[k] += v
             if until and until(stats): break
+        # of the optimizer steps that were made: none where nothing in the update teaches anything
         means = {k:v/done for k,v in sums.items()} if done else dict(loss=0., grad_norm=0.)
-        if acc.num_processes>1: tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
+        if acc.num_processes>1:
+            tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
         took = round(time.perf_counter()-began, 4)
-        yield dict(update=i, **row, **means, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=took, **peak_memory(acc.device))
+        yield dict(update=i, **row, **means, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=took,
+                   **peak_memory(acc.device))
 
 def _weighted_pieces(batch, tokens, acc):
     "Micro-batches and their weights: each process runs the same number, the extra ones with weight 0"
     pieces = [(batch[i],1.) for i in micro_batches(batch, tokens)]
     if acc.num_processes==1: return pieces
     most = int(acc.gather(torch.tensor([len(pieces)], device=acc.device)).max())
+    # a process that stopped early would leave the others waiting for its gradients
     return pieces+[(pieces[0][0],0.)]*(most-len(pieces))
 
 def _over_processes(stats, acc):
     "Sums over all processes, as numbers; the host waits for the device once"
     v = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=acc.device) for x in stats.values()])
-    if acc.num_processes>1: v = acc.reduce(v)
+    if acc.num_processes>1:
+        v = acc.reduce(v)
     return dict(zip(stats, v.tolist()))
 
 def _step(net, batch, step, opt, o, acc, i):
     "One optimizer step over all micro-batches of `batch`"
-    n,pieces = counts(batch, acc),_weighted_pieces(batch, o.micro_tokens, acc)
+    n = counts(batch, acc)
+    pieces = _weighted_pieces(batch, o.micro_tokens, acc)
     stats = defaultdict(float)
     for j,(b,w) in enumerate(pieces):
         with acc.no_sync(net) if j<len(pieces)-1 else nullcontext():
             loss,s = step(net, b.to(acc.device), n)
             acc.backward(loss*(w*acc.num_processes))   # data-parallel gradients are averaged: undo it
-        for k,v in dict(s, loss=loss).items(): stats[k] = stats[k]+w*(v.detach() if torch.is_tensor(v) else v)
+        # tensors stay on the device, where adding them makes nobody wait
+        for k,v in dict(s, loss=loss).items():
+            stats[k] = stats[k]+w*(v.detach() if torch.is_tensor(v) else v)
     stats = _over_processes(stats, acc)
     acc.unscale_gradients(opt)
     most = o.max_grad_norm or math.inf                 # 0: no clipping
@@ -239,6 +263,7 @@ def from_data(
     r,k = (acc.process_index,acc.num_processes) if acc is not None else (0,1)
     size = min(o.batch_size, len(data))
     def mk_updates(start):
+        "This process's share of each batch, from update `start` on"
         for b in batches(data, size, o.updates, o.epochs, seed, start):
             if len(b)<k: return                # the rest of the last pass: not a prompt for each process
             yield [b[r::k] if k>1 else b],{}
@@ -258,17 +283,21 @@ def measured(
     o:Optim
 )->dict:
     "Loss and metrics of `step` on `data`, without gradients"
-    def net(f, *args, **kw): return f(model, *args, **kw)
-    n,out,device = counts(data),defaultdict(float),next(model.parameters()).device
+    def net(f, *args, **kw): return f(model, *args, **kw)      # as `Net`, without a precision of its own
+    n = counts(data)
+    out = defaultdict(float)
+    device = next(model.parameters()).device
     for i in micro_batches(data, o.micro_tokens):
         loss,stats = step(net, data[i].to(device), n)
-        for k,v in dict(stats, loss=loss).items(): out[k] += float(v)
+        for k,v in dict(stats, loss=loss).items():
+            out[k] += float(v)
     return dict(out, n=len(data))
 
 def on_dev(model, step, data, o):
     "What `fit` takes as `dev`: the first `o.eval_n` of `data`, the best state with the lowest loss; None without data"
     if data is None: return None
     def look():
+        "Metrics, and how good they are"
         m = measured(model, step, data[:o.eval_n], o)
         return m,-m['loss']
     return look
@@ -276,11 +305,17 @@ def on_dev(model, step, data, o):
 class Best:
     "The best state of a stage, by its dev split"
     def __init__(self, model, dev, o:Optim, total:int, acc, from_start=True):
-        self.model,self.dev,self.o,self.acc,self.total,self.from_start = model,dev,o,acc,total,from_start
+        self.model = model
+        self.dev = dev
+        self.o = o
+        self.acc = acc
+        self.total = total
+        self.from_start = from_start
         self.kept = None                  # the best state so far: how good it is, after how many updates, its weights
         self.at,self.bad = None,False     # the last look: after how many updates, and was that state impossible?
         self.every,e = None,o.eval_every  # updates between looks; given as their number, or as a share of the stage
-        if dev is not None and e is not None: self.every = max(1, round(e*total)) if e<1 else int(e)
+        if dev is not None and e is not None:
+            self.every = max(1, round(e*total)) if e<1 else int(e)
     def due(self, n):
         "Is there a look after `n` updates? Row 0 has the one before training"
         return bool(self.every) and (n==self.total or n>1 and n%self.every==0)
@@ -292,11 +327,15 @@ class Best:
         # one decision for all
         if acc.num_processes>1:
             good = float(acc.reduce(torch.tensor(float(good), device=acc.device), 'mean'))
-        if good!=good or not n and not self.from_start: good = -math.inf
+        # NaN is no state to keep
+        if good!=good or not n and not self.from_start:
+            good = -math.inf
         if self.kept is None or good>self.kept['good']:
+            # on the CPU: a second copy may not fit beside the optimizer
             weights = {k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()}
             self.kept = dict(good=float(good), update=n, model=weights)
-        self.at,self.bad = n,not good>-math.inf
+        self.at = n
+        self.bad = not good>-math.inf
         return {**{f'dev_{k}':v for k,v in metrics.items()}, 'dev_update':n}
     def over(self, n):
         "Did the state become impossible at this look, or has there been no better one for too long?"
@@ -311,11 +350,14 @@ class Best:
 class StageLog:
     "What a stage leaves in its run folder: rows and a checkpoint. Without a run, and in all processes but the main one, nothing is written"
     def __init__(self, run, stage, acc):
+        # one process writes, all of them read
         self.run,self.stage = run,stage
         self.writes = run is not None and acc.is_main_process
     def resume(self, model, opt)->tuple: # Index of the next update, the best state so far, the rows
         "Go on from the checkpoint, where there is one, with the log cut back to it"
-        start,kept,rows = 0,None,[]
+        start = 0
+        kept = None
+        rows = []
         if self.run is not None and (path := self.run.checkpoint(self.stage)).exists():
             start,kept = load_checkpoint(path, model, opt)
             rows = self.run.rows(self.stage)[:start]
@@ -326,13 +368,16 @@ class StageLog:
         return start,kept,rows
     def rewrite(self, rows):
         "These rows, and no others"
-        if self.writes: write_text(self.run.log(self.stage), ''.join(json.dumps(r)+'\n' for r in rows))
+        if self.writes:
+            write_text(self.run.log(self.stage), ''.join(json.dumps(r)+'\n' for r in rows))
     def add(self, row):
         "One more row"
-        if self.writes: append_row(self.run.log(self.stage), row)
+        if self.writes:
+            append_row(self.run.log(self.stage), row)
     def checkpoint(self, *state):
         "The state to go on from, as in `save_checkpoint`"
-        if self.writes: save_checkpoint(self.run.checkpoint(self.stage), *state)
+        if self.writes:
+            save_checkpoint(self.run.checkpoint(self.stage), *state)
 
 def fit(
     model,           # Module, or ModuleDict of several
@@ -345,13 +390,15 @@ def fit(
     opt=None,
     acc=None,
     until=None,
-    dev=None,        # `dev()` measures the model on data that it does not learn from: (metrics, a number that is higher for a better state)
+    dev=None,        # `dev()` measures the model on data that it does not learn from: (metrics, how good it is)
     from_start=True, # May the best state be the one before training?
     show=None        # `show(rows, total, desc)` passes the rows on, and lets a person see them (None: a progress bar)
 )->list:             # All metrics rows
     "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
-    acc,opt = acc or mk_accelerator(),opt or mk_optimizer(model, o)
-    best,log = Best(model, dev, o, total, acc, from_start),StageLog(run, stage, acc)
+    acc = acc or mk_accelerator()
+    opt = opt or mk_optimizer(model, o)
+    best = Best(model, dev, o, total, acc, from_start)
+    log = StageLog(run, stage, acc)
     model.to(acc.device)
     start,best.kept,rows = log.resume(model, opt)
     n = start
@@ -364,7 +411,8 @@ def fit(
         rows.append(r)
         log.add(r)
         if best.over(n) or r.get('stopped'): break                # no checkpoint: a resumed run would go on from it
-        if n%o.checkpoint_every==0 and n<total: log.checkpoint(model, opt, n, best.kept)
+        if n%o.checkpoint_every==0 and n<total:
+            log.checkpoint(model, opt, n, best.kept)
     if best.every and rows:
         if best.at!=n: rows[-1].update(best.look(n))     # the updates ended by themselves
         rows[-1]['kept'] = best.restore(n)
@@ -390,7 +438,8 @@ def fit_data(
 def save_checkpoint(path, model, opt, update:int, kept=None):
     "Weights, optimizer, the index of the next update, and the best state so far"
     state = dict(model=model.state_dict(), opt=opt.state_dict(), update=update, kept=kept)
-    with replacing(path) as tmp: torch.save(state, tmp)
+    with replacing(path) as tmp:
+        torch.save(state, tmp)
 
 def load_checkpoint(path, model, opt)->tuple: # Index of the next update; the best state so far, or None
     "Restore weights and optimizer"

@@ -34,6 +34,7 @@ def _resampled(tables, resamples, seed):
     times = torch.zeros_like(ones).scatter_add_(1, pick, ones)         # (resamples,clusters): how often each is drawn
     ks = _kappa((times@tables.flatten(1)).view(-1,3,3))
     ks = ks[ks.isfinite()]
+    # most resamples hold one verdict only: no interval can be told
     if len(ks)<=resamples//2: return None,None
     return ks.quantile(torch.tensor([.025,.975], dtype=torch.float64)).tolist()
 
@@ -49,6 +50,7 @@ def agreement(
     # a typo must not count as a disagreement
     for o in (*x,*y):
         if not is_verdict(o): raise ValueError(f"verdicts are 'a', 'b', 'tie' or None, got {str(o)[:40]!r}")
+    # where either gave no verdict, nothing can be compared
     rows = [(u,v,c)
             for u,v,c in zip(x, y, clusters or range(len(x))) if u and v]
     if not rows:
@@ -61,6 +63,7 @@ def agreement(
     for u,v,c in rows:
         tables[at[c],_places[u],_places[v]] += 1
     low,high = _resampled(tables, resamples, seed)
+    # clusters count in the interval only, not in the estimate
     k = _kappa(tables.sum(0)).item()
     return dict(
         kappa=k if math.isfinite(k) else None,
@@ -74,10 +77,13 @@ def agreement(
 class Votes(list):
     "Votes; `bad`: the lines of the file that are none, in words"
     def __init__(self, rows=(), bad=()):
+        "Rows as of a list, and what was wrong with the others"
         super().__init__(rows)
         self.bad = list(bad)
 
+# a vote, as the page writes it: answers {model: text}, order: the models as they stood on the page
 _form = dict(prompt=str, answers=dict, order=list, vote=str)
+# votes that name no model
 _undecided = 'tie','bad'
 
 def _no_vote(r):
@@ -125,6 +131,7 @@ def read_votes(
     path,out = Path(path),Votes()
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
     for i,line in enumerate(path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
+        # a blank line, such as the one behind the last vote
         if not line.strip(): continue
         try:
             r = _strict_json(line.decode())
@@ -144,6 +151,7 @@ def vote_pairs(
         winner,answers = v['vote'],v['answers']
         for x,y in combinations(v['order'], 2):
             if answers[x]==answers[y]: continue                        # nobody loses to the same text
+            # 'bad' is a tie too: neither was better
             if winner in _undecided: human = 'tie'
             elif winner in (x,y):
                 human = 'a' if winner==x else 'b'
