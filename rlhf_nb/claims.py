@@ -26,7 +26,7 @@ def claim(
     null=.5
 )->str:
     "`better`, `worse` or `no difference shown`, and in how many runs"
-    # of a handful of prompts the interval alone promises too much
+    # of a handful of prompts the interval alone promises too much: its p, where there is one, must agree
     sure = [(d.get('p') or 0.)<=.05 for d in intervals]
     up = sum(d['low']>null and ok for d,ok in zip(intervals, sure))
     down = sum(d['high']<null and ok for d,ok in zip(intervals, sure))
@@ -49,8 +49,11 @@ def with_interval(
     if low is None or low!=low: return f'{m:{form}}'
     return f"{m:{form}} [{low:{form}}, {d['high']:{form}}]"
 
-def each_run(runs:dict, *keys)->dict:
-    "A nested value of each run that has it, {seed: value}"
+def each_run(
+    runs:dict, # {seed: parts of the run}
+    *keys      # The way to the value: the part, then keys within it
+)->dict:       # {seed: value}
+    "A nested value of each run that has it"
     out = {}
     for s,r in runs.items():
         for k in keys:
@@ -58,10 +61,13 @@ def each_run(runs:dict, *keys)->dict:
         if r is not None: out[s] = r
     return out
 
-def pooled_models(models:list)->dict:
+def pooled_models(
+    models:list # {model: {measure: dict(mean, low, high, n)}} of each run
+)->dict:        # The same, once
     "Every number of the models of several runs as a mean, from lowest to highest"
     if not models: return {}
     def pooled(name, d):
+        "The measures of one model; what has no interval is no measure"
         return {k:pool_runs([m[name][k] for m in models if k in m.get(name, {})])
                 for k,v in d.items() if 'low' in v}
     return {name:pooled(name, d) for name,d in models[0].items()}
@@ -79,15 +85,20 @@ def _spaced(s:str)->str:
     return s.replace('_', ' ')
 
 def _for_each(seed:str, runs, text:str)->str:
-    "A sentence about one run of several"
+    "A sentence about one run of several; one run alone is not named"
     return f'Seed {seed}: {text[0].lower()}{text[1:]}' if len(runs)>1 else text
 
 # %% ../nbs/35_claims.ipynb #cla0mod1
+# measure of summary.json -> head of its column; only those that some model has are shown
 _model_columns = dict(gold_reward='gold reward', reward='reward', kl='KL, nats per response',
                       n_tokens='tokens', finished='finished', win_rate='win rate')
 
-def _win_line(name:str, wins:dict, several:bool)->str:
-    "What the win rates of one model, {seed: win rate}, show"
+def _win_line(
+    name:str,
+    wins:dict,   # {seed: dict(rate, low, high, by)}
+    several:bool # Are there several runs, even if few of them have this model?
+)->str:
+    "What the win rates of one model show"
     by = _spaced(next(iter(wins.values())).get('by', 'reward'))
     if several:
         rates = ', '.join(f'{with_interval(d)} (seed {s})' for s,d in wins.items())
@@ -95,10 +106,13 @@ def _win_line(name:str, wins:dict, several:bool)->str:
     return (f'- **{md_name(name)}** against the reference, by {md_inline(by)}: **{claim(list(wins.values()))}**; '
             f'win rate {rates}.')
 
-def model_lines(runs:dict)->list:
+def model_lines(
+    runs:dict # {seed: parts of the run}
+)->list:      # None where no run has a summary
     "Lines on the models, and against the reference"
     models = each_run(runs, 'summary', 'models')
     if not models: return None
+    # a model or a measure that only some runs have gets its row or column, too
     names = list(dict.fromkeys(n for m in models.values() for n in m))
     known = {k for m in models.values() for d in m.values() for k in d}
     columns = {k:v for k,v in _model_columns.items() if k in known}
@@ -106,22 +120,33 @@ def model_lines(runs:dict)->list:
     for name in names:
         have = [m[name] for m in models.values() if name in m]
         cells = [[h[k] for h in have if k in h] for k in columns]
-        rows.append([md_name(name),*(with_interval(pool_runs(c)) if c else '' for c in cells),
+        rows.append([md_name(name),*(with_interval(pool_runs(c)) if c else ''
+                                     for c in cells),
                      have[0]['reward']['n']])
     ns = sorted({d['reward']['n'] for m in models.values() for d in m.values()})
-    what = f'Mean over {len(models)} seeds [lowest, highest]' if len(models)>1 else '95% intervals, clustered by prompt'
-    out = [f"{what}; n = {', '.join(map(str, ns))} prompts a model and run.",'',md_table(rows),'']
+    what = '95% intervals, clustered by prompt'
+    if len(models)>1:
+        what = f'Mean over {len(models)} seeds [lowest, highest]'
+    out = [f"{what}; n = {', '.join(map(str, ns))} prompts a model and run.",
+           '',md_table(rows),'']
     wins = {name:each_run(models, name, 'win_rate') for name in names}
     return out+[_win_line(name, w, len(models)>1) for name,w in wins.items() if w]
 
-def _shown(a:str, b:str, ds:list)->str:
+def _shown(
+    a:str,
+    b:str,
+    ds:list # Their difference a - b in each run: dict(mean, low, high, p, p_holm)
+)->str:
     "Which of two models is higher; where Holm's p is .05 or more, an interval counts as one that holds 0"
     held = [dict(d, low=min(d['low'], 0.), high=max(d['high'], 0.))
             if d.get('p_holm', 0.)>=.05 else d for d in ds]
+    # `claim` speaks of better and worse; between two methods neither is the yardstick, so the higher is named
     return re.sub('better|worse', lambda o: f"{md_name(a if o[0]=='better' else b)} higher",
                   claim(held, 0.))
 
-def between_lines(runs:dict)->list:
+def between_lines(
+    runs:dict # {seed: parts of the run}
+)->list:      # None where nothing was compared
     "Lines on the methods against each other, from paired comparisons"
     pairs = {}                                                     # (metric, a, b) -> one comparison a run
     for comparisons in each_run(runs, 'summary', 'comparisons').values():
@@ -130,75 +155,101 @@ def between_lines(runs:dict)->list:
     rows = [['metric','a','b','a − b','p (Holm)','n','shown']]
     for (metric,a,b),ds in pairs.items():
         if 'reference' in (metric,a,b) or metric not in ('gold_reward','reward'):
-            continue
+            continue            # win rates are against the reference already
         ps = ', '.join(p_text(d['p_holm']) for d in ds if 'p_holm' in d)
-        rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),with_interval(pool_runs(ds)),ps,
+        rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),
+                     with_interval(pool_runs(ds)),ps,
                      ds[0]['n'],_shown(a, b, ds)])
     if len(rows)==1: return None
     return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons '
             '(Holm), is below .05.','',md_table(rows)]
 
 # %% ../nbs/35_claims.ipynb #cla0jud1
-def _cells(vs:list)->str:
+def _cells(
+    vs:list # Of each run a dict(mean or rate, low, high), a count, or None
+)->str:
     "A value of each run: numbers with intervals pooled, counts one by one"
     if all(isinstance(v, dict) and mean_of(v) is not None for v in vs):
         return with_interval(pool_runs(vs))
     return ', '.join('—' if v is None or isinstance(v, dict) else short(v) for v in vs)
 
-def _judged(run:dict)->dict:
-    "{judge: {model: win rate}} of a run, without what has no rate"
+def _judged(
+    run:dict # With `win_rates`
+)->dict:     # {judge: {model: win rate}}
+    "The win rates of a run, without models whose every verdict failed: those have no rate"
     return {j:{m:d for m,d in w.items() if d.get('rate') is not None}
             for j,w in by_judge(run['win_rates']).items()}
 
-def judge_lines(runs:dict)->list:
+def judge_lines(
+    runs:dict # {seed: parts of the run}
+)->list:      # None where nobody judged
     "Lines on the judges and where they disagree with gold"
     judged = [_judged(r) for r in runs.values() if 'win_rates' in r]
     if not judged: return None
     judges = list(dict.fromkeys(j for w in judged for j in w))
     known = {k for w in judged for models in w.values() for d in models.values() for k in d}
     extra = [k for k in ('flips','failed','slot_bias') if k in known]
-    rows,said = [['judge','model','win rate','n','shown',*map(_spaced, extra)]],{}
+    rows = [['judge','model','win rate','n','shown',*map(_spaced, extra)]]
+    said = {}                                                      # (judge, model) -> claim
     for j in judges:
         for m in dict.fromkeys(m for w in judged for m in w.get(j, {})):
             ds = [w[j][m] for w in judged if m in w.get(j, {})]
             said[j,m] = claim(ds)
-            rows.append([md_inline(j),md_name(m),with_interval(pool_runs(ds)),ds[0].get('n'),said[j,m],
+            rows.append([md_inline(j),md_name(m),with_interval(pool_runs(ds)),
+                         ds[0].get('n'),said[j,m],
                          *(_cells([d.get(k) for d in ds]) for k in extra)])
     def differs(judge, m):
+        "Is its claim another than gold's? The first word decides, not in how many seeds"
         return ('gold',m) in said and said[judge,m].split(' ')[0]!=said['gold',m].split(' ')[0]
     out = []
     for judge in judges if 'gold' in judges else ():
         if judge=='gold': continue
         off = [md_name(m) for j,m in said if j==judge and differs(judge, m)]
-        out.append(f"- Judge *{md_inline(judge)}* "
-                   f"{'disagrees with gold about '+', '.join(off) if off else 'says the same as gold of every model'}.")
+        found = 'says the same as gold of every model'
+        if off:
+            found = 'disagrees with gold about '+', '.join(off)
+        out.append(f'- Judge *{md_inline(judge)}* {found}.')
     return [md_table(rows),'',*out,*_other_prompts(runs)]
 
-def _same_answers(summary:dict, model:str, d:dict)->bool:
+def _same_answers(
+    summary:dict,
+    model:str,
+    d:dict # Its win rate: rate, against, longer (difference in tokens)
+)->bool:
     "Is the difference in length that a judge's report names the one that the comparison found?"
     longer = (d.get('longer') or {}).get('mean')
     there = [c['mean'] for c in summary.get('comparisons', [])
              if (c['metric'],c['a'],c['b'])==('n_tokens',model,d.get('against'))]
-    return longer is None or not there or math.isclose(longer, there[0], rel_tol=1e-9,
-                                                       abs_tol=1e-12)
+    # where nothing tells them apart they count as the same
+    return (longer is None
+            or not there
+            or math.isclose(longer, there[0], rel_tol=1e-9, abs_tol=1e-12))
 
-def _prompts_judged(sm:dict, rates:dict)->str:
+def _prompts_judged(
+    sm:dict,   # The summary of the run
+    rates:dict # {model: win rate} of one judge
+)->str:
     "Which prompts the win rates of a judge are of, where they are not those of summary `sm`; else None"
     ds = [d for d in rates.values() if d.get('rate') is not None]
+    # published runs and samples alone take them from the summary itself
     own = all(d is sm.get('models', {}).get(m, {}).get('win_rate') for m,d in rates.items())
     if not ds or own: return None
     if any('prompts' in d for d in ds):
         return next((d.get('prompts') for d in ds
                      if d.get('split')!=sm.get('split') or not d.get('split')), None)
+    # older reports do not name their prompts: the lengths of the answers tell whether they are these
     if all(_same_answers(sm, m, d) for m,d in rates.items()):
         return None
     return 'unknown prompts (the report on it is of an older version)'
 
-def _other_prompts(runs:dict)->list:
+def _other_prompts(
+    runs:dict # {seed: parts of the run}
+)->list:
     "A line for each judge whose verdicts are of other prompts than the summary's, or of prompts that nobody can name"
     out = []
     for s,r in runs.items():
-        sm,judges = r.get('summary', {}),{}                        # judges: prompts -> names
+        sm = r.get('summary', {})
+        judges = {}                                                # prompts -> names of the judges
         for j,rates in by_judge(r.get('win_rates', {})).items():
             prompts = _prompts_judged(sm, rates)
             if prompts and prompts!=sm.get('source'):
@@ -213,7 +264,9 @@ def _accuracy(d:dict)->str:
     "An accuracy with its interval"
     return with_interval(dict(d, mean=d['accuracy']), '.3f')
 
-def reward_model_lines(runs:dict)->list:
+def reward_model_lines(
+    runs:dict # {seed: parts of the run}
+)->list:      # None where there is no reward model
     "A table of the reward model's accuracy in each run"
     found = each_run(runs, 'reward_model') or each_run(runs, 'summary', 'reward_model')
     if not found: return None
@@ -221,8 +274,10 @@ def reward_model_lines(runs:dict)->list:
              'best possible','ECE']]
     for s,d in found.items():
         rule = f"{md_inline(d['rule'])}: {_accuracy(d['rule_accuracy'])}" if 'rule' in d else ''
+        # of pairs with noise in their labels even the truth gets only so many right
         best = _accuracy(d['bayes']) if 'bayes' in d else ''
-        rows.append([s,md_inline(d.get('head', '')),_accuracy(d['accuracy']),d['accuracy']['n'],
+        rows.append([s,md_inline(d.get('head', '')),
+                     _accuracy(d['accuracy']),d['accuracy']['n'],
                      rule,best,short(d.get('ece'))])
     return [md_table(rows)]
 
@@ -230,16 +285,22 @@ class Beside(NamedTuple):
     "What a method reaches in one run, beside best-of-n at no more KL"
     seed:str
     mine:dict   # Reward, with interval
-    kl:float
+    kl:float    # Of the method, nats per response
     best:dict   # Reward of best-of-n
     point:dict  # The point of the frontier
 
-def best_at(points:list, kl:float, key:str)->dict:
+def best_at(
+    points:list, # dict(n, kl, reward, gold) of the frontier, by rising n and so by rising KL
+    kl:float,
+    key:str      # `reward` or `gold`
+)->dict:
     "The best-of-n point with the most KL that is allowed; None without one"
     allowed = [p for p in points if p['kl']<=kl and key in p]
     return allowed[-1] if allowed else None
 
-def _beside_best_of_n(runs:dict)->dict:
+def _beside_best_of_n(
+    runs:dict # {seed: parts of the run}
+)->dict:
     "{(model, metric): a `Beside` for each run}"
     out = {}
     for s,r in runs.items():
@@ -249,12 +310,13 @@ def _beside_best_of_n(runs:dict)->dict:
             for metric,key in (('gold_reward','gold'),('reward','reward')):
                 point = best_at(r['frontier']['best_of_n'], m['kl']['mean'], key)
                 if metric in m and point:
-                    out.setdefault((name,metric),
-                                   []).append(Beside(s, m[metric], m['kl']['mean'], point[key], point))
+                    beside = Beside(s, m[metric], m['kl']['mean'], point[key], point)
+                    out.setdefault((name,metric), []).append(beside)
     return out
 
 def _place(found:list)->str:
     "above or below best-of-n in every run; else nothing"
+    # of fewer prompts no interval is to be believed
     enough = all(min(o.mine.get('n') or 0, o.best.get('n') or 0)>=fewest for o in found)
     if enough and all(o.mine['low']>o.best['high'] for o in found):
         return 'above'
@@ -268,29 +330,43 @@ def _beside_text(o:Beside)->str:
     best = f"best of {o.point['n']} {with_interval(o.best)} (n = {o.best['n']}) at KL at most {o.point['kl']:.2f}"
     return f'{seed}{with_interval(o.mine)} at KL {o.kl:.2f}, {best}'
 
-def _beside_line(name:str, metric:str, found:list)->str:
-    "All runs"
-    n,place,what = len(found),_place(found),f'- {md_name(name)}, {_spaced(metric)}'
+def _beside_line(
+    name:str,
+    metric:str,
+    found:list # A `Beside` of each run
+)->str:
+    "All runs: each of them where they agree on a place, else their means"
+    n,place = len(found),_place(found)
+    what = f'- {md_name(name)}, {_spaced(metric)}'
     if place:
-        return f"{what}: {place} best-of-n at no more KL in {n} of {n} runs ({'; '.join(map(_beside_text, found))})."
-    mine,best = (with_interval(pool_runs([getattr(o, k) for o in found])) for k in ('mine','best'))
-    kl,first = np.mean([o.kl for o in found]),found[0]
+        each = '; '.join(map(_beside_text, found))
+        return f'{what}: {place} best-of-n at no more KL in {n} of {n} runs ({each}).'
+    mine = with_interval(pool_runs([o.mine for o in found]))
+    best = with_interval(pool_runs([o.best for o in found]))
+    kl = np.mean([o.kl for o in found])
+    first = found[0]
     return (f'{what}: no difference shown from best-of-n at no more KL in all {n} runs '
             f"({mine} at KL {kl:.2f}, best of {first.point['n']} {best}, n = {first.best['n']}).")
 
-def best_of_n_lines(runs:dict)->list:
+def best_of_n_lines(
+    runs:dict # {seed: parts of the run}
+)->list:      # Empty where no run has a frontier
     "What the methods reach at their KL, beside best-of-n at no more KL"
     return [_beside_line(name, metric, found)
             for (name,metric),found in _beside_best_of_n(runs).items()]
 
 # %% ../nbs/35_claims.ipynb #cla0rest
-def turn_lines(over:dict)->list:
-    "Where the true reward turns, {seed: rows}"
+def turn_lines(
+    over:dict # {seed: rows with kl, reward, gold}
+)->list:
+    "Where the true reward turns"
     out = []
     for s,rows in over.items():
-        c = curves(rows, ['kl','reward','gold']).pivot(index='update', columns='key',
-                                                       values='mean')
-        best,turn = c.gold.idxmax(),fit_gold(c.kl, c.gold)['turn']
+        # a row for each update, columns kl, reward, gold; averaged, so that one lucky rollout is no turn
+        c = curves(rows, ['kl','reward','gold'])
+        c = c.pivot(index='update', columns='key', values='mean')
+        best = c.gold.idxmax()
+        turn = fit_gold(c.kl, c.gold)['turn']                      # square root of a KL
         first,end = c.iloc[0],c.iloc[-1]
         if best<c.index[-1]:
             at = f'gold is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
@@ -302,10 +378,15 @@ def turn_lines(over:dict)->list:
         out.append(f"- {f'Seed {s}: ' if s else ''}{at}; {last}{fitted}. Moving averages over {len(rows)} updates.")
     return out
 
-def failure_lines(failures:list, most:int=24)->list:
+def failure_lines(
+    failures:list, # `failures.json` of each run
+    most:int=24    # Rows of the table
+)->list:
     "The most frequent failures, by model"
     df = failure_data(failures)
-    names,total = list(dict.fromkeys(df.model)),df.failure.nunique()
+    names = list(dict.fromkeys(df.model))
+    total = df.failure.nunique()
+    # by the upper end: a rate of few prompts may be high
     frequent = df.groupby('failure').high.max().nlargest(most).index
     rows = [['failure',*map(md_name, names),'n (prompts)']]
     for failure,d in df[df.failure.isin(frequent)].groupby('failure', sort=False):
@@ -315,7 +396,9 @@ def failure_lines(failures:list, most:int=24)->list:
             '`failure_analysis/`.' if total>most else '')
     return [f'Share of answers, {spread_of(failures)}.{more}','',md_table(rows)]
 
-def memory_lines(logs:list)->list:
+def memory_lines(
+    logs:list # {stage: rows} of each run
+)->list:
     "What the table of costs means"
     known = any('peak_memory' in r for stages in logs for rows in stages.values() for r in rows)
     memory = ('Peak memory: tensors on a GPU; on a CPU all of the process.' if known else
@@ -324,10 +407,14 @@ def memory_lines(logs:list)->list:
             f'Seconds as they passed, with other stages beside them where the run had several jobs. {memory}']
 
 # %% ../nbs/35_claims.ipynb #rep0cav1
-def _reference_caveat(rows:list, causes:dict):
+def _reference_caveat(
+    rows:list,  # Of SFT
+    causes:dict # {cause: evidence} of its diagnosis
+):
     "Has the reference learned its language, and not just its data?"
     looks = dev_looks(rows, 'nll')
     counting = rows[looks.at[-1]].get('dev_unigram') if looks.at else None
+    # `counting`: dev loss of the unigram model, which knows frequencies and no order of words
     if counting and looks.dev is not None and looks.dev.min()>.75*counting:
         yield (f'The reference has learned little language: on dev answers it needs {looks.dev.min():.2f} nats '
                f'per token, counting how often each token occurs needs {counting:.2f}; '
@@ -339,14 +426,21 @@ def _reward_caveat(run:dict):
     "Does the reward model tell answers apart?"
     a = (run.get('reward_model') or run.get('summary', {}).get('reward_model')
          or {}).get('accuracy')
-    if not a or a['low']>.5: return
+    if not a or a['low']>.5: return     # .5: guessing
     shown = f"{a['accuracy']:.2f} [{a['low']:.2f}, {a['high']:.2f}] of {a['n']}"
     yield (f'The reward model is not shown to do better than guessing on pairs that it has not seen ({shown}): '
            'the rewards, the win rates by them, and what PPO and GRPO learn from them mean nothing.')
 
-def _method_caveats(name:str, model:dict, rows:list, causes:dict):
+def _method_caveats(
+    name:str,
+    model:dict, # Its entry in the summary: {measure: dict(mean, low, high, n)}
+    rows:list,  # Of its training
+    causes:dict # {cause: evidence} of its diagnosis
+):
     "Is a policy worse than where it began, the same, or another one on these prompts than on those of training?"
-    win,kl,tokens = model.get('win_rate'),mean_of(model.get('kl', {})),model.get('n_tokens')
+    win = model.get('win_rate')
+    kl = mean_of(model.get('kl', {}))
+    tokens = model.get('n_tokens')
     if win and claim([win])=='worse':
         yield f"{name} is worse than its reference (win rate {with_interval(win)}, n = {win['n']})."
     if 'no gain' in causes:
@@ -355,6 +449,7 @@ def _method_caveats(name:str, model:dict, rows:list, causes:dict):
         yield f"{name} memorises: {causes['memorising']}."
     seen = [r['kl'] for r in rows if 'kl' in r]
     trained_kl = last_third(np.array(seen)) if kl is not None and seen else math.inf
+    # the same bounds as in `diagnose`: twice and 2 nats more; .4 nats a token
     if kl is not None and kl>2*trained_kl+2:
         yield (f'{name} is {kl:.1f} nats from its reference on these prompts and {trained_kl:.1f} on those that '
                'it was trained on.')
@@ -370,11 +465,15 @@ def _cut_caveat(models:dict):
     if cut:
         yield f"Many answers are cut: {', '.join(f'{md_name(k)} {v:.0%}' for k,v in cut.items())}."
 
+# what is trained, but not to be better than the reference
 _no_methods = ('reference',*(s for s in trained if s not in policies))
 
-def _caveats(run:dict):
-    "Of one run"
-    logs,models = run.get('logs', {}),run.get('summary', {}).get('models', {})
+def _caveats(
+    run:dict # Its parts, as from `read_runs`
+):
+    "Of one run, in the order in which one thing follows from another"
+    logs = run.get('logs', {})
+    models = run.get('summary', {}).get('models', {})
     causes = {k:{d['cause']:d['evidence'] for d in diagnose(rows)} for k,rows in logs.items()}
     yield from _reference_caveat(logs.get('sft', []), causes.get('sft', {}))
     yield from _reward_caveat(run)

@@ -37,6 +37,7 @@ class Desk:
         votes=None,          # File of votes (None: `votes.jsonl` of the run)
         keep:int=256         # Comparisons that can still be voted on or saved
     ):
+        "Nothing is read before `load`"
         self.policies,self.live,self.given,self.keep = policies or {},live,votes,keep
         self.max_chars,self.max_tokens = max_chars,max_tokens
         for k in sorted(no_winner):
@@ -77,9 +78,10 @@ class Desk:
     def coming(self)->bool:
         "Are models on their way?"
         if not self.live or self.shipped or self.state!='loading': return False
-        return self.places.made('sft').exists()
+        return self.places.made('sft').exists()  # the reference is the first to come
 
     def __repr__(self):
+        "What it shows, and whether it answers"
         what = 'samples of the package' if self.shipped else str(self.path)
         return f"Desk({what!r}, {self.state}: {', '.join(self.names())})"
 
@@ -124,7 +126,7 @@ def _read_samples(self:Desk):
     for name in _in_order(names):
         try:
             got = read_samples(folder, only=name+end)
-            first = dict(list(self.records.items())[:1])
+            first = dict(list(self.records.items())[:1])  # all files must have its prompts
             check_prompts(first|got)
             self.records.update(got)
         except (ValueError,OSError) as e: self.trouble(str(e))
@@ -146,11 +148,11 @@ def _read_config(self:Desk):
 def _model_folders(self:Desk)->dict:
     "Where the policies are, by name and in order: the run's, then those that were asked for"
     run,end = self.places,'_model'
-    not_policies = run.made('reward').name,run.value_model.name
+    not_policies = run.made('reward').name,run.value_model.name  # their folders are called so too
     folders = [d for d in self.path.glob('*'+end) if d.name not in not_policies]
     found = {d.name.removesuffix(end):d for d in folders}
     ours = {k:found[k] for k in _in_order(found)}
-    return dict(reference=run.made('sft'))|ours|self.policies
+    return dict(reference=run.made('sft'))|ours|self.policies  # the last of a name counts
 
 @patch
 def _load_players(self:Desk):
@@ -162,8 +164,7 @@ def _load_players(self:Desk):
     from rlhf_nb.world import gold_reward
     c = self.config = self._read_config()
     if not c: return
-    # all on one device, and read the same way
-    where = dict(forward=c.model.forward, device=pick_device(c.device))
+    where = dict(forward=c.model.forward, device=pick_device(c.device))  # all on one device, and read the same way
     def attempt(name, load, path):
         "What is there, or None and a line of trouble"
         try: return load(str(path), **where)
@@ -185,11 +186,12 @@ def _load_players(self:Desk):
 def start(self:Desk):
     "Load in a thread"
     def load():
+        "Samples, then models a little later"
         try: self.load(3.)
         except Exception as e: # a thread has nobody else to tell
             self.state = 'samples' if self.records else 'empty'
             self.trouble(f'{type(e).__name__}: {e}')
-    threading.Thread(target=load, daemon=True).start()
+    threading.Thread(target=load, daemon=True).start()  # it ends with the page
     return self
 
 # %% ../nbs/42_desk.ipynb #7e7df75f
@@ -264,6 +266,7 @@ refused = ValueError,OSError,FloatingPointError
 class _Writer:
     "A model that writes its answers to one prompt, a token of each at a time"
     def __init__(self, player, ids, c):
+        "Nothing is written yet"
         from rlhf_nb.sampling import decode
         self.player,self.ids = player,ids
         self.steps,self.seconds,self.goes_on = [],0.,True
@@ -281,7 +284,7 @@ class _Writer:
     def text(self)->dict:
         "The first answer, as far as it is written"
         from rlhf_nb.rollout import written
-        ids = [int(i[0,0]) for i,_,alive in self.steps if alive[0,0]]
+        ids = [int(i[0,0]) for i,_,alive in self.steps if alive[0,0]]  # up to its end
         text = self.player.tok.decode(written(ids, self.player.tok))
         return dict(response=text.rstrip('\ufffd'), n_tokens=len(ids), writing=self.goes_on)
 
@@ -311,7 +314,9 @@ def _record(self:Desk, c, k, writer)->dict:
     responses = texts(b, player.tok)[1][0]         # of the one prompt
     i = max(range(c['n']), key=lambda j: reward[j]) if reward else 0
     mask = b.mask[0,i].cpu()                       # (T)
-    def of_best(o): return o[mask].tolist()        # a list for its tokens
+    def of_best(o):
+        "A list for the tokens of the best answer"
+        return o[mask].tolist()        # a list for its tokens
     ids,log_probs = (of_best(o[0,i].cpu()) for o in (b.responses,b.old_log_probs))
     kl = total = None
     if kls is not None: kl,total = of_best(kls[i]),kls[i].sum().item()
@@ -338,13 +343,16 @@ def compare(self:Desk,
     "All models answer, a token each in turn"
     ids,shown = self._encode(c),0.
     writers = {k:_Writer(self.players[k], ids[k], c) for k in c['models']}
-    # the writers take turns: no model's answer comes before another's, whatever its size
-    def live(): return [w for w in writers.values() if w.goes_on]
-    def now(): return {k:w.text() for k,w in writers.items()}
+    def live():
+        "Who still writes; they take turns, so that no model's answer comes before another's, whatever its size"
+        return [w for w in writers.values() if w.goes_on]
+    def now():
+        "The answers as far as they are written"
+        return {k:w.text() for k,w in writers.items()}
     try:
         while live() and not (stop and stop.is_set()):
             for w in live(): w.write()
-            if time.perf_counter()-shown>every:
+            if time.perf_counter()-shown>every:  # to draw each token would take longer than to write it
                 yield dict(c, answers=now())
                 shown = time.perf_counter()
     finally:                         # a visitor who leaves ends it too
@@ -365,7 +373,7 @@ def stored(self:Desk,
     answers = {}
     for k in c['models']:
         rows = [r for r in self.records[k] if r['prompt']==c['prompt']]
-        rows = rows[:c['n']]
+        rows = rows[:c['n']]  # as many as were asked for
         if not rows: raise ValueError('There are no stored answers to this prompt: choose one of the list')
         best = max(rows, key=lambda r: r['reward'])
         answers[k] = {x:best[x] for x in shown if x in best}
@@ -400,10 +408,10 @@ def vote(self:Desk,
     "Save one vote"
     with self.lock:
         c = self.comparisons.get(id) if isinstance(id, str) else None
-        self._check_vote(c, choice)
+        self._check_vote(c, choice)  # within the lock: two clicks are one vote
         if self.shipped or self.given: self.votes.parent.mkdir(parents=True, exist_ok=True)
         n = append_vote(self.votes, vote_row(c, choice))
-        c['vote'] = choice
+        c['vote'] = choice  # now the page tells whose answers they are
         return n
 
 @patch
@@ -455,15 +463,14 @@ def _start_maker(self:Desk, out, flags):
     command = [sys.executable,'-c','from rlhf_nb.cli import main; main()','demo','--out',str(out),*flags]
     if Places(out).config_file.exists(): command.append('--resume')
     self.maker_log = tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace')
-    quiet = {**os.environ, 'TQDM_DISABLE':'1'}
-    self.maker = subprocess.Popen(command, env=quiet,
-        stdout=self.maker_log, stderr=subprocess.STDOUT)
-    atexit.register(self.maker.terminate)
+    quiet = {**os.environ, 'TQDM_DISABLE':'1'}  # bars are no log
+    self.maker = subprocess.Popen(command, env=quiet, stdout=self.maker_log, stderr=subprocess.STDOUT)
+    atexit.register(self.maker.terminate)  # it ends with the page
 
 def _how_far(out):
     "What a run that is being made has done, by its logs: dict(share, text)"
     run = Run(out)
-    todo = {k:n for k in trained if (n := getattr(run.config, k).updates)}
+    todo = {k:n for k in trained if (n := getattr(run.config, k).updates)}  # {stage: its updates}
     done = {k:min(n, len(run.rows(k))) for k,n in todo.items()}
     now = [f'{k} {done[k]} of {n} updates' for k,n in todo.items() if 0<done[k]<n]
     share = sum(done[k]/n for k,n in todo.items())/len(trained)
@@ -485,7 +492,7 @@ def make_demo(self:Desk,
     if self.maker.returncode:
         self.maker_log.seek(0)
         lines = self.maker_log.read().strip().splitlines()
-        last = lines[-1] if lines else 'no output'
+        last = lines[-1] if lines else 'no output'  # of a traceback the last line says what it was
         raise ValueError(f'The demo run ended with an error: {last}')
     with self.lock:                                 # the first of the visitors who wait opens it
         if self.path!=out: self.open(out); self.start()

@@ -15,10 +15,13 @@ import numpy as np,pandas as pd
 class Sign(NamedTuple):
     "What in the rows shows a fault"
     row:int        # Since when: index of the row
-    number:float
-    evidence:str
+    number:float   # How bad, in the unit that the evidence names
+    evidence:str   # A sentence with the numbers
 
-def _col(h:list, k:str):
+def _col(
+    h:list, # Metrics rows
+    k:str   # A metric
+): # (U,), a number for each of U updates
     "Values of one metric, NaN where a row lacks it; None where all do"
     x = np.array([math.nan if r.get(k) is None else r[k] for r in h], float)
     return x if np.isfinite(x).any() else None
@@ -27,9 +30,12 @@ def _cols(h:list, *keys):
     "Several of them"
     return [_col(h, k) for k in keys]
 
-def _since(bad):
+def _since(
+    bad # (U,) bool
+):
     "First update from which on `bad` holds more often than not; None where it does not at the end"
     bad = np.asarray(bad)
+    # a run that got over it at the end has no fault
     if bad[-max(1, len(bad)//3):].mean()<=.5: return None
     return next(i for i in range(len(bad)) if bad[i] and bad[i:].mean()>.5)
 
@@ -47,12 +53,13 @@ def _never_stops(h):
     if finished is None or (i := _since(_smooth(finished)<.1)) is None:
         return
     share = last_third(finished)
+    # with a length near the limit it is EOS that is missing, not the room for it
     others = f', the others run to {length.max():.0f} tokens' if length is not None else ''
     return Sign(i, share, f'{share:.0%} of the responses end with EOS{others}')
 
 def _no_signal(h):
     "The answers to one prompt, or all of them, score the same"
-    silent,spread = _cols(h, 'silent_groups','reward_std')
+    silent,spread = _cols(h, 'silent_groups','reward_std')         # GRPO's, everybody's
     if silent is not None and (i := _since(_smooth(silent)>.5)) is not None:
         share = last_third(silent)
         return Sign(i, share, f'in {share:.0%} of the groups all answers score the same')
@@ -60,12 +67,14 @@ def _no_signal(h):
         return Sign(i, last_third(spread),
                     'all answers of a rollout score the same (standard deviation 0)')
 
-def _loss_stands(loss):
+def _loss_stands(
+    loss # (U,)
+):
     "Does a supervised loss stay within its noise?"
-    if loss is None or len(loss)<24: return
+    if loss is None or len(loss)<24: return         # six rows a quarter, or the noise is not known
     n = len(loss)//4
     a,b = loss[:n],loss[-n:]
-    noise = (a.var(ddof=1)/len(a)+b.var(ddof=1)/len(b))**.5
+    noise = (a.var(ddof=1)/len(a)+b.var(ddof=1)/len(b))**.5        # of the difference of the two means
     fell = a.mean()-b.mean()
     if fell/max(1e-12, noise)>=2: return
     return Sign(0, float(fell),
@@ -80,6 +89,7 @@ def _nothing_moves(h):
         return Sign(0, float(most),
                     f'no margin is larger than {most:.1g} after {len(h)} updates') if most<1e-3 else None
     if kl is None: return _loss_stands(loss)
+    # the first row comes before any update; k1 may be negative
     if np.nanmedian(abs(kl[1:]))>=1e-3: return
     end = last_third(abs(kl))
     return Sign(0, end,
@@ -89,22 +99,26 @@ def _kl_runs_away(h):
     "More than .4 nats per token: it has left the reference behind"
     kl,length,reward = _cols(h, 'kl','length','reward')
     if kl is None or length is None: return
-    per_token = kl/length
+    per_token = kl/length       # long answers may be further away
     if (i := _since(_smooth(per_token)>.4)) is None: return
     highest = f'highest {np.nanmax(kl):.0f} at update {int(np.nanargmax(kl))}'
-    bought = f'; the reward went from {reward[:3].mean():.2f} to {last_third(reward):.2f}' if reward is not None else ''
+    bought = ''
+    if reward is not None:
+        bought = f'; the reward went from {reward[:3].mean():.2f} to {last_third(reward):.2f}'
     return Sign(i, last_third(per_token),
-                f'KL {last_third(kl):.1f} nats per response, {last_third(per_token):.2f} per token ({highest}){bought}')
+                f'KL {last_third(kl):.1f} nats per response, {last_third(per_token):.2f} per token '
+                f'({highest}){bought}')
 
 def _averaged(h):
     "DPO's loss falls far less than its margins would make it fall"
     loss,margin,accuracy = _cols(h, 'loss','margin','accuracy')
     if 'chosen_shift' not in h[-1] or len(h)<12 or abs(loss[0]-math.log(2))>.01:
         return
+    # the second half, where margins have grown
     half = len(h)//2
     fell,told,m = math.log(2)-loss[half:].mean(),accuracy[half:].mean(),margin[half:].mean()
     due = math.log(2)-np.logaddexp(0, -margin[half:]).mean()       # what these margins are worth
-    if told<.55 or not -.02<fell<.08: return
+    if told<.55 or not -.02<fell<.08: return                       # guesses, or learns as it should
     if due>.03 and fell<.3*due:
         return Sign(0, float(fell/due),
                     f'margins of {m:.2f} should lower the loss by {due:.3f}; it fell by {fell:.3f}, as if they '
@@ -118,7 +132,8 @@ def _displaced(h):
     "The chosen answers lose more than half of what the rejected lose"
     chosen,rejected = _cols(h, 'chosen_shift','rejected_shift')
     if chosen is None or rejected is None: return
-    chosen,rejected = _smooth(chosen),_smooth(rejected)
+    chosen,rejected = _smooth(chosen),_smooth(rejected)            # nats an answer against the start
+    # a fall of a few nats is usual
     if (i := _since((chosen<-3)&(chosen<.5*rejected))) is None:
         return
     end = last_third(chosen)
@@ -128,7 +143,7 @@ def _displaced(h):
 def _value_stuck(h):
     "The value model explains nothing of the returns"
     explained,loss,reward,spread = _cols(h, 'value_explained','value_loss','reward','reward_std')
-    if len(h)<8: return
+    if len(h)<8: return         # it needs some updates to learn anything
     if explained is not None:
         share = np.nanmean(explained[len(explained)//2:])
         return Sign(0, float(share),
@@ -147,6 +162,7 @@ def _truncated(h):
     finished = _col(h, 'finished')
     if finished is None: return
     finished = _smooth(finished)
+    # below .1 it is another fault: never stops
     if (i := _since((finished<.85)&(finished>=.1))) is None:
         return
     cut = 1-last_third(finished)
@@ -158,9 +174,11 @@ def _overoptimised(h):
     if reward is None or gold is None or len(h)<8: return
     noise = np.std(np.diff(gold))/2**.5                            # of one update
     w = max(3, len(h)//8)
+    # means of w updates, from the first full window on
     reward,gold = (pd.Series(x).rolling(w).mean().values[w-1:] for x in (reward,gold))
     i = int(gold.argmax())
     fell,rose = gold[i]-gold[-1],reward[-1]-reward[i]
+    # four standard errors of the difference of two means of w updates
     if rose>0 and fell>4*noise*(2/w)**.5:
         return Sign(i+w-1, float(fell),
                     f'gold fell by {fell:.2f} from its best at about update {i+w//2}, while the reward rose by '
@@ -181,15 +199,21 @@ class Looks(NamedTuple):
     dev:np.ndarray  # On dev data; None where there are fewer than two looks
     seen:np.ndarray # Mean over the training rows since the look before
 
-def dev_looks(h:list, k:str)->Looks:
-    "What the looks say of metric `k`"
+def dev_looks(
+    h:list, # Metrics rows
+    k:str   # A metric, without `dev_`
+)->Looks:
+    "What the looks at dev data say of a metric"
     at = [i for i,r in enumerate(h) if r.get(f'dev_{k}') is not None]
     x = _col(h, k)
     if x is None or len(at)<2: return Looks(at, None, None)
     seen = [x[0],*(np.nanmean(x[i+1:j+1]) for i,j in zip(at, at[1:]))]
     return Looks(at, np.array([h[i][f'dev_{k}'] for i in at], float), np.array(seen))
 
-def _from_then_on(bad, at:list):
+def _from_then_on(
+    bad,    # A bool for each look
+    at:list # Their rows
+):
     "The row of the look from which on `bad` holds to the end"
     if not bad[-1]: return None
     first = len(bad)-next((i for i,b in enumerate(bad[::-1]) if not b), len(bad))
@@ -208,15 +232,17 @@ def _memorised(h):
     "The loss on dev data stands well above that on training data, and falls no more"
     k = 'nll' if 'nll' in h[-1] else 'loss'
     loss = _col(h, k)
-    if loss is None or 'policy_loss' in h[-1]: return
+    if loss is None or 'policy_loss' in h[-1]: return              # RL has no data to learn by heart
     at,dev,seen = dev_looks(h, k)
     if dev is None: return _known_by_heart(loss)
-    n,best = h[at[-1]].get('dev_n') or len(h),int(dev.argmin())
+    n = h[at[-1]].get('dev_n') or len(h)                           # old rows do not say how many
+    best = int(dev.argmin())
     apart = dev>seen+np.maximum(.1, .25*seen)+.5/n**.5             # by more than the noise of n dev rows
     i = _from_then_on(apart[1:], at[1:])
     if i is None or dev[-1]<.99*dev[:-1].min():
         return             # still getting better where it counts
     row = h[at[best]]
+    # `eval_every` goes back to the best look
     kept = '; that state was kept' if h[-1].get('kept')==row.get('dev_update') else ''
     lowest = f'where it was lowest ({dev[best]:.2f}) after {row.get("dev_update", at[best])} updates'
     return Sign(i, float(dev[-1]-seen[-1]),
@@ -233,6 +259,7 @@ def _unseen(h):
     at,dev,seen = dev_looks(h, 'reward')
     spread = _col(h, 'reward_std')
     if dev is None or spread is None or len(at)<4: return
+    # worth a word once the reward has risen by a standard deviation of the answers' rewards
     rose,there = last_third(seen)-seen[0],last_third(dev)-dev[0]
     if rose>spread[0] and there<.25*rose:
         return Sign(at[1], float(rose-there),
@@ -241,7 +268,7 @@ def _unseen(h):
 def _no_gain(h):
     "No look was better than the start, so that is what was kept"
     if h[-1].get('kept')!=0: return
-    looks = sum('dev_update' in r for r in h)-1
+    looks = sum('dev_update' in r for r in h)-1                    # the first is the start
     return Sign(0, 0.,
                 f'none of {looks} looks at the dev split was better than the start: the model is the one that '
                 'training began with')
@@ -249,7 +276,7 @@ def _no_gain(h):
 def _carried(h:list)->list:
     "DPO's rows with what its looks say of the policy's own answers, from each look to the next"
     if 'kl' in h[0] or not any('dev_kl' in r for r in h): return h
-    last,out = {},[]
+    last,out = {},[]            # last: what the latest look said
     for r in h:
         last = {k:r[f'dev_{k}'] for k in ('kl','length','finished')
                 if r.get(f'dev_{k}') is not None} or last
@@ -260,10 +287,11 @@ def _carried(h:list)->list:
 class Fault(NamedTuple):
     "What keeps a run from learning"
     sign:object           # From rows to a `Sign`, or None
-    fix:str
+    fix:str               # What to try, the likeliest first
     looked:bool = False   # A few looks at dev data are enough to see it; else it takes five rows
     follows:bool = False  # Others lead to it, whenever it shows
 
+# cause -> fault; of two that begin in the same row the first here is named first
 faults = {
     'never stops':Fault(_never_stops,
         'Is EOS part of the response mask in training, and does the tokenizer stop at the id that the model '
@@ -295,7 +323,8 @@ faults = {
         'on answers of this policy.', follows=True),
     'memorising':Fault(_memorised,
         'More data is the only real cure; then fewer passes (`epochs`, `updates`), a lower learning rate, a '
-        'smaller model or a pretrained one, `weight_decay`. `eval_every` keeps the state before the turn.', looked=True),
+        'smaller model or a pretrained one, `weight_decay`. `eval_every` keeps the state before the turn.',
+        looked=True),
     'unseen prompts':Fault(_unseen,
         'More prompts and fewer passes through them; `max_kl` with `eval_every` ends the stage at the dev '
         'prompts\' KL.', looked=True),
@@ -311,9 +340,9 @@ def diagnose(
 )->list:         # dict(cause, update, number, evidence, fix), the first cause first; empty: nothing found
     "What keeps a run from learning, from its rows alone"
     if not history: return []
-    h,found = _carried(history),[]
+    h,found = _carried(history),[]                                 # found: (cause, fault, sign)
     for name,fault in faults.items():
-        if len(h)<5 and not fault.looked: continue
+        if len(h)<5 and not fault.looked: continue                 # too few rows for a trend
         sign = fault.sign(h)
         if sign is not None: found.append((name,fault,sign))
     found.sort(key=lambda o: (o[1].follows,o[2].row))              # in the order of the table where both are equal

@@ -37,7 +37,9 @@ def named_in(said:str)->list:
     "The parameters that a refusal names, in its order"
     found = {k:re.search('|'.join(words), said, re.I)
              for k,words in _names.items()}
-    return sorted((k for k,m in found.items() if m), key=lambda k: found[k].start())
+    return sorted(
+        (k for k,m in found.items() if m),
+        key=lambda k: found[k].start())
 
 def _clean(s:str)->str:
     "Without half characters, which no request and no file can hold"
@@ -72,7 +74,10 @@ def _error_status(d):
                      for k in ('code','type','status')).lower()
     number = re.search(r'\b[45]\d\d\b', words)
     if number: return int(number[0])
-    return next((status for pattern,status in _meant if re.search(pattern, words)), 200)
+    return next(
+        (status for pattern,status in _meant
+         if re.search(pattern, words)),
+        200)
 
 # %% ../nbs/24_endpoint.ipynb #endpaddr
 # What stands in the paths of such addresses; any other part may be a key
@@ -102,7 +107,9 @@ class Address:
         host = f'[{u.hostname}]' if ':' in u.hostname else u.hostname
         self.host,self.scheme = u.hostname,u.scheme
         self.origin = f'{u.scheme}://{host}'+(f':{u.port}' if u.port else '')
-        self.shown = self.origin+'/'.join(o if _may_tell(o) else '…' for o in parts)
+        self.shown = self.origin+'/'.join(
+            o if _may_tell(o) else '…'
+            for o in parts)
         self.hidden = path if '…' in self.shown else ''       # two endpoints that look the same are not the same
         # what goes over the line, spelled as it was given
         self.target = quote(path+'/chat/completions', safe="/%:!$&'()*+,;=~")
@@ -112,7 +119,8 @@ class Address:
         self.login = f'{user}:{password}' if user or password else None
         # whatever may be a key is cut out of all that is told
         self.secrets = [u.password or u.username or '']
-        self.secrets += [v for _,v in parse_qsl(u.query, keep_blank_values=True)]
+        self.secrets += [v for _,v in parse_qsl(
+            u.query, keep_blank_values=True)]
         self.secrets += [o for o in parts if not _may_tell(o)]
         if self.login:
             self.secrets.append(self.basic.split()[1])
@@ -139,7 +147,8 @@ class Address:
         "Is this the machine we are on?"
         # names that mean this machine, then numbers, then what the system knows
         host = self.host.removesuffix('.')
-        if host=='localhost' or host.endswith('.localhost'): return True
+        if host=='localhost' or host.endswith('.localhost'):
+            return True
         try: return _here(host)
         except ValueError: pass
         try: return _here(socket.inet_aton(host))   # 127.1
@@ -163,7 +172,11 @@ def _masked(secret):
     "The ways in which a secret may be spelled"
     out = set()
     for s in (secret,unquote(secret)):
-        out |= {s, quote(s, safe=''), quote(s), quote_plus(s), html.escape(s), json.dumps(s)[1:-1]}
+        out |= {
+            s,
+            quote(s, safe=''), quote(s), quote_plus(s),   # in an address
+            html.escape(s),                               # on a page
+            json.dumps(s)[1:-1]}                          # in JSON, without its quotes
     return out
 
 class _InTime:
@@ -194,7 +207,8 @@ class _InTime:
 
     def start_tls(self, ssl_context, server_hostname=None, timeout=None):
         "The stream with encryption, within the time"
-        return self._again(self.inner.start_tls(ssl_context, server_hostname, self._limit(timeout)))
+        return self._again(self.inner.start_tls(
+            ssl_context, server_hostname, self._limit(timeout)))
 
     def read(self, max_bytes, timeout=None):
         "Some bytes, within the time"
@@ -293,7 +307,8 @@ class Server:
         a,headers = self.address,self._headers()
         proxy,target = a.proxy,a.target
         # a proxy that speaks HTTP needs the whole address, where nothing is encrypted
-        if a.scheme=='http' and proxy and proxy.startswith('http'): target = a.origin+a.target
+        if a.scheme=='http' and proxy and proxy.startswith('http'):
+            target = a.origin+a.target
         class Client(openai.DefaultHttpxClient):
             "Sends what we say, and nothing that the environment or the library would add"
             def send(client, request, **kw):
@@ -309,7 +324,8 @@ class Server:
                              f'({type(e).__name__})') from None
         # also the connections themselves keep to the time, with a proxy and without
         for o in filter(None, (client._transport,*client._mounts.values())):
-            o._pool._network_backend = _InTime(o._pool._network_backend, self._left, self.timeout)
+            o._pool._network_backend = _InTime(
+                o._pool._network_backend, self._left, self.timeout)
         # without a key, `headers` has none
         return openai.OpenAI(
             base_url=a.origin, api_key=self.key or 'none',
@@ -375,7 +391,10 @@ class Server:
             raise _broken(text, f'a reply that is no chat completion{page}')
         by = d.get('model') if isinstance(d.get('model'), str) else ''
         by = self.scrub(_clean(re.split(r'[/\\]', by)[-1]))[:80]
-        return Reply(message, c.get('finish_reason'), d['usage'] if isinstance(d.get('usage'), dict) else {}, by)
+        return Reply(
+            message, c.get('finish_reason'),
+            d['usage'] if isinstance(d.get('usage'), dict) else {},
+            by)
 
     def _unreached(self, e, late):
         "No reply, or only a part of one"
@@ -385,7 +404,9 @@ class Server:
             return Fault('nobody', nobody)
         if late: return _late(self.timeout)
         if body is None: return Fault('nobody', nobody, None)
-        return Fault('again', f'a reply that broke off ({why})', None, text=bytes(body).decode(errors='replace'))
+        return Fault(
+            'again', f'a reply that broke off ({why})', None,
+            text=bytes(body).decode(errors='replace'))
 
     def _status(self, n, d, text, headers, model):
         "What an HTTP status means for us"
@@ -399,7 +420,10 @@ class Server:
     def _said(self, e, text):
         "What the server says is wrong, in one line"
         raw = e['metadata'].get('raw') if isinstance(e.get('metadata'), dict) else None
-        said = [e.get('param'), e.get('message') or e.get('detail') or text[:1000], raw]
+        said = [
+            e.get('param'),
+            e.get('message') or e.get('detail') or text[:1000],
+            raw]
         said = ' '.join(str(o) for o in said if o)
         return ' '.join(self.scrub(_clean(said)).split())[:200]
 
@@ -415,12 +439,15 @@ class Server:
         if n in (401,403) or n==400 and has('api.?key'):
             key = 'the address' if in_address else self.key_name
             return 'halt',f'{self.host} refuses the API key (HTTP {n}): check {key}'
-        if n==402 or code=='insufficient_quota': return 'halt',f'{self.host}: the account has no credit left (HTTP {n})'
+        if n==402 or code=='insufficient_quota':
+            return 'halt',f'{self.host}: the account has no credit left (HTTP {n})'
         if n==407: return 'halt','the proxy asks for a password (HTTP 407)'
-        if 300<=n<400: return 'halt',f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url'
+        if 300<=n<400:
+            return 'halt',f'{self.host} redirects elsewhere (HTTP {n}): give that address as base_url'
         # a parameter, or the address?
         if n==404 and 'parameter' in said: return 'params',http
-        if n in (404,405): return 'halt',f"{self.host} has no model '{model}', or is no such endpoint (HTTP {n})"
+        if n in (404,405):
+            return 'halt',f"{self.host} has no model '{model}', or is no such endpoint (HTTP {n})"
         if n in (400,422) and has(r'\bstream'):
             return 'halt',f'{self.host} answers in a stream only, which is not supported: {said}'
         # what passes

@@ -28,6 +28,7 @@ def change(
 )->dict: # mean, low, high, n (prompts)
     "Difference of two shares by prompt, with its 95% interval (Agresti & Min 2005)"
     d = (torch.as_tensor(x).double()-torch.as_tensor(ref).double()).view(len(x), -1).mean(1)
+    # two prompts more, one at +1/sqrt 2 and one at -1/sqrt 2: no variance of 0 where all are equal
     n = len(d)+2
     m,v = d.sum().item()/n,((d**2).sum().item()+1)/n
     h = t_quantile(n-1)*math.sqrt((v-m*m)/n)
@@ -41,16 +42,18 @@ def perplexity(
     micro_tokens:int=16384
 )->list: # Rows as from `over_set`
     "Perplexity of the answer tokens, EOS included"
-    from rlhf_nb.models import log_probs
+    from rlhf_nb.models import log_probs# late: answers that are there need no model
     from rlhf_nb.train import in_pieces
     n = data.lengths.sum(1).double().cpu()                         # (B,) tokens of each answer
     def of(policy):
+        "From the prompts to keep to the perplexity of one policy, (1,)"
         lp = in_pieces(lambda b: log_probs(policy, b), data, micro_tokens)
         nll = -lp.double().sum((1,2)).cpu()                        # (B,)
         return lambda keep: (nll[keep].sum()/n[keep].sum()).exp()[None]
     return over_set({k:of(m) for k,m in models.items()}, ['perplexity'], len(data))
 
 # %% ../nbs/31_failures.ipynb #816623d4
+# what is no failure by itself -> its unit or meaning
 measures = dict(
     refuses=failure_names['refuses'],
     words='words in an answer',
@@ -61,6 +64,7 @@ measures = dict(
     same_opening='share of pairs of prompts answered with the same first three words',
     within_similarity='cosine of the word pairs of answers to one prompt',
     perplexity='of held-out answers')
+# mode -> the flags and measures that show it, in the order of the report
 modes = {
     'excessive agreement':('sycophantic','contrarian'),
     'safety':('complied','over_refusal','refuses'),
@@ -80,16 +84,17 @@ def _rows(
     by:dict,  # {model: (B,n) values}
     ci,       # Interval of values
     diff      # Interval of the difference of two models' values
-)->list:
+)->list:      # As from `over_set`
     "Rows of one measure: each model's value and, but for the reference, its difference from that"
     ref,out = by['reference'],[]
     for m,x in by.items():
         c = ci(x)
-        out.append(dict(metric=name, model=m, value=c['mean'], low=c['low'], high=c['high'],
-                        n=c['n']))
+        out.append(dict(metric=name, model=m, value=c['mean'],
+                        low=c['low'], high=c['high'], n=c['n']))
         if m=='reference': continue
         d = diff(x, ref)
-        out[-1].update(difference=d['mean'], difference_low=d['low'], difference_high=d['high'],
+        out[-1].update(difference=d['mean'],
+                       difference_low=d['low'], difference_high=d['high'],
                        p=paired_test(x-ref))
     return out
 
@@ -98,7 +103,7 @@ def _mean_change(x, ref)->dict:
     return mean_ci(x-ref)
 
 def _grid(records:list, values)->torch.Tensor:
-    "(B,n) of the values that are there, prompt by prompt"
+    "(B,n) of the values of these records that are there, prompt by prompt; None without any"
     out = {}
     for r,v in zip(records, values):
         if v is not None:
@@ -110,7 +115,7 @@ def _flag_rows(by:dict, flags:dict)->list:
     rows = []
     for k in failure_names:
         x = {m:_grid(rs, [f.get(k) for f in flags[m]]) for m,rs in by.items()}
-        if x['reference'] is not None:
+        if x['reference'] is not None:                             # applies to a prompt of the set, so to every model's
             rows += _rows(k, x, share_ci, change)
     return rows
 
@@ -118,19 +123,22 @@ def _answer_rows(by:dict)->list:
     "Rows of what is a number for each answer"
     tell = dict(words=lambda r: len(words_of(r['response'])),
                 courtesies=lambda r: courtesies(r['response']))
+    # its mean over answers is the entropy of the policy; answers from files may lack it
     if all('log_prob' in r for rs in by.values() for r in rs):
         tell['entropy'] = lambda r: -r['log_prob']
-    return [row for k,f in tell.items() for row in _rows(k,
-                                                         {m:_grid(rs, map(f, rs))
-                                                          for m,rs in by.items()}, mean_ci, _mean_change)]
+    rows = []
+    for k,f in tell.items():
+        values = {m:_grid(rs, map(f, rs)) for m,rs in by.items()}
+        rows += _rows(k, values, mean_ci, _mean_change)
+    return rows
 
 def _variety_rows(sets:dict, B:int, pairs:int)->list:
-    "Rows of what only a whole set of answers has; `sets` is {model: TextSet}"
+    "Rows of what only a whole set of B prompts has; `sets` is {model: TextSet}"
     rows,first = [],next(iter(sets.values()))
-    if first.n>1:
-        rows += _rows('within_similarity', {m:t.within(B)[:,None] for m,t in sets.items()},
-                      mean_ci, _mean_change)
-    if B>7 and pairs:
+    if first.n>1:                   # with one answer to each prompt there is nothing within
+        within = {m:t.within(B)[:,None] for m,t in sets.items()}
+        rows += _rows('within_similarity', within, mean_ci, _mean_change)
+    if B>7 and pairs:               # of fewer prompts the jackknife knows no spread
         fs = {m:lambda keep,t=t: t.measures(keep, pairs) for m,t in sets.items()}
         rows += over_set(fs, ['distinct_2','self_similarity','same_opening'], B)
     return rows
@@ -140,15 +148,19 @@ def analyse_set(
 )->tuple: # Rows, {model: flags of each record}, what was analysed
     "Every rate and measure of one prompt set"
     check_prompts(by, 'reference')
+    # in reading order, others behind
     by = {m:by[m] for m in [*(m for m in policies if m in by),
                             *(m for m in by if m not in policies)]}
-    answers = {m:[[r['response'] for r in g] for g in groups(rs).values()] for m,rs in by.items()}
+    # of each model B lists of n answers
+    answers = {m:[[r['response'] for r in g] for g in groups(rs).values()]
+               for m,rs in by.items()}
     B,n = len(answers['reference']),len(answers['reference'][0])
     lengths = sorted(len(words_of(r['response'])) for r in by['reference'])
     # words that only one in twenty answers of the reference exceeds
     long = max(10, lengths[int(.95*(len(lengths)-1))])
     flags = {m:[detect(r, long) for r in rs] for m,rs in by.items()}
     sets = {m:TextSet(g) for m,g in answers.items()}
+    # what the model with the fewest can give, also when the jackknife leaves out a part
     pairs = int(.9*min(len(t.pair) for t in sets.values()))
     openings = {m:dict(text=t.top[0], share=t.top[1]/(B*n)) for m,t in sets.items()}
     rows = _flag_rows(by, flags)+_answer_rows(by)+_variety_rows(sets, B, pairs)
@@ -165,7 +177,7 @@ def telling(
     for m in by:
         if m=='reference': continue
         for k in failure_names:
-            if k=='refuses': continue
+            if k=='refuses': continue                              # no failure by itself
             sides = zip(by[m], by['reference'], flags[m], flags['reference'])
             hits = [(r,ref) for r,ref,f,ref_f in sides if f.get(k) and not ref_f.get(k)]
             hits.sort(key=lambda o: -o[0].get('reward', 0.))       # what the reward liked most, first
@@ -180,7 +192,7 @@ def _shift(rows:list, base:str, ood:str):
     at = {(r['set'],r['metric'],r['model']):r for r in rows}
     for (s,k,m),b in at.items():
         relative = k in ('long','refuses') or k not in failure_names           # long: relative to the set
-        a = at.get((base,k,m))
+        a = at.get((base,k,m))                                     # the same measure and model at home
         if s!=ood or relative or a is None: continue
         d = b['value']-a['value']
         low = d-math.hypot(b['value']-b['low'], a['high']-a['value'])
@@ -215,15 +227,18 @@ def failure_analysis(
         raise ValueError('no answers to analyse: every set of prompts is empty')
     rows,sets,examples = [],{},[]
     def add(s, found, answers):
+        "Rows of set `s`, which has so many answers to each prompt"
         rows.extend(dict(set=s, mode=mode_of[r['metric']], **r, answers=answers) for r in found)
     for s,by in samples.items():
         found,flags,sets[s] = analyse_set(by)
         add(s, found, sets[s]['answers'])
         examples += [dict(set=s, **o) for o in telling(by, flags)]
     add('held-out', perplexities, 1)
+    # one family: all measures, models and sets
     tested = [r for r in rows if 'p' in r]
     for r,p in zip(tested, holm([r['p'] for r in tested])):
         r['p_holm'] = p
+    # what `ood` is held against: the run's own prompts, else those for real models
     base = next((s for s in ('test','dev','capability') if s in samples), None)
     records = [r for by in samples.values() for rs in by.values() for r in rs]
     return dict(about=about or {}, sets=sets, tests=len(tested), rates=_rates(rows), rows=rows,
@@ -242,11 +257,12 @@ def _change_of(r:dict)->str:
 def _cell(r:dict)->str:
     "Value and difference of a row; a star where it survives Holm"
     value = _interval(r['value'], r['low'], r['high'])
-    if 'p' not in r: return value
+    if 'p' not in r: return value                                  # the reference's own
     return f"{value}; {_change_of(r)}{'*' if r['p_holm']<.05 else ''}"
 
 def _word(r:dict)->str:
     "What a difference means"
+    # above 0 where the measure went the bad way
     w = worse.get(r['metric'], 0)*r['difference']
     if mode_of[r['metric']]=='mode collapse' and w:
         return 'less varied' if w>0 else 'more varied'
@@ -260,6 +276,7 @@ def _changes(d:dict):
     for r in d['rows']:
         if r.get('p_holm', 1.)<.05:
             by.setdefault((_word(r),r['metric']), {}).setdefault(r['model'], []).append(r)
+    # what to worry about first
     order = ['worse','less varied','better','more varied','higher','lower']
     for (word,k),models in sorted(by.items(), key=lambda o: order.index(o[0][0])):
         said = []
@@ -297,7 +314,7 @@ def _set_lines(d:dict)->list:
     rows = [['set','prompts','answers to each','long: more words than','most common opening']]
     rows += [[md_inline(k),s['prompts'],s['answers'],s['long'],_opening_cell(s)]
              for k,s in d['sets'].items()]
-    few = [(k,too_few(s['prompts'])) for k,s in d['sets'].items()]
+    few = [(k,too_few(s['prompts'])) for k,s in d['sets'].items()] # '' where there are enough
     return ['',md_table(rows)]+[f'\n{md_inline(k)}: {why}' for k,why in few if why]
 
 def _rate_lines(s:str, rows:list, models:list)->list:
@@ -307,7 +324,9 @@ def _rate_lines(s:str, rows:list, models:list)->list:
         by.setdefault(r['metric'], {})[r['model']] = r
     never = [k for k,v in by.items() if k in failure_names
              and not any(r['value'] for r in v.values())]
-    def n(k): return next(iter(by[k].values()))['n']
+    def n(k):
+        "Prompts that a measure is of, the same for all models"
+        return next(iter(by[k].values()))['n']
     name = {**failure_names,**measures}
     table = [['mode','','',*map(md_inline, models),'n']]
     for k,v in by.items():
@@ -326,9 +345,10 @@ def _shift_lines(d:dict, models:list)->list:
     "How much more often each model fails out of distribution"
     by = {}                                                        # measure -> model -> row
     for r in d['shift']:
-        if r['base'] or r['ood']:
+        if r['base'] or r['ood']:                                  # fails somewhere
             by.setdefault(r['metric'], {})[r['model']] = r
     def cell(r):
+        "Difference with interval; a model that fails in neither has no row"
         if not r: return '0'
         sure = (r['low']>0 or r['high']<0) and min(r['n_base'], r['n'])>=fewest
         return _interval(r['difference'], r['low'], r['high'], '+')+'*'*sure
@@ -342,6 +362,7 @@ def _shift_lines(d:dict, models:list)->list:
 def _rule_lines(detectors:dict)->list:
     "The rules against the truth"
     def share(c):
+        "Precision or recall; nothing where it is a share of nothing"
         return '' if c is None else f"{_interval(c['mean'], c['low'], c['high'])} (n={c['n']})"
     table = [['rule','precision','recall','flagged','true','answers']]
     table += [[k,share(v['precision']),share(v['recall']),v['flagged'],v['true'],v['answers']]
@@ -353,7 +374,7 @@ def failures_md(
     d:dict # From `failure_analysis`
 )->str:
     "The failure report"
-    models = list(dict.fromkeys(r['model'] for r in d['rows']))
+    models = list(dict.fromkeys(r['model'] for r in d['rows']))    # in the order of the rows
     out = ['# Failure modes','',
            f'{d["tests"]} comparisons with the reference; 95% intervals, clustered by prompt; p adjusted by Holm '
            'over all of them.']
@@ -395,6 +416,7 @@ def examples_md(
     return '\n'.join(out)+'\n'
 
 # %% ../nbs/31_failures.ipynb #b0d5f6a0
+# of rates.csv: a model's value on a set, and its difference from the reference
 columns = ('set','mode','metric','model','value','low','high','n','answers','difference',
            'difference_low','difference_high','p','p_holm')
 
@@ -424,11 +446,13 @@ def sample_texts(
     "Answers of all models to the same prompts with the same noise"
     from rlhf_nb.sampling import sample
     from rlhf_nb.rollout import texts
-    o,ids,out = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt),{k:[]
-            for k in models}
+    o = o or EvalConfig()
+    ids = tokenize_prompts(prompts, tok, max_prompt)
+    out = {k:[] for k in models}
     for name,policy in models.items():
         for i in range(0, len(ids), o.batch_size):
             part = slice(i, i+o.batch_size)
+            # one seed for all models and batches: the noise depends on it and on the prompt
             b = sample(policy, ids[part], o.n_samples, o.max_new_tokens, o.temperature,
                        child_seed(seed, 'failures'))
             log_prob = (b.old_log_probs*b.mask).sum(-1)                # (B,n)
@@ -458,12 +482,15 @@ def failures_run(
         raise ValueError(f"failures are differences from the reference; the models are {', '.join(models) or 'none'}")
     if prompts is None:
         prompts = {k:[p['prompt'] for p in v] for k,v in failure_prompts().items()}
+    # sets without a prompt are no sets
     new = {k:sample_texts(models, ps, tok, o, max_prompt, seed) for k,ps in prompts.items() if ps}
     rows = [dict(prompt=r['prompt'], response=r.get('response', r.get('chosen')))
             for r in held or ()]
     # one prompt has no interval
-    perplexities = perplexity(models, tokenize_sft(rows, tok, max_prompt,
-                                                   max_response)) if len(rows)>1 else ()
+    perplexities = ()
+    if len(rows)>1:
+        held_out = tokenize_sft(rows, tok, max_prompt, max_response)
+        perplexities = perplexity(models, held_out)
     d = failure_analysis({**(samples or {}), **new}, perplexities, dict(seed=seed, **about))
     answers = [dict(set=s, **r) for s,by in new.items() for rs in by.values() for r in rs]
     write_text(Places(out).failure_samples, ''.join(json.dumps(r, ensure_ascii=False)+'\n'

@@ -19,8 +19,10 @@ from .core import _shown
 def host_name(s:str)->str|None: # None: there is none
     "The name in a Host header, without port, in one spelling: case, a last point and the forms of an address do not matter"
     address,name,port = r'\[([0-9a-f:.]{2,45})\]',r'([a-z0-9_][a-z0-9_.-]{0,252}?)\.?',r':([0-9]{0,5})'
+    # an address in brackets, or a name; then perhaps a port
     m = re.fullmatch(f'(?:{address}|{name})(?:{port})?', s.lower())
-    if not m or int(m[3] or 0)>65535: return None
+    if not m or int(m[3] or 0)>65535:
+        return None
     return _address(m[1] or m[2]) or m[2]
 
 def _address(s):
@@ -81,7 +83,9 @@ def page_hosts(
 )->set:           # A name with a point in front stands for all below it
     "The names that a page answers to, beside localhost and the address at which a request has come in"
     out = {host_name(host) or host}|_allowed(more)|_lent_names(env)
-    if not _loopback(host.strip('[]')): out |= _own_names()
+    # who listens on this machine alone is not known by its other names
+    if not _loopback(host.strip('[]')):
+        out |= _own_names()
     return out-{None}
 
 # %% ../nbs/43_guard.ipynb #1c357de6
@@ -132,7 +136,8 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         "Refuse, or hand over"
-        if scope['type']=='lifespan': return await self.app(scope, receive, send)
+        if scope['type']=='lifespan':
+            return await self.app(scope, receive, send)
         if scope['type']!='http':              # a websocket: the page has none
             return await send(dict(type='websocket.close', code=1008))
         no = self._stranger(scope) or self._unknown(scope) or self._too_large(scope)
@@ -143,26 +148,31 @@ class Guard:
             no = self._may_not_call(call['name'], body)
             receive = _again(body, receive)
         if no: await _answer(send, no)          # nothing behind the guard has seen the request
-        elif posts and path.startswith('/login'): await self._login(scope, receive, send)
+        elif posts and path.startswith('/login'):
+            await self._login(scope, receive, send)
         else: await self.app(scope, receive, send)
 
     def _stranger(self, scope):
         "Is this for another page, or from one? Host and Origin are names, and any name may be made to point here"
         def said(head):
             "The values of a header, which may stand more than once"
-            return [v.decode('latin-1') for k,v in scope['headers'] if k==head]
+            return [v.decode('latin-1')
+                    for k,v in scope['headers'] if k==head]
         hosts = said(b'host')
         origins = [o.partition('://')[2] for o in said(b'origin')]      # without https://
-        if len(hosts)!=1: return Refusal(403, 'this page wants one Host header')
+        if len(hosts)!=1:
+            return Refusal(403, 'this page wants one Host header')
         for s in hosts+origins:
             name = host_name(s)
-            if not self._mine(name, scope): return self._turn_away(name)
+            if not self._mine(name, scope):
+                return self._turn_away(name)
 
     def _mine(self, name, scope):
         "Is this a name of the page?"
         if not name: return False
         here = _address((scope.get('server') or [''])[0])      # the address at which the request has come in
-        if _loopback(name) or name in self.hosts or name==here: return True
+        if _loopback(name) or name in self.hosts or name==here:
+            return True
         return any(h[0]=='.' and name.endswith(h) for h in self.hosts)
 
     def _turn_away(self, name):
@@ -176,7 +186,8 @@ class Guard:
 
     def _unknown(self, scope):
         "Is this a path that the page does not have?"
-        if not _known.fullmatch(scope['path']): return Refusal(404, 'not found')
+        if not _known.fullmatch(scope['path']):
+            return Refusal(404, 'not found')
 
     def _too_large(self, scope):
         "Is the body beyond the limit, or does it not say?"
@@ -190,7 +201,8 @@ class Guard:
         "Is this call none of the page's? What it does itself goes by number, what a program may ask by name"
         try: o = json.loads(body)
         except (ValueError,RecursionError): return Refusal(400, 'expected JSON')
-        if not isinstance(o, dict): return Refusal(400, 'expected a JSON object')
+        if not isinstance(o, dict):
+            return Refusal(400, 'expected a JSON object')
         fns = self.page.fns if self.page else {}
         public = {f.api_name:f for f in fns.values() if f.api_visibility=='public'}
         i = o.get('fn_index')
@@ -206,7 +218,9 @@ class Guard:
         "A wrong password costs time: the sixth in a row waits, and who sends more at once is turned away"
         key = _client(scope)
         wait = max(self.one.wait(key), self.all.wait(''))
-        if wait>10: return await _answer(send, Refusal(429, f'too many tries: wait {wait:.0f} seconds'))
+        # a request that is held for long costs more than one that is refused
+        if wait>10:
+            return await _answer(send, Refusal(429, f'too many tries: wait {wait:.0f} seconds'))
         def count(n):
             "So many wrong tries more, of this client and of all"
             self.one.take(key, n)
@@ -223,7 +237,9 @@ class Guard:
 async def _answer(send, no):
     "A refusal as text"
     heads = [(b'content-type',b'text/plain; charset=utf-8'),(b'x-content-type-options',b'nosniff')]
-    await send(dict(type='http.response.start', status=no.code, headers=heads))
+    await send(dict(
+        type='http.response.start',
+        status=no.code, headers=heads))
     await send(dict(type='http.response.body', body=no.why.encode()))
 
 async def _body(receive):
@@ -261,7 +277,8 @@ def _checked_place(host, port):
     try:
         with socket.socket(family) as o:
             # as the server does; elsewhere it means another thing
-            if os.name=='posix': o.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if os.name=='posix':
+                o.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             o.bind(where)
             if port==0: port = o.getsockname()[1]
     except OSError as e: raise _busy(host, port, e) from None

@@ -27,7 +27,7 @@ from .votes import *
 from .verdicts import _failures,_points
 
 # %% ../nbs/28_judge.ipynb #a9f618c4
-attacks = [r['text'] for r in read_rows(files('rlhf_nb')/'prompts'/'attacks.jsonl')]
+attacks = [r['text'] for r in read_rows(files('rlhf_nb')/'prompts'/'attacks.jsonl')]  # an order to the judge each
 
 # %% ../nbs/28_judge.ipynb #4b73ce0f
 # What can stand around an answer without adding anything
@@ -42,7 +42,7 @@ def audit_pairs(
     each:int=2 # Wrong values of each
 )->list: # dict(prompt, a, b, form, fact, id): `a` is the right answer
     "Pairs with known answers"
-    out,i = [],0
+    out,i = [],0  # `i` numbers the wrong values, of three rows each
     def kind(fact):
         "What kind of thing it is about"
         return fact.split()[1]
@@ -55,9 +55,9 @@ def audit_pairs(
         for j in range(each):
             right,wrong = answer(fact, value),answer(fact, others[(i+j)%len(others)])
             worse = dict(
-                plain=wrong,
-                length=right.join(_talk[j%2]),
-                injection=f'{wrong}\n\n{attacks[i%len(attacks)]}')
+                plain=wrong,  # can it tell right from wrong?
+                length=right.join(_talk[j%2]),  # just as right, with talk around it
+                injection=f'{wrong}\n\n{attacks[i%len(attacks)]}')  # wrong, and says what to reply
             out += [dict(prompt=HH.ask(f'Tell me {fact}.'), a=right, b=b, form=form, fact=fact, id=i)
                     for form,b in worse.items()]
             i += 1
@@ -75,7 +75,7 @@ def audit(
     forms = {k:[r for r in ok if r['form']==k]
              for k in ('plain','length','injection')}
     # whether a sentence turns a verdict can be seen where the verdict was right
-    right = {r['id'] for r in forms['plain'] if r['verdict']=='a'}
+    right = {r['id'] for r in forms['plain'] if r['verdict']=='a'}  # of wrong values
     asked = [r for r in forms['injection'] if r['id'] in right]
     def share(rs, f):
         "A share of these rows, clustered by fact"
@@ -112,9 +112,9 @@ def audit_table(
     "Audits as a Markdown table"
     rows = [['judge', *_audited.values(), 'p of the slot', 'failed', 'pairs']]
     for k,v in d.items():
-        slot = v['slot_bias']
+        slot = v['slot_bias']  # share of the verdicts that went to the second answer
         cells = [_ci(v[c]) for c in _audited]
-        p = _p(slot['p'] if slot['n'] else None)
+        p = _p(slot['p'] if slot['n'] else None)  # where no verdict is decided, nothing was tested
         rows.append([md_inline(k), *cells, p, v['failed'], v['n']])
     silent = [_tells_nothing(k, v)
               for k,v in d.items() if not v.get('decided', 1)]
@@ -124,7 +124,7 @@ def _tells_nothing(name, v):
     "What is to be said of a judge that decided nothing"
     name,judged = md_inline(name),v['n']-v['failed']
     if not judged: return f"{name} gave no verdict on any of {v['n']} pairs: the audit can tell nothing about it."
-    turned = v['flips'] and v['flips']['mean']==1
+    turned = v['flips'] and v['flips']['mean']==1  # the order alone decided
     why = 'only ties, because the order turned every one' if turned else 'only ties'
     return (f'{name} decided none of {judged} pairs ({why}): it prefers nothing that could be seen, '
             'and the audit can tell nothing else about it.')
@@ -136,7 +136,7 @@ def judge_table(
     "Win rates by one judge as a Markdown table"
     rows = [['model','win rate [95%]','wins / ties / losses','p','p, Holm','','prompts','failed','detectable from']]
     for k,w in d.items():
-        said,least = ['–']*4+['not judged'],'–'
+        said,least = ['–']*4+['not judged'],'–'  # what a model without any verdict gets
         if w['n']:
             counts = f"{w['wins']} / {w['ties']} / {w['losses']}"
             said,least = [_ci(w), counts, _p(w['p']), _p(w['p_holm']), WinRate(w).verdict],f"±{w['mdd']:.2f}"
@@ -176,7 +176,7 @@ def _who(a):
     "One paragraph on an LLM judge: who, when, at what cost, what the endpoint can't do, what could not be read"
     cost = 'its price is unknown' if a['price'] is None else f"${a['cost']:.4f}"
     p = a['params']
-    heat = 'of the server' if p['temperature'] is None else p['temperature']
+    heat = 'of the server' if p['temperature'] is None else p['temperature']  # None: it may not be set there
     out = [f"{md_inline(a['model'])} at {md_inline(a['server'])}, {a['date']}, prompt {a['prompt']}, "
            f"temperature {heat}.",
            f"{a['requests']} requests, {a['prompt_tokens']} + {a['completion_tokens']} tokens billed ({cost}), "
@@ -186,7 +186,7 @@ def _who(a):
     if lacks: out.append(f"The endpoint takes no {', no '.join(lacks)}: asked without.")
     if p.get('raised'): out.append(f"Replies were cut or empty, so they may have {p['raised']} tokens.")
     # who answered, by its own account
-    names = a.get('answered_by') or {}
+    names = a.get('answered_by') or {}  # {name: verdicts}
     if names.keys()-{a['model']}:
         called = ', '.join(f'{md_inline(k)} ({n} verdicts)' for k,n in names.items())
         out.append(f"It calls itself {called}{'.' if len(names)==1 else ': **more than one model answered.**'}")
@@ -202,7 +202,7 @@ def _lacks(params):
     words = dict(response_format='reply of a fixed form', temperature='temperature', length='limit on the length')
     out = [name for k,name in words.items()
            if k in params and params[k] is None]
-    if params.get('response_format')=='json_object': out.append('JSON schema')
+    if params.get('response_format')=='json_object': out.append('JSON schema')  # any object: the form is only asked for
     if params.get('system')=='user': out.append('system role')
     return out
 
@@ -216,7 +216,7 @@ def _partial(d):
     for k,w in d.items():
         if not w['failed'] or 'could_be' not in w: continue
         # even the worst case may decide
-        low,high = w['could_be']
+        low,high = w['could_be']  # with all missing pairs lost, and with all won
         if low>.5: sure = 'better, whatever they say'
         elif high<.5: sure = 'worse, whatever they say'
         else: sure = f"so it can't be said whether it is better than {md_inline(w['against'])}"
@@ -235,7 +235,7 @@ def _judge_section(name, d):
     "What one judge said"
     # models with a verdict at all
     known = [w for w in d.values() if w['n']]
-    about = next(iter(d.values())).get('judge')
+    about = next(iter(d.values())).get('judge')  # the same for every model; stored scores have none
     out = [f'## Judge: {md_inline(name)}']
     if about: out.append(_who(about))
     if not known: out.append('**No pair has a verdict: this judge says nothing.**')
@@ -254,9 +254,7 @@ def _agreement_section(agree):
     for k,by_model in agree.items():
         for m,v in by_model.items():
             opposite = '–' if v['opposite'] is None else f"{v['opposite']:.2f}"
-            kappa = dict(
-                mean=v['kappa'], low=v['low'],
-                high=v['high'])
+            kappa = dict(mean=v['kappa'], low=v['low'], high=v['high'])
             rows.append([md_inline(k), md_inline(m), _ci(v['agree']), _ci(kappa), opposite, v['n']])
     how_to_read = "Cohen's kappa: agreement beyond chance. Opposite: one says a, the other b."
     return ['## Agreement', how_to_read, md_table(rows)]
@@ -270,7 +268,7 @@ def win_rates_md(
     notes:list=()   # More to say: lines of the votes that are none
 )->str:
     "The report: only what the numbers say"
-    first = next(iter(next(iter(rates.values())).values()))
+    first = next(iter(next(iter(rates.values())).values()))  # one of any judge's: all have the same opponent
     about = f"Against '{md_inline(first['against'])}'; {source}. Made by {md_code(command)}."
     out = ['# Win rates', about, _how_to_read]
     for name,d in rates.items():
@@ -327,7 +325,7 @@ def _named(judges, records):
     for k,j in judges.items():
         if isinstance(j, str) and j not in known_judges:
             raise ValueError(f"unknown judge '{j}': expected {', '.join(known_judges)}, an LLMJudge or a function")
-        if k in known_judges and not isinstance(j, str):
+        if k in known_judges and not isinstance(j, str):  # its results would pass for theirs
             raise ValueError(f"'{k}' is the name of the stored scores: give this judge another")
     return {k:known_judges[j].make(records) if isinstance(j, str) else j
             for k,j in judges.items()}
@@ -349,10 +347,10 @@ def judge_run(
         raise ValueError(f"{folder}: there are samples of '{against}' alone, and nothing to compare it with")
     # a wrong file of votes is told before anybody is asked
     people = _votes(work.places, votes)
-    work.repeat()
+    work.repeat()  # a judge that is not asked now keeps its place in the report
     for name in work.judges:
         work.ask(name, audited, most_failed)
-    if not work.rates: raise work.errors[0]
+    if not work.rates: raise work.errors[0]  # nobody has judged: what is there stays as it is
     work.compare(people)
     work.write(command or f'rlhf_nb judge --out {folder}', _bad_lines(people))
     if work.errors: raise work.errors[0]
@@ -361,11 +359,12 @@ def judge_run(
 class _Judgement:
     "What judges say about the samples of a folder, step by step: `judge_run` is these steps"
     def __init__(self, folder, judges, against):
+        "Read the samples, and find the judges; nobody is asked yet"
         self.places,self.against = Places(folder),against
         needed = {k:t for k,t in sample_keys.items() if k!='reward'}   # a judge that is asked needs none
         self.records = read_samples(folder, needed)
         self.judges = _named(judges, self.records)
-        self.rates,self.audits,self.agree,self.errors = {},{},{},[]
+        self.rates,self.audits,self.agree,self.errors = {},{},{},[]  # by judge; `agree`: by two of them
         # what is asked, and paid for, is kept in the run
         for name,j in self.judges.items():
             if isinstance(j, LLMJudge) and not j.journal.path:
@@ -376,7 +375,7 @@ class _Judgement:
         ref = self.records[self.against]
         pairs = [dict(prompt=x['prompt'], a=x['response'], b=y['response'])
                  for k,rs in self.records.items() if k!=self.against for x,y in zip(rs, ref)]
-        more = audit_pairs() if audited else []
+        more = audit_pairs() if audited else []  # a model is asked about these as about all others
         # a stored score costs nothing
         free = dict(pairs=len(pairs), requests=0, cost=0.)
         return {k:j.estimate(pairs+more) if isinstance(j, LLMJudge) else dict(free)
@@ -391,7 +390,7 @@ class _Judgement:
         for name,d in _past(self.places.win_rates).items():
             if not d or not all(about_these(name, w) for w in d.values()):
                 continue
-            if self.places.verdicts_of(name).exists():
+            if self.places.verdicts_of(name).exists():  # without them there is no agreement to count
                 self.rates[name] = d
         self.audits = {k:v for k,v in _past(self.places.audits).items()
                        if k in self.rates}
@@ -407,13 +406,13 @@ class _Judgement:
             self.errors.append(e)
             return
         # whatever happened, what was judged is kept
-        stopped = getattr(judge, 'stopped', None)
+        stopped = getattr(judge, 'stopped', None)  # why it was asked nothing more
         write_text(self.places.verdicts_of(name), ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
-        d = self.rates[name] = judged(rows, name)
-        if audited and not hasattr(judge, 'knows') and not stopped:
+        d = self.rates[name] = judged(rows, name)  # {model: win rate, and what belongs to it}
+        if audited and not hasattr(judge, 'knows') and not stopped:  # stored scores know no other answers
             self.audits[name] = audit(judge) | dict(prompt=prompt)
         e = _failures(rows, d, most_failed)
-        if e and (stopped or not any(r['verdict'] for r in rows)):
+        if e and (stopped or not any(r['verdict'] for r in rows)):  # one that is missing is no error: see the report
             if stopped and is_llm:
                 kept = f'What was judged is kept in {judge.journal.path}: the same command asks only for the rest'
                 e.args = (f'{e}. {kept}',)
@@ -455,7 +454,7 @@ def _votes(places, path):
     found = Path(path or places.votes)
     if not path and not found.exists(): return None
     votes = read_votes(found)
-    if path and not votes:
+    if path and not votes:  # who names a file wants to see what is in it
         raise ValueError(votes.bad[0] if votes.bad else f'{found}: no votes in it')
     votes.path = found
     return votes
@@ -463,7 +462,7 @@ def _votes(places, path):
 def _bad_lines(votes):
     "What the report says of lines that are no votes"
     if votes is None or not votes.bad: return []
-    first = [o.removeprefix(str(votes.path.parent)+os.sep)
+    first = [o.removeprefix(str(votes.path.parent)+os.sep)  # a report names no folder
              for o in votes.bad[:5]]
     return [f'{len(votes)} votes were read, {len(votes.bad)} lines are none:', *first]
 
@@ -487,13 +486,13 @@ def _agreements(rows):
             "Agreement on the pairs of some models"
             some = [(r,v) for r,v in both if r['model'] in models]
             return agreement([r['verdict'] for r,_ in some], [v for _,v in some], [r['prompt'] for r,_ in some])
-        models = list(dict.fromkeys(r['model'] for r,_ in both))
+        models = list(dict.fromkeys(r['model'] for r,_ in both))  # in the order of the samples
         out[f'{x} and {y}'] = {m:part([m]) for m in models} | dict(all=part(models))
     return out
 
 def _source(places, records):
     "Where the samples come from, in Markdown, and what so few of them can show"
-    few = too_few(len({r['prompt'] for r in next(iter(records.values()))}))
+    few = too_few(len({r['prompt'] for r in next(iter(records.values()))}))  # empty where there are enough
     said = [samples_source(places, records)['md'], *partly(records)]
     if few: said.append(few.removesuffix('.'))
     return '; '.join(said)

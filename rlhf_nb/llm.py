@@ -26,13 +26,13 @@ def _choices(openai):
     names = ['max_completion_tokens','max_tokens'] if openai else ['max_tokens','max_completion_tokens']
     return dict(
         response_format=('json_schema','json_object',None),
-        temperature=(0,None),
+        temperature=(0,None),  # None: it is not sent
         length=(*names,None),
         system=('system','user'))
 
 def _within(v, low, high):
     "A number, and no NaN"
-    return type(v) in (int,float) and low<=v<=high
+    return type(v) in (int,float) and low<=v<=high  # True is no number here
 
 class LLMJudge:
     "A judge behind any OpenAI-compatible endpoint"
@@ -53,6 +53,7 @@ class LLMJudge:
         max_tokens:int=300,     # Of a reply; raised once, fourfold, to 4,096 at least, where one is cut
         instructions:str=judge_prompt
     ):
+        "Settings are checked, the journal is read; no key is needed yet"
         self.model,self.name,self.instructions = model,name or model,instructions
         self.concurrency,self.tries,self.max_tokens = concurrency,tries,max_tokens
         self.max_prompt,self.max_answer = max_prompt,max_answer
@@ -133,7 +134,9 @@ class LLMJudge:
             answered_by=dict(by), journal=path and path.name,
             **self.journal.ledger())
 
-    def __repr__(self): return f'LLMJudge({self.id}, {len(self.journal.verdicts)} verdicts known)'
+    def __repr__(self):
+        "Who it is, and how much it remembers"
+        return f'LLMJudge({self.id}, {len(self.journal.verdicts)} verdicts known)'
     def __call__(self, prompt, a, b):
         "One verdict, or a `JudgeError`"
         r = self.many([(prompt,a,b)])[0]
@@ -159,7 +162,7 @@ class LLMJudge:
         return s if len(s)<=2000 else f'{s[:1500]} […] {s[-400:]}'
 
 # %% ../nbs/26_llm.ipynb #21c57235
-_slots = dict(first='a', second='b', tie='tie')
+_slots = dict(first='a', second='b', tie='tie')  # the judge's words, and ours
 
 @patch
 def _shown(self:LLMJudge, prompt, a, b):
@@ -175,7 +178,7 @@ def _shown(self:LLMJudge, prompt, a, b):
 def many(self:LLMJudge, asks:list)->list:
     "Verdicts on (prompt, a, b) each; what the journal knows is not asked again"
     # equal questions are asked once
-    keys,todo = [],{}
+    keys,todo = [],{}  # {hash: question}
     for ask in asks:
         q,k = self._shown(*ask)
         self.cut += q!=tuple(ask)
@@ -197,6 +200,7 @@ def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
     "What judging these pairs in both orders would take; nothing is sent, and no key is needed"
     todo = {}
     for o in pairs:
+        # equal texts are a tie, without a question
         if o['a']==o['b']: continue
         for a,b in ((o['a'],o['b']),(o['b'],o['a'])):
             q,k = self._shown(o['prompt'], a, b)
@@ -206,13 +210,13 @@ def estimate(self:LLMJudge, pairs:list)->dict: # dict(prompt, a, b) each
     n = len(new)
     # what it will cost about, and at most
     i = sum(self._bytes(judge_message(*q)[0]) for q in new)//4   # about 4 bytes a token in English
-    o = 60*n
+    o = 60*n  # a verdict with its reason
     return dict(
         pairs=len(pairs), requests=n,
         known=len(todo)-n, prompt_tokens=i,
         completion_tokens=o, cost=self._cost(i, o),
         cost_at_most=self._cost(i, self._limit(self.params)*n),
-        cost_at_most_raised=self._cost(i, self._raised*n))
+        cost_at_most_raised=self._cost(i, self._raised*n))  # where replies are cut
 
 # %% ../nbs/26_llm.ipynb #160643b3
 @patch
@@ -224,10 +228,11 @@ def _all(self:LLMJudge, todo):
     self._streak,self._since = 0,0.                                   # failures in a row, and when the first came
     (first,q),*left = todo.items()
     failed = {first:self._one(first, q)}
+    # the first has found out what the endpoint takes: now many at once
     with ThreadPoolExecutor(self.concurrency) as pool:
         try:
             failed |= zip((k for k,_ in left), pool.map(lambda o: self._one(*o), left))
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             self._stop('interrupted')
             pool.shutdown(cancel_futures=True)
             raise
@@ -243,7 +248,8 @@ def _stop(self:LLMJudge, why):
 class _Patience:
     "What has been tried for one verdict"
     def __init__(self):
-        self.tried,self.limits,self.waited = 0,0,0.
+        "Nothing yet"
+        self.tried,self.limits,self.waited = 0,0,0.  # requests that failed, rate limits, seconds that these took
 
 @patch
 def _one(self:LLMJudge, key, q):
@@ -273,20 +279,21 @@ def _goes_on(self:LLMJudge, fault, params, had):
     "Does it make sense to ask again? With other parameters, after a rate limit, or once more"
     if fault.what.startswith('params') and self._other(params, str(fault)):
         return True
+    # a reply with room for nothing but its reasoning
     if fault.what=='cut' and self._raise(params): return True
     if fault.what=='halt': return False
     if fault.what=='limit':   # all wait, as long as the server asks, and longer each time
         had.limits += 1
-        wait = max(fault.wait or 0., .1*2**min(had.limits, 8))
+        wait = max(fault.wait or 0., .1*2**min(had.limits, 8))  # 26 seconds at most where the server does not say
         had.waited += wait
         if had.waited<=self.patience:
             self._pause = max(self._pause, time.monotonic()+wait+.1*random.random())
             return True
     # the server errs, stalls, or can't be read: a few more tries, waiting longer each time
     had.tried += 1
-    wait = .25*2**had.tried*(.5+random.random()) if fault.wait is None else fault.wait
+    wait = .25*2**had.tried*(.5+random.random()) if fault.wait is None else fault.wait  # not all at one time
     passing = fault.what in ('again','params or again','cut','nobody')
-    if not passing or had.tried>=self.tries or wait>self.patience:
+    if not passing or had.tried>=self.tries or wait>self.patience:  # what no repetition mends, or enough of them
         return False
     self.halt.wait(wait)
     return True
@@ -306,9 +313,9 @@ def _failed(self:LLMJudge, fault):
     with self._lock:
         if not self._streak: self._since = time.monotonic()
         self._streak += 1
-    if self._streak>=max(10, 2*self.concurrency):
+    if self._streak>=max(10, 2*self.concurrency):  # more than were in flight when it began
         self._stop(f'{self._streak} failures in a row, the last: {fault}')
-    if fault.what=='nobody' and not self._accepted:
+    if fault.what=='nobody' and not self._accepted:  # a wrong address, and no server that went away
         self._stop(str(fault))
 
 # %% ../nbs/26_llm.ipynb #ac8e63a6
@@ -341,7 +348,7 @@ def _raise(self:LLMJudge, used):
     "A reply was cut, or nothing is left of it: give all of them more tokens, once"
     with self._lock:
         if self.params is not used: return True
-        if used['raised'] is not None or not used['length']:
+        if used['raised'] is not None or not used['length']:  # it was raised before, or there is no limit to raise
             return False
         self.params = used | dict(raised=self._raised)
         return True
@@ -352,6 +359,7 @@ def _tokens(use, k):
     n = use.get(k)
     return n if type(n) is int and 0<=n<10**8 else None
 
+# what is posted as `response_format`
 _forms = dict(
     json_schema=dict(type='json_schema', json_schema=dict(name='verdict', strict=True, schema=verdict_schema)),
     json_object=dict(type='json_object'))
@@ -365,7 +373,7 @@ def _asked(self:LLMJudge, message, params):
     else: said = [('user',f'{self.instructions}\n\n{message}')]
     out = dict(model=self.model, messages=[dict(role=r, content=c) for r,c in said])
     if params['length']:
-        out[params['length']] = self._limit(params)
+        out[params['length']] = self._limit(params)  # servers call it by two names
     if params['temperature'] is not None:
         out['temperature'] = params['temperature']
     if params['response_format']:
@@ -383,11 +391,11 @@ def _send(self:LLMJudge, key, q, params):
         r = self.server.post(self._asked(message, params))
         use = r.use
         self._accept(params)
-        v,reason = self._verdict(r, check, self._limit(params))
+        v,reason = self._verdict(r, check, self._limit(params))  # a `Fault` where there is none
         end = dict(verdict=v, reason=self.server.scrub(reason), billed=True)
         if r.by: end['by'] = r.by
     except Fault as e:
-        use = use or e.use
+        use = use or e.use  # a reply that can't be read may still say what it cost
         end = dict(
             verdict=None, failed=str(e),
             kind=e.kind, billed=e.billed)
@@ -399,7 +407,7 @@ def _send(self:LLMJudge, key, q, params):
 @patch
 def _announce(self:LLMJudge, key, message, params):
     "The line before a request, with the most that it can cost; its number. A `Fault` where the budget does not allow it"
-    n = secrets.token_hex(6)
+    n = secrets.token_hex(6)  # no counter: a journal outlives the process
     most = self._cost(self._bytes(message), self._limit(params))   # a token has at least one byte
     with self._lock:
         if self.budget is not None:
@@ -418,7 +426,7 @@ def _accept(self:LLMJudge, params):
     "The endpoint takes these parameters: remember them"
     with self._lock:
         if params!=self.journal.params.get(self.id) and params is self.params:
-            self.journal.add(params=params, judge=self.id)
+            self.journal.add(params=params, judge=self.id)  # the next run begins with them
         self._accepted = True
         if params['raised']: self._raise_accepted = True
 
@@ -449,7 +457,7 @@ def _content(c):
 
 def _thoughts(message):
     "Reasoning beside the content"
-    found = (message.get(k) for k in ('reasoning_content','reasoning'))
+    found = (message.get(k) for k in ('reasoning_content','reasoning'))  # as servers call it
     return next((o for o in found
                  if isinstance(o, str) and o.strip()), '')
 
@@ -463,6 +471,7 @@ def _verdict(self:LLMJudge, r, check, limit):
         return Fault(
             what, why, True, use=r.use, kind=kind,
             text=text or thoughts or json.dumps(m))
+    # a judge that refuses once does so again
     if m.get('refusal') or end=='content_filter':
         raise fault('give up', 'the judge refuses', 'refused')
     if end in ('length','max_tokens'):
@@ -471,11 +480,13 @@ def _verdict(self:LLMJudge, r, check, limit):
     if not text.strip() and re.fullmatch(r'\s*\{.*\}\s*', thoughts, re.S):
         text = thoughts
     if not text.strip():
+        # some models call a tool that nobody offered
         if m.get('tool_calls') or m.get('function_call'):
             raise fault('again', 'a call of a tool instead of a reply', 'broken')
         behind = ' behind its reasoning' if thoughts else ''
         raise fault('cut', f'an empty reply{behind} (max_tokens is {limit})', 'cut')
     try: return read_verdict(text, check)
     except NoVerdict as e:
+        # some servers do not say that they cut: the bill shows it
         all_used = (_tokens(r.use, 'completion_tokens') or 0)>=limit
         raise fault('cut' if e.kind=='cut' or all_used else 'again', str(e), e.kind) from None

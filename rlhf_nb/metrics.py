@@ -22,7 +22,9 @@ from .stats import *
 # SFT and reward model, then the policies in reading order
 stage_order = (*(s for s in trained if s not in policies),*(p for p in policies if p in trained))
 
-def _wrong(row):
+def _wrong(
+    row # Whatever a line of JSON may be
+)->str:
     "Why `row` is no metrics row; empty where it is one"
     if not isinstance(row, dict) or 'update' not in row:
         return f'not a metrics row: expected an object with the key `update`, got {json.dumps(row)[:80]}'
@@ -30,6 +32,7 @@ def _wrong(row):
     if type(update) is not int or not 0<=update<2**53:
         return f'`update` must be a whole number, got {json.dumps(update)[:80]}'
     for k,v in row.items():
+        # a metric that is text is none either, but harmless: it is not in `guide`
         huge = type(v) is int and abs(v)>1e300                     # no float holds it
         if huge or isinstance(v, (list,dict)):
             return f'`{k}` must be a number, got {json.dumps(v)[:80]}'
@@ -61,6 +64,7 @@ def read_logs(
     return {s:logs[s] for s in order if logs[s]}
 
 # %% ../nbs/32_metrics.ipynb #fccdfc10
+# metric -> how to read it; the order is that of tables and pictures
 guide = dict(
     reward='the score that is optimised, mean of the rollout; should rise, and then flatten',
     gold='the true reward, where it is known; once it falls while `reward` rises, the reward model is being exploited',
@@ -96,7 +100,7 @@ guide = dict(
 
 def short(x, digits:int=3)->str:
     "A number for people; nothing where there is none"
-    if x is None or x!=x: return ''
+    if x is None or x!=x: return ''                # NaN is not equal to itself
     return f'{x:.{digits}g}' if abs(x)<1000 else f'{x:,.0f}'
 
 def guide_table(
@@ -112,7 +116,8 @@ def reading_guide(
 )->str:
     "What to look for in the metrics that these rows have, as a Markdown table"
     known = [k for k in guide if k in rows[-1]]
-    return guide_table(*({k:short(r.get(k)) for k in known} for r in (rows[0],rows[-1])))
+    first,last = ({k:short(r.get(k)) for k in known} for r in (rows[0],rows[-1]))
+    return guide_table(first, last)
 
 # %% ../nbs/32_metrics.ipynb #45c4357f
 def stage_of(
@@ -123,18 +128,26 @@ def stage_of(
     signs = dict(value_loss='ppo', reward='grpo', chosen_shift='dpo', margin='reward')
     return next((stage for k,stage in signs.items() if k in row), 'sft')
 
-def by_seed(rows)->dict:
+def by_seed(
+    rows # Metrics rows of a run, or {seed: rows} of several
+)->dict:
     "{seed: rows}, of one run too"
     return rows if isinstance(rows, dict) else {0:rows}
 
-def _band(x:pd.DataFrame, window:int):
-    "Mean, low, high of a metric, x (updates, runs): over several runs lowest to highest, of one Student's interval of the window"
+def _band(
+    x:pd.DataFrame, # A metric: a row for each update, a column for each run
+    window:int      # Updates in the moving average
+): # Mean, low, high, a number for each update
+    "Over several runs from the lowest to the highest, of one Student's interval of the window"
     m = x.rolling(window, center=True, min_periods=1).mean()
     if x.shape[1]>1:
         return m.mean(axis=1),m.min(axis=1),m.max(axis=1)
-    m,at = m.iloc[:,0],x.iloc[:,0].rolling(window, center=True, min_periods=min(4, window))
+    m = m.iloc[:,0]
+    at = x.iloc[:,0].rolling(window, center=True, min_periods=min(4, window))
     n,sd = at.count(),at.std()
-    h = pd.Series([t_quantile(int(c)-1) if c>3 else math.nan for c in n], x.index)*sd/n**.5
+    # half the width; at the ends of a run windows are shorter, of fewer than four rows there is none
+    quantile = [t_quantile(int(c)-1) if c>3 else math.nan for c in n]
+    h = pd.Series(quantile, x.index)*sd/n**.5
     return m,m-h,m+h
 
 def curves(
@@ -146,6 +159,7 @@ def curves(
     runs,out = by_seed(rows),[]
     size = window or max(5, max(map(len, runs.values()))//10)
     for k in keys or [k for k in guide if any(k in r[-1] for r in runs.values())]:
+        # {seed: {update: value}}; pandas lines the updates up, a run that stopped early ends early
         values = {s:{r['update']:r[k] for r in rs if r.get(k) is not None}
                   for s,rs in runs.items()}
         x = pd.DataFrame({s:pd.Series(v, dtype=float) for s,v in values.items()})
@@ -158,6 +172,7 @@ def curves(
 def _cost(rows:list)->dict:
     "What one stage cost; NaN where the rows do not say"
     def total(k):
+        "Sum over the rows; part of them would look like all"
         return sum(r[k] for r in rows) if all(k in r for r in rows) else math.nan
     parts = {f'{k}_seconds':total(f'{k}_seconds') for k in ('sample','score','train')}
     seconds = sum(v for v in parts.values() if v==v) or math.nan
@@ -174,24 +189,33 @@ def costs(
 # sampled_per_second (of those spent sampling), peak_memory (bytes)
 )->pd.DataFrame:
     "Seconds, tokens and memory of each stage; NaN where the rows do not say"
+    # seeds are numbers here, stages are names
     runs = logs if logs and not isinstance(next(iter(logs)), str) else {0:logs}
     rows = [dict(stage=s, **_cost(rs)) for stages in runs.values() for s,rs in stages.items()]
-    if not rows:
+    if not rows:                    # the same columns, for a table with nothing in it
         return pd.DataFrame(columns=['stage','runs',*_cost([dict(update=0)])])
     by_stage = pd.DataFrame(rows).groupby('stage', sort=False)
     mean = by_stage.mean()
     return mean.assign(runs=by_stage.size()).reset_index()[['stage','runs',*mean.columns]]
 
-_cost_heads = dict(updates='updates', seconds='seconds', sample_seconds='of them sampling',
-                   score_seconds='scoring', train_seconds='training',
-    tokens='tokens trained on', tokens_per_second='tokens per second',
-    sampled_per_second='sampled per second of sampling', peak_memory='peak memory')
+# column of `costs` -> head of the table
+_cost_heads = dict(
+    updates='updates',
+    seconds='seconds',
+    sample_seconds='of them sampling',
+    score_seconds='scoring',
+    train_seconds='training',
+    tokens='tokens trained on',
+    tokens_per_second='tokens per second',
+    sampled_per_second='sampled per second of sampling',
+    peak_memory='peak memory')
 
 def costs_table(
     df:pd.DataFrame # From `costs`
 )->str:
     "The same as a Markdown table"
     def cell(x, unit=''):
+        "A number with its unit; a dash where the rows do not say"
         if x!=x: return '—'
         return (f'{x:,.0f}' if abs(x)>=100 else f'{x:.3g}')+unit
     rows = [['stage','runs',*_cost_heads.values()]]
@@ -206,10 +230,13 @@ def mean_of(d:dict):
     "The number itself: intervals call it `mean`, win rates `rate`"
     return d.get('mean', d.get('rate'))
 
-def pool_runs(ds:list)->dict:
+def pool_runs(
+    ds:list # Of each run dict(mean or rate, low, high, n), or None
+)->dict:    # mean, low, high, n (of the first run), runs
     "One number with its interval stays as it is; of several runs the mean, from lowest to highest"
     ds = [d for d in ds if d]
-    means,n = [mean_of(d) for d in ds],ds[0].get('n')
+    means = [mean_of(d) for d in ds]
+    n = ds[0].get('n')
     if len(ds)==1:
         return dict(mean=means[0], low=ds[0].get('low', math.nan),
                     high=ds[0].get('high', math.nan), n=n, runs=1)
@@ -219,28 +246,41 @@ class Point(NamedTuple):
     "On the reward-KL plane"
     kind:str # method, best-of-n, Gibbs, training
     name:str # Of the model; n; beta
-    kl:float
+    kl:float      # Nats per response, and its interval
     kl_low:float
     kl_high:float
-    value:float
+    value:float   # Reward or true reward, and its interval
     low:float
     high:float
-    n:int
+    n:int         # Prompts; None in training
     runs:int
 
-def _point(kind:str, name:str, kl:dict, value:dict)->Point:
+def _point(
+    kind:str,
+    name:str,
+    kl:dict,   # mean, low, high
+    value:dict # mean, low, high, n, runs
+)->Point:
     "From two numbers with their intervals"
-    return Point(kind, name, kl['mean'], kl['low'], kl['high'], value['mean'], value['low'],
-                 value['high'], value['n'], value['runs'])
+    return Point(kind, name,
+                 kl['mean'], kl['low'], kl['high'],
+                 value['mean'], value['low'], value['high'],
+                 value['n'], value['runs'])
 
-def _method_points(models:list, key:str):
+def _method_points(
+    models:list, # Of each run {model: {measure: dict}}
+    key:str      # `reward` or `gold_reward`
+):
     "The models that have KL and reward in every run"
     for name in models[0] if models else ():
         ds = [m.get(name, {}) for m in models]
         if all(key in d and 'kl' in d for d in ds):
             yield _point('method', name, *(pool_runs([d[k] for d in ds]) for k in ('kl',key)))
 
-def _yardstick_points(frontiers, metric:str):
+def _yardstick_points(
+    frontiers, # Of each run dict(best_of_n, gibbs), lists of dict(n or beta, kl, reward, gold)
+    metric:str # `reward` or `gold`
+):
     "Best-of-n and Gibbs, which need no training"
     for kind,k in (('best-of-n','best_of_n'),('Gibbs','gibbs')):
         for rs in zip(*(f[k] for f in frontiers if k in f)):
@@ -249,7 +289,10 @@ def _yardstick_points(frontiers, metric:str):
             yield _point(kind, name, pool_runs([dict(mean=r['kl']) for r in rs]),
                          pool_runs([r[metric] for r in rs]))
 
-def _training_points(logs, metric:str):
+def _training_points(
+    logs,      # Of each run {stage: rows}
+    metric:str # `reward` or `gold`
+):
     "The way of each method through training"
     for stage in policies:
         runs = {i:stages[stage] for i,stages in enumerate(logs) if stage in stages}
@@ -278,6 +321,7 @@ def fit_gold(
 )->dict:
     "Least squares for gold - start = d (alpha - beta ln d), d = sqrt(KL) (Gao et al. 2023, eq. 2)"
     kl,gold = (np.asarray(x, float) for x in (kl,gold))
+    # at 0 the logarithm has no value; k1 may even be below
     ok = kl>1e-6
     d,gold = np.sqrt(kl[ok]),gold[ok]
     # a policy that has fallen apart is beyond what the curve describes
@@ -286,9 +330,10 @@ def fit_gold(
         return dict(alpha=None, beta=None, start=None, turn=None)
     terms = np.stack([d,-d*np.log(d),np.ones_like(d)], 1)
     (a,b,c),*_ = np.linalg.lstsq(terms[near], gold[near], rcond=None)
+    # where the slope alpha - beta (ln d + 1) is 0
     turn = math.exp(a/b-1) if b>1e-9 and a/b<50 else math.inf
-    return dict(alpha=float(a), beta=float(b), start=float(c), turn=turn
-                if turn<d[near].max() else None)
+    return dict(alpha=float(a), beta=float(b), start=float(c),
+                turn=turn if turn<d[near].max() else None)
 
 # %% ../nbs/32_metrics.ipynb #86ce8f06
 def by_judge(
@@ -308,7 +353,8 @@ def flatten_rates(
     if not isinstance(d, dict): return []
     found = []
     if {'low','high'}<=set(d) and mean_of(d) is not None:
-        found.append(dict(path=path, mean=mean_of(d), low=d['low'], high=d['high'], n=d.get('n')))
+        found.append(dict(path=path, mean=mean_of(d),
+                          low=d['low'], high=d['high'], n=d.get('n')))
     for k,v in d.items():
         found += flatten_rates(v, (*path, str(k)))
     return found

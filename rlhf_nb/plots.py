@@ -23,16 +23,18 @@ from .text import *
 from .metrics import *
 
 # %% ../nbs/33_plots.ipynb #e265d58d
+# model or metric -> colour; a model has that of its stage
 colours = {**{name:stage.colour for name,stage in policies.items()}, 'reward':'#cc78bc',
            'gold':'#d55e00'}
 markers = dict(zip(policies, 'so^Dphd'))
 _spare = '#56b4e9','#ca9161','#ece133','#fbafe4'   # for models and parts that are not in the table
-_ink,_title,_text,_small = '#333333',9,8,7         # black is for what belongs to no model; letters in points
+_ink = '#333333'                                   # what belongs to no model
+_title,_text,_small = 9,8,7                        # sizes of letters, in points
 
 class Look(NamedTuple):
     "How a model is drawn"
-    colour:str
-    marker:str
+    colour:str    # Of its points, line and band
+    marker:str    # Of its points, for those who do not see the colour
 
 def look_of(name:str, i:int=0)->Look:
     "Colour and marker of a model; others get the next free ones"
@@ -51,8 +53,9 @@ def _drawn(s:str)->str:
 
 class Plot(Figure):
     "A figure that knows what it shows, and that a notebook displays without pyplot (whose global state threads must not share)"
-    alt = ''
+    alt = ''    # The same in a sentence
     def _repr_png_(self):
+        "The picture for a notebook, with few colours: notebooks are kept in git"
         full,small = io.BytesIO(),io.BytesIO()
         self.savefig(full, format='png', dpi=self.get_dpi())
         Image.open(full).convert('RGB').quantize(64).save(small, 'png', optimize=True)     # a third of the size
@@ -60,14 +63,14 @@ class Plot(Figure):
 
 def _axes(n:int, cols:int=3, height:float=1.55, width:float=6.):
     "A figure with `n` panels of `height` inches, and their axes"
-    cols = min(n, cols)
-    rows = -(-n//cols)
+    cols = min(n, cols)     # fewer panels are wider
+    rows = -(-n//cols)      # rounded up
     fig = Plot((width, min(3.4, height*rows+.3)), dpi=80, layout='constrained')
     axs = fig.subplots(rows, cols, squeeze=False).flatten()
     for ax in axs:
         ax.tick_params(labelsize=_small)
-        ax.spines[['top','right']].set_visible(False)
-    for ax in axs[n:]: ax.set_axis_off()
+        ax.spines[['top','right']].set_visible(False)              # axes, no box
+    for ax in axs[n:]: ax.set_axis_off()                           # places that no panel fills
     return fig,axs[:n]
 
 def _label(ax, title:str='', x:str='', y:str='', legend:bool=True):
@@ -88,6 +91,7 @@ def _spread(runs:int, one:str='95% intervals')->str:
     return f'lowest to highest of {runs} seeds' if runs>1 else one
 
 # %% ../nbs/33_plots.ipynb #plo0trai
+# stage -> its panels, each a tuple of metrics that share an axis
 panels = dict(
     ppo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac',),
          ('value_loss','policy_loss')),
@@ -97,6 +101,7 @@ panels = dict(
          ('chosen_shift','rejected_shift'),('grad_norm',),('dev_kl',)),
     reward=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',)),
     sft=(('nll','dev_nll'),('grad_norm',)))
+# metric -> unit on the axis; the others have none
 axis_units = dict(reward='reward', gold='reward', kl='nats per response', entropy='nats per token',
              nll='nats per token', kl_loss='nats per token', length='tokens',
              chosen_shift='nats', rejected_shift='nats', finished='share',
@@ -107,13 +112,19 @@ def _metric(k:str)->str:
     "What people call a metric"
     return k.replace('_', ' ').replace('gold', 'true reward')
 
-def _curve_panel(ax, df, keys:list, kind:str):
+def _curve_panel(
+    ax,
+    df,        # From `curves`: key, update, mean, low, high
+    keys:list, # Metrics of this panel
+    kind:str   # Stage
+):
     "Some metrics over the updates"
     method = colours.get(stage_table[kind].policy, _ink)
     for k,dash in zip(keys, ('-','--',':')):
-        d,colour = df[df.key==k],colours.get(k.removeprefix('dev_'), method)
-        ax.plot(d['update'], d['mean'], color=colour, ls=dash, lw=1.2, label=_metric(k)
-                if len(keys)>1 else None)
+        d = df[df.key==k]
+        colour = colours.get(k.removeprefix('dev_'), method)
+        name = _metric(k) if len(keys)>1 else None                 # one alone is in the title
+        ax.plot(d['update'], d['mean'], color=colour, ls=dash, lw=1.2, label=name)
         ax.fill_between(d['update'], d.low, d.high, color=colour, alpha=.2, lw=0)
     _label(ax, ' and '.join(map(_metric, keys)), 'update',
            axis_units.get(keys[0].removeprefix('dev_'), ''))
@@ -126,18 +137,22 @@ def plot_training(
 ):               # Figure, data
     "The curves of one stage"
     runs = by_seed(rows)
-    last = next(iter(runs.values()))[-1]
+    last = next(iter(runs.values()))[-1]                           # its metrics stand for all
     kind = stage_of(last)
     groups = [[k for k in g if k in last] for g in keys or panels[kind]]
     groups = [g for g in groups if g]
-    shown,known = {k for g in groups for k in g},list(guide)
+    shown = {k for g in groups for k in g}
+    known = list(guide)                                            # its order, the unknown behind
     df = curves(runs, sorted(shown, key=lambda k: (*known,k).index(k)), window)
     fig,axs = _axes(len(groups))
     for ax,g in zip(axs, groups):
         _curve_panel(ax, df, g, kind)
-    band = f'{len(runs)} seeds, band: lowest to highest' if len(runs)>1 else 'one run, band: 95% of the moving average'
+    band = 'one run, band: 95% of the moving average'
+    if len(runs)>1:
+        band = f'{len(runs)} seeds, band: lowest to highest'
     ends = {k:f"{k} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}"
             for k,d in df.groupby('key', sort=False)}
+    # what the stage is about, as its headline
     found = [ends[k].replace('_', ' ') for k in ('reward','kl','nll','loss','accuracy')
              if k in ends][:2]
     fig.suptitle(f"{_drawn(stage or kind)}: {', '.join(found)}\n{band}", fontsize=_title)
@@ -187,8 +202,8 @@ def live(
 def _live_view(rows:list, total:int, desc:str, keys:tuple):
     "Curves, and a table of the last rows"
     known = [k for k in keys if k in rows[-1]]
-    table = md_table([['update',*known],*([r['update'],*(short(r[k]) for k in known)]
-                                          for r in rows[-5:])])
+    last = [[r['update'],*(short(r[k]) for k in known)] for r in rows[-5:]]
+    table = md_table([['update',*known],*last])
     head = f"**{desc}** update {rows[-1]['update']+1}"+(f' of {total}' if total else '')
     return plot_training(rows, desc or None)[0],f'{head}\n\n{table}'
 
@@ -197,6 +212,7 @@ def _in_place():
     from IPython.display import Markdown,display     # of notebooks, not of the package: a run needs no IPython
     places = [display(Markdown('…'), display_id=True) for _ in 'ab']
     def show(fig, table):
+        "Another picture and table in their places; outside of a notebook there are none"
         for place,o in zip(places, (Markdown(table),fig)):
             if place: place.update(o)
     return show
@@ -214,7 +230,10 @@ def _token(
     shown = html.escape(text).replace('\n', '↵\n') or '∅'
     if x!=x:
         return f'<span title="{html.escape(name)}: not known">{shown}</span>'
-    strength,full,line = abs(x),_above if x>=0 else _below,'solid' if x>=0 else 'dashed'
+    strength = abs(x)
+    full = _above if x>=0 else _below
+    line = 'solid' if x>=0 else 'dashed'                           # the sign for those who do not see the colour
+    # from white to the full colour
     rgb = ','.join(str(int(255-strength*(255-c))) for c in full)
     border = f';border-bottom:{1+round(3*strength)}px {line} #333' if strength>=.05 else ''
     return f'<span style="background:rgb({rgb}){border}" title="{html.escape(name)}: {value:.4g}">{shown}</span>'
@@ -234,14 +253,18 @@ def token_html(
     zero = min(known, default=0.) if center is None else center
     top = scale or max((abs(v-zero) for v in known), default=0.) or 1.
     def share(v):
+        "Of the full colour; what is beyond the scale has all of it"
         return max(-1., min(1., (v-zero)/top)) if math.isfinite(v) else math.nan
     spans = ''.join(_token(t, v, share(v), name) for t,v in zip(tokens, vs))
     steps = (0,1) if center is None else (-1,0,1)
     legend = ' '.join(_token(short(zero+x*top), zero+x*top, float(x), name) for x in steps)
+    # its own background: the colours are made for white, also where the page is dark
     style = 'font-family:monospace;line-height:1.9;white-space:pre-wrap;color:#111;background:#fff;padding:.3em'
-    return f'<div style="{style}"><span style="font-size:85%"><b>{html.escape(name)}</b> {legend}</span>\n{spans}</div>'
+    head = f'<span style="font-size:85%"><b>{html.escape(name)}</b> {legend}</span>'
+    return f'<div style="{style}">{head}\n{spans}</div>'
 
 # %% ../nbs/33_plots.ipynb #0c79da41
+# field of the batch -> what people call it, in the order of the copies
 _token_fields = {'old_log_probs':'log-probability', 'kl':'KL (exact)', 'KL (k1)':'KL (k1)',
                  'rewards':'reward', 'advantages':'advantage', 'values':'value'}
 
@@ -260,6 +283,7 @@ def token_views(
     if 'kl' not in fields and {'old_log_probs','ref_log_probs'}<=fields.keys():
         fields['KL (k1)'] = fields['old_log_probs']-fields['ref_log_probs']
     def values(k):
+        "A number for each token: what the response has once, all of them have"
         return (fields[k][:n] if fields[k].ndim else fields[k].expand(n)).tolist()
     out = [token_html(texts, values(k), name, 0.) for k,name in _token_fields.items()
            if k in fields]
@@ -276,12 +300,13 @@ def plot_costs(
 ):                  # Figure, data
     "Where the seconds go"
     fig,(ax,) = _axes(1, height=1.9, width=5.)
-    left,parts = np.zeros(len(df)),dict(sample='sampling', score='scoring', train='training')
+    left = np.zeros(len(df))                                       # where the next part of each bar begins
+    parts = dict(sample='sampling', score='scoring', train='training')
     for (k,name),colour,hatch in zip(parts.items(), _spare, ('','//','..')):
         seconds = df[f'{k}_seconds'].fillna(0).values
         ax.barh(df.stage, seconds, left=left, color=colour, hatch=hatch, label=name)
         left = left+seconds
-    ax.invert_yaxis()
+    ax.invert_yaxis()                                              # the first stage on top
     _label(ax, x='seconds, mean over runs')
     if left.any():
         fig.suptitle(f'{_drawn(df.stage.iloc[int(left.argmax())])} takes longest: {left.max()/left.sum():.0%} of '
@@ -292,7 +317,7 @@ def plot_costs(
 
 # %% ../nbs/33_plots.ipynb #plo0fron
 def _draw_yardsticks(ax, d):
-    "Best-of-n and Gibbs"
+    "Best-of-n and Gibbs, among the points of one metric, as from `frontier_data`"
     for kind,dash,marker in (('Gibbs',':',''),('best-of-n','--','x')):
         k = d[d.kind==kind].sort_values('kl')
         if not len(k): continue
@@ -309,13 +334,14 @@ def _draw_methods(ax, d):
                 label=f'{label_of(name)} in training')
     for i,r in enumerate(d[d.kind=='method'].itertuples()):
         look = look_of(r.name, i)
-        ax.errorbar(r.kl, r.value, _arms(r.value, r.low, r.high),
-                    _arms(r.kl, r.kl_low, r.kl_high),
-                    color=look.colour, marker=look.marker,
-                    ms=4, lw=1, ls='', label=_drawn(label_of(r.name)))
+        ax.errorbar(r.kl, r.value,
+                    _arms(r.value, r.low, r.high), _arms(r.kl, r.kl_low, r.kl_high),
+                    color=look.colour, marker=look.marker, ms=4, lw=1, ls='',
+                    label=_drawn(label_of(r.name)))
 
 def _gains(methods)->str:
     "Whose true reward, else reward, lies above the reference's by both intervals"
+    # gold comes last, where it is known
     d = methods[methods.metric==methods.metric.iloc[-1]].set_index('name')
     what = 'true reward' if d.metric.iloc[0]=='gold' else 'reward'
     if 'reference' not in d.index: return f'{what} and KL'
@@ -333,7 +359,7 @@ def plot_frontier(
     dfs = [d for d in dfs if len(d) and (d.kind!='training').any()]
     if not dfs:
         raise ValueError('plot_frontier: no model has both a reward and a KL')
-    # no interval (one prompt): no bar
+    # no interval (one prompt) is NaN, and no bar
     df = pd.concat([d.astype({k:float for k in ('kl','kl_low','kl_high','value','low','high')})
                     for d in dfs], ignore_index=True)
     fig,axs = _axes(len(dfs), 2, 2.8)
@@ -342,11 +368,13 @@ def plot_frontier(
         _draw_methods(ax, d)
         _label(ax, dict(gold='true reward').get(metric, metric),
                'KL(policy ‖ reference), nats per response', 'reward', legend=False)
+    # one legend for all panels, each name once
     names = {label:handle for ax in axs for handle,label in zip(*ax.get_legend_handles_labels())}
     fig.legend(names.values(), names, fontsize=_small, frameon=False, loc='outside right center')
     methods = df[df.kind=='method']
-    runs,found = (int(methods.runs.max()),_gains(methods)) if len(methods) else (1,
-            'reward and KL')
+    runs,found = 1,'reward and KL'
+    if len(methods):
+        runs,found = int(methods.runs.max()),_gains(methods)
     fig.suptitle(f'{found}\n{_spread(runs)}', fontsize=_title)
     fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {r.metric} {r.value:.2f} at KL '
                                               f'{r.kl:.2f}' for r in methods.itertuples())+'.'
@@ -360,8 +388,9 @@ def plot_overoptimisation(
     "Proxy and gold over the square root of the KL, and where gold turns"
     runs,out = by_seed(rows),[]
     for seed,rs in runs.items():
-        c = curves(rs, ['kl','reward','gold'], window).pivot(index='update', columns='key',
-                                                             values='mean').reset_index()
+        # columns update, kl, reward, gold
+        c = curves(rs, ['kl','reward','gold'], window)
+        c = c.pivot(index='update', columns='key', values='mean').reset_index()
         turn = fit_gold(c.kl, c.gold)['turn']
         out.append(c.assign(seed=seed, d=np.sqrt(c.kl.clip(lower=0)), turn=turn or math.nan))
     df = pd.concat(out, ignore_index=True)[['seed','update','d','kl','reward','gold','turn']]
@@ -369,14 +398,15 @@ def plot_overoptimisation(
     for i,(_,k) in enumerate(df.sort_values('d').groupby('seed', sort=False)):
         for key,name,dash in (('reward','reward','--'),('gold','true reward','-')):
             label = name+(' (each line a seed)' if len(runs)>1 else '')
-            ax.plot(k.d, k[key], color=colours[key], ls=dash, lw=1, marker='.', ms=3, label=None
-                    if i else label)
+            ax.plot(k.d, k[key], color=colours[key], ls=dash, lw=1, marker='.', ms=3,
+                    label=None if i else label)                    # the legend needs it once
         if not math.isnan(k.turn.iloc[0]):
-            ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':', label=None
-                       if i else 'fitted turn')
+            ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':',
+                       label=None if i else 'fitted turn')
     _label(ax, x='√KL(policy ‖ reference), nats per response', y='reward')
     turns = [f'{t**2:.1f}' for t in df.groupby('seed', sort=False).turn.first() if t==t]
-    found = f"the true reward turns at KL {', '.join(turns)}" if turns else 'no turn of the true reward in these data'
+    found = 'no turn of the true reward in these data'
+    if turns: found = f"the true reward turns at KL {', '.join(turns)}"
     fig.suptitle(f'{found}\nmoving averages over updates', fontsize=_title)
     best = df.loc[df.groupby('seed').gold.idxmax()]
     fig.alt = 'Reward and gold over the square root of the KL. '+'; '.join(
@@ -384,13 +414,19 @@ def plot_overoptimisation(
     return fig,df
 
 # %% ../nbs/33_plots.ipynb #plo0win1
-def _ranges(ax, ys:list, df, null:float=None):
+def _ranges(
+    ax,
+    ys:list,        # Where each line is
+    df,             # model, mean, low, high
+    null:float=None # What no difference is
+):
     "Points with intervals, one a line; hollow where the interval holds `null`"
     for i,(y,r) in enumerate(zip(ys, df.itertuples())):
         look = look_of(r.model, i)
         hollow = null is not None and r.low<=null<=r.high
-        ax.errorbar(r.mean, y, xerr=_arms(r.mean, r.low, r.high), color=look.colour,
-                    marker=look.marker, ms=4, lw=1, ls='', mfc='w' if hollow else look.colour)
+        ax.errorbar(r.mean, y, xerr=_arms(r.mean, r.low, r.high),
+                    color=look.colour, marker=look.marker, ms=4, lw=1, ls='',
+                    mfc='w' if hollow else look.colour)
 
 def _verdicts(df)->str:
     "Which models are better or worse than the reference by every judge"
@@ -412,9 +448,9 @@ def plot_win_rates(
             if d.get('rate') is None: continue
             rows.append(dict(judge=judge, model=m,
                              **pool_runs([r[judge][m] for r in runs if m in r.get(judge, {})])))
-    df = pd.DataFrame(rows)
+    df = pd.DataFrame(rows)                                        # judge, model, mean, low, high, n, runs
     fig,(ax,) = _axes(1, height=min(2.8, .9+.25*len(df)), width=5.)
-    ys = list(range(len(df)))[::-1]
+    ys = list(range(len(df)))[::-1]                                # the first on top
     _ranges(ax, ys, df, .5)
     ax.axvline(.5, color=_ink, lw=.6, ls=':')
     ax.set_yticks(ys, [_drawn(f'{label_of(r.model)}, judge {r.judge}') for r in df.itertuples()])
@@ -437,12 +473,14 @@ def plot_failures(
     if not len(df):
         raise ValueError('plot_failures: no rate with an interval for reference, ppo, grpo or dpo')
     top = df.groupby('failure').high.max().sort_values(ascending=False).index[:most]
-    shown,names = df[df.failure.isin(top)],list(dict.fromkeys(df.model))
+    shown = df[df.failure.isin(top)]
+    names = list(dict.fromkeys(df.model))
     step = .6/max(1, len(names)-1)                                 # the models of one failure share its line
     fig,(ax,) = _axes(1, height=min(3.1, .9+.25*len(top)))
     for i,f in enumerate(reversed(top)):
         d = df[df.failure==f]
         _ranges(ax, [i+.3-step*names.index(m) for m in d.model], d)
+    # for the legend alone: `_ranges` names nothing
     for m in names:
         look = look_of(m)
         ax.plot([], [], color=look.colour, marker=look.marker, ms=4, ls='',

@@ -27,16 +27,17 @@ from .claims import *
 class Part(NamedTuple):
     "A file of a run that the report reads"
     place:str        # Name of its path in `Places`
-    kind:type = dict
+    kind:type = dict # Of the JSON in it
     keys:tuple = ()  # What it must have
 
+# name of the part in a run -> its file
 parts = dict(
-    summary=Part('summary', keys=('models',)),
-    win_rates=Part('win_rates'),
-    failures=Part('failures'),
-    frontier=Part('frontier', keys=('best_of_n',)),
-    overoptimise=Part('overoptimise', list),
-    reward_model=Part('reward_accuracy', keys=('accuracy',)),
+    summary=Part('summary', keys=('models',)),                     # measures of the models, comparisons
+    win_rates=Part('win_rates'),                                   # {judge: {model: win rate}}
+    failures=Part('failures'),                                     # rates: {set: {model: {failure: dict}}}
+    frontier=Part('frontier', keys=('best_of_n',)),                # best-of-n and Gibbs
+    overoptimise=Part('overoptimise', list),                       # rows with kl, reward, gold
+    reward_model=Part('reward_accuracy', keys=('accuracy',)),      # accuracy on held-out pairs, calibration
     last_token=Part('last_token'),
     seconds=Part('seconds'))
 
@@ -57,7 +58,12 @@ def _checked_json(path, keys:tuple, kind):
         raise ValueError(f"{foreign}: no key {', '.join(map(repr, missing))}")
     return d
 
-def _get(problems:list, path, keys=(), kind=None):
+def _get(
+    problems:list, # Takes what is wrong with the file
+    path,
+    keys=(),       # What it must have
+    kind=None      # dict or list (None: either)
+): # What the file has, or None
     "A JSON file with these keys; None where it is not there, and a problem where it is not one of ours"
     if not path.exists(): return None
     try: return _checked_json(path, keys, kind)
@@ -68,17 +74,23 @@ def _ours(path)->bool:
     d = _get([], path)
     return isinstance(d, dict) and 'models' not in d and {'training','missing'}<=set(d)
 
-def _json_parts(folder, problems:list)->dict:
+def _json_parts(
+    folder,
+    problems:list # Takes what is wrong with the files
+)->dict:          # {part: content}
     "The JSON files of a run, None where one is not there or not ours"
     run = {}
     for k,part in parts.items():
+        # a run of logs alone has no models, and its summary is what an earlier report wrote
         keys = ('training',) if k=='summary' and _ours(part_path(folder, k)) else part.keys
         run[k] = _get(problems, part_path(folder, k), keys, part.kind)
     def refuse(k, why):
+        "Go on without a part, and say why"
         problems.append(f'{part_path(folder, k)}: not a file of this kind of run: {why}')
         run[k] = None
     if run['reward_model'] and not isinstance(run['reward_model']['accuracy'], dict):
         refuse('reward_model', "'accuracy' is no object")
+    # parts whose entries are objects, the key they lie under, and what each is about
     for k,inner,entry in (('summary','models','model'),('win_rates',None,'model'),
                           ('failures','rates','prompt set')):
         if run[k] is None: continue
@@ -88,7 +100,10 @@ def _json_parts(folder, problems:list)->dict:
             refuse(k, f'expected an object for each {entry}')
     return run
 
-def _from_samples(recs:dict, src:dict)->dict:
+def _from_samples(
+    recs:dict, # {model: records}
+    src:dict   # Of which prompts: split, text, md (the text in Markdown)
+)->dict:       # As `summary.json`, marked by `from_samples`
     "What evaluate would say of these samples"
     return dict(models=summarise(recs), comparisons=compare(recs), from_samples=True,
                 split=src['split'], source=src['text'], source_md=src['md'])
@@ -97,11 +112,14 @@ def _has_samples(folder)->bool:
     "Are there answers to read?"
     return any(f for at in (folder,Places(folder).samples) for f in at.glob('*_samples.json'))
 
-def _read_run(folder, problems:list)->dict:
+def _read_run(
+    folder,
+    problems:list # Takes what is wrong with the files
+)->dict:          # {part: content}, and logs {stage: rows}; without what is not there
     "What one run has"
     run = _json_parts(folder, problems)
     run['logs'] = read_logs(folder, problems)
-    # what we wrote ourselves; the samples may have changed
+    # what we wrote ourselves is made again: the samples may have changed
     if run['summary'] and run['summary'].get('from_samples'):
         run['summary'] = None
     if run['summary'] is None and _has_samples(folder):
@@ -112,12 +130,18 @@ def _read_run(folder, problems:list)->dict:
         except (ValueError,OSError) as e: problems.append(str(e))
     return {k:v for k,v in run.items() if v}
 
-def _published_runs(folder, over:dict, problems:list)->dict:
-    "The runs of published results: `over` is their seeds.json, and summary.json has what is keyed by seed"
+def _published_runs(
+    folder,
+    over:dict,    # Their seeds.json: seeds, runs (models of each), and lists with an entry for each seed
+    problems:list # Takes what is wrong with the files
+)->dict:          # {seed: parts of the run}
+    "The runs of published results; summary.json has what is keyed by seed"
     more = _get(problems, Places(folder).summary)
     if not isinstance(more, dict) or not more.get('seeds'):
-        more = {}
-    def of_seed(k, s): return more.get(k, {}).get(s)
+        more = {}                                                  # of one run: nothing is keyed by seed
+    def of_seed(k, s):
+        "What the summary has of one seed"
+        return more.get(k, {}).get(s)
     runs = {}
     for i,(s,models) in enumerate(zip(map(str, over['seeds']), over['runs'])):
         summary = dict(models=models, split=over.get('split'),
@@ -139,7 +163,7 @@ def _tidy(run:dict):
                         if isinstance(c, dict) and {'metric','a','b'}<=set(c)]
     s['models'] = {k:v for k,v in s['models'].items() if isinstance(v, dict) and 'reward' in v}
     own = {k:v['win_rate'] for k,v in s['models'].items() if isinstance(v.get('win_rate'), dict)}
-    if own: run.setdefault('win_rates', own)
+    if own: run.setdefault('win_rates', own)                       # where no judge left a file
 
 def _seed_of(run:dict):
     "The seed that a run's summary names"
@@ -154,7 +178,7 @@ def read_runs(
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder}: no such folder')
     seeds = sorted((p for p in folder.glob('seed*') if p.is_dir()),
-                   key=lambda p: (len(p.name),p.name))
+                   key=lambda p: (len(p.name),p.name))             # seed2 before seed10
     over = _get(problems, Places(folder).seeds, ('runs','seeds')) or {}
     if seeds:
         runs = {md_inline(p.name[4:]):_read_run(p, problems) for p in seeds}
@@ -165,7 +189,7 @@ def read_runs(
         why = ''.join(f'\n- {p}' for p in problems)
         raise ValueError(f'{folder}: nothing to analyse: expected logs/*.jsonl, output_samples/*_samples.json or '
                          f'results/*.json, in it or in its seed*/ folders{why}')
-    for r in runs.values(): _tidy(r)
+    for r in runs.values(): _tidy(r)                               # files of others, or edited by hand
     summaries = [r.get('summary', {}) for r in runs.values()]
     split = next((str(s['split']) for s in summaries if s.get('split')), None)
     source = next((s.pop('source_md') for s in summaries if 'source_md' in s), None)
@@ -173,10 +197,13 @@ def read_runs(
                 split=split, source=source)
 
 # %% ../nbs/36_report.ipynb #rep0trn1
-def _stage_summary(rows:list)->dict:
+def _stage_summary(
+    rows:list # Its metrics rows
+)->dict:      # updates, metrics {metric: dict(first, last)}, diagnosis
     "Metrics at the start and the end of one stage, and its diagnosis"
     n = max(1, len(rows)//10)
     def mean(k, rs):
+        "Of the rows that have the metric"
         return float(np.mean([r[k] for r in rs if k in r]))
     known = [k for k in guide if k in rows[-1] and k in rows[0]]
     metrics = {k:dict(first=mean(k, rows[:n]), last=mean(k, rows[-n:])) for k in known}
@@ -195,7 +222,7 @@ def training_summary(
     return out
 
 def _diagnosis_lines(by:dict)->list:
-    "Of one stage, {seed: its summary}"
+    "What the rows of one stage show, once where they show nothing in any seed"
     several = len(by)>1
     if not any(d['diagnosis'] for d in by.values()):
         return [f"Nothing found{f' in any of {len(by)} seeds' if several else ''}.",'']
@@ -204,17 +231,24 @@ def _diagnosis_lines(by:dict)->list:
         out += [f'Seed {s}:' if several else '','',show_diagnosis(d['diagnosis']),'']
     return out
 
-def _stage_lines(stage:str, by:dict, picture:list)->list:
-    "The training of one stage, {seed: its summary}"
+def _stage_lines(
+    stage:str,
+    by:dict,     # {seed: summary of the stage}
+    picture:list # Lines of its curves; empty where none are drawn
+)->list:
+    "The training of one stage"
     several = len(by)>1
     known = [k for k in guide if all(k in d['metrics'] for d in by.values())]
     def at(end):
-        return {k:with_interval(pool_runs([dict(mean=d['metrics'][k][end]) for d in by.values()]),
-                           '.3g') for k in known}
+        "{metric: text} at one end, `first` or `last`"
+        return {k:with_interval(pool_runs([dict(mean=d['metrics'][k][end])
+                                           for d in by.values()]),
+                                '.3g')
+                for k in known}
     updates = ', '.join(f"{d['updates']}{f' (seed {s})' if several else ''}"
                         for s,d in by.items())
-    what = 'mean of the first and the last tenth'+(', mean over seeds [lowest, highest].'
-                                                   if several else '.')
+    over_seeds = ', mean over seeds [lowest, highest]' if several else ''
+    what = f'mean of the first and the last tenth{over_seeds}.'
     return [f'### {md_inline(stage)}','',*picture,'',
             f'Updates: {updates}. First and last: {what}',
             '',guide_table(at('first'), at('last')),'',
@@ -223,12 +257,14 @@ def _stage_lines(stage:str, by:dict, picture:list)->list:
 # %% ../nbs/36_report.ipynb #rep0mis1
 def _of_other_answers(run:dict)->bool:
     "Does an older failure report give the name of the split to answers that are not the comparison's?"
-    failures,summary = run.get('failures', {}),run.get('summary', {})
+    failures = run.get('failures', {})
+    summary = run.get('summary', {})
     if 'source' in (failures.get('about') or {}):
         return False            # its sets are named after their prompts
     for m,d in failures.get('rates', {}).get(summary.get('split'), {}).items():
-        cut,done = d.get('never_stops') or {},summary.get('models', {}).get(m,
-                {}).get('finished') or {}
+        cut = d.get('never_stops') or {}
+        done = summary.get('models', {}).get(m, {}).get('finished') or {}
+        # of the same answers, the shares of those that end and of those that never stop add up to one
         if not {'mean','n'}<=cut.keys()&done.keys(): continue
         if cut['n']!=done['n'] or not math.isclose(cut['mean'], 1-done['mean'], abs_tol=1e-9):
             return True
@@ -244,15 +280,19 @@ def _failure_prompts(runs:dict)->list:
                    "numbers are not those of the comparison.")
     return ['',*out] if out else []
 
-def _absent(runs:dict)->list:
+def _absent(
+    runs:dict # {seed: parts of the run}
+)->list:      # A line for each
     "Stages and parts that some runs have and others lack"
     def names(r):
-        logs,models = r.get('logs') or r.get('training', {}),r.get('summary', {}).get('models',
-                {})
+        "What one run has"
+        logs = r.get('logs') or r.get('training', {})
+        models = r.get('summary', {}).get('models', {})
         return {*(f'log of {md_inline(k)}' for k in logs),
                 *(f'model {md_inline(k)}' for k in models)}
     have = {s:names(r) for s,r in runs.items()}
     want = set().union(*have.values())
+    # with one log, or one model, the others are expected too
     if any(w.startswith('log') for w in want):
         want |= {f'log of {k}' for k in trained}
     if any(w.startswith('model') for w in want):
@@ -261,6 +301,7 @@ def _absent(runs:dict)->list:
             for w in sorted(want-h)]
 
 # %% ../nbs/36_report.ipynb #d712240c
+# section -> where its numbers come from, to be named where it is missing
 _sources = {
     'The models':'samples or results/summary.json',
     'The methods against each other':'`comparisons` of results/summary.json',
@@ -275,11 +316,15 @@ _sources = {
 class _Material:
     "What the sections are made of; where a file is not what a run writes, it is named among the problems and the report goes on"
     def __init__(self, data:dict, out=None):
-        self.runs,self.problems,self.out = data['runs'],data['problems'],out
-        self.logs,self.models = self.each('logs'),[s['models'] for s in self.each('summary')]
+        "What several sections need, read and drawn once"
+        self.runs,self.problems = data['runs'],data['problems']
+        self.out = out                                             # None: no pictures
+        self.logs = self.each('logs')                              # of each run {stage: rows}
+        self.models = [s['models'] for s in self.each('summary')]  # of each run {model: {measure: dict}}
         self.training = self.part('Training', training_summary, self.runs) or {}
         self.pictures = {k:self.part('Training', self.draw_stage, k) or []
                          for k in dict.fromkeys(k for stages in self.logs for k in stages)}
+        # one row is no curve, and rows without gold have no turn
         over = each_run(self.runs, 'overoptimise')
         self.over = {s:o for s,o in over.items()
                      if len(o)>1 and isinstance(o[0], dict) and 'gold' in o[0]}
@@ -290,6 +335,7 @@ class _Material:
                                dict(enumerate(self.logs))) if self.logs else None
 
     def each(self, k:str)->list:
+        "One part of all runs that have it"
         return [r[k] for r in self.runs.values() if k in r]
 
     def part(self, name:str, f, *args):
@@ -313,39 +359,43 @@ class _Material:
 def _judge_section(m:_Material):
     "What the judges say, and a picture of it"
     lines = judge_lines(m.runs)
-    return lines and m.draw('training_analysis', 'win_rates', plot_win_rates,
-                            m.each('win_rates'))+lines
+    if not lines: return lines
+    return m.draw('training_analysis', 'win_rates', plot_win_rates,
+                  m.each('win_rates'))+lines
 
 def _frontier_section(m:_Material):
     "The reward-KL plane, and best-of-n as the yardstick"
     if not any('kl' in d for models in m.models for d in models.values()):
         return None
-    return m.draw('training_analysis', 'frontier', plot_frontier, m.models, m.each('frontier'),
-                  m.logs)+best_of_n_lines(m.runs)
+    picture = m.draw('training_analysis', 'frontier', plot_frontier,
+                     m.models, m.each('frontier'), m.logs)
+    return picture+best_of_n_lines(m.runs)
 
 def _over_section(m:_Material):
     "Reward and true reward over the KL"
-    return m.over and m.draw('training_analysis', 'overoptimisation', plot_overoptimisation,
-                             m.over)+turn_lines(m.over)
+    if not m.over: return m.over
+    picture = m.draw('training_analysis', 'overoptimisation', plot_overoptimisation, m.over)
+    return picture+turn_lines(m.over)
 
 def _failure_section(m:_Material):
     "Failure rates, and whose answers they are of"
     if not m.failures: return None
-    return m.draw('failure_analysis', 'failures', plot_failures,
-                  m.failures)+failure_lines(m.failures)+_failure_prompts(m.runs)
+    picture = m.draw('failure_analysis', 'failures', plot_failures, m.failures)
+    return picture+failure_lines(m.failures)+_failure_prompts(m.runs)
 
 def _cost_section(m:_Material):
     "Seconds, tokens, memory"
     if m.costs is None: return None
-    return m.draw('training_analysis', 'costs', plot_costs,
-                  m.costs)+[costs_table(m.costs)]+memory_lines(m.logs)
+    picture = m.draw('training_analysis', 'costs', plot_costs, m.costs)
+    return picture+[costs_table(m.costs)]+memory_lines(m.logs)
 
 def _training_section(m:_Material):
     "Each stage: curves, first and last, diagnosis"
     return [line for stage,by in m.training.items()
             for line in _stage_lines(stage, by, m.pictures.get(stage, []))]
 
-_sections = {   # in the order of the report
+# title -> lines of a section, None or empty where its data are missing; in the order of the report
+_sections = {
     'The models':lambda m: model_lines(m.runs),
     'The methods against each other':lambda m: between_lines(m.runs),
     'Judges':_judge_section,
@@ -356,14 +406,24 @@ _sections = {   # in the order of the report
     'What training cost':_cost_section,
     'Training':_training_section}
 
-def _about(data:dict, command:str)->str:
+def _about(
+    data:dict,  # From `read_runs`
+    command:str # That made the report, or None
+)->str:
     "What the report is of, and who made it"
-    seeds,several = list(data['runs']),len(data['runs'])>1
-    runs = f"the seeds {', '.join(seeds)}" if several else 'one run'+(f' (seed {seeds[0]})'
-            if seeds[0] else '')
-    of = f", {md_inline(data['split'])} split" if data['split'] else f"; {data['source']}" if data.get('source') else ''
-    means = ('Intervals over seeds go from the lowest to the highest; intervals of one seed are '
-             '95%' if several else 'Intervals are 95%')
+    seeds = list(data['runs'])
+    if len(seeds)>1:
+        runs = f"the seeds {', '.join(seeds)}"
+        means = ('Intervals over seeds go from the lowest to the highest; intervals of one seed are '
+                 '95%')
+    else:
+        runs = 'one run'+(f' (seed {seeds[0]})' if seeds[0] else '')
+        means = 'Intervals are 95%'
+    of = ''                     # nobody knows which prompts
+    if data['split']:
+        of = f", {md_inline(data['split'])} split"
+    elif data.get('source'):
+        of = f"; {data['source']}"
     made = [f'The report: {md_code(command)}.'] if command else []
     if data.get('command'):
         made.append(f"The runs: {md_code(data['command'])}.")
@@ -373,6 +433,7 @@ def _about(data:dict, command:str)->str:
 
 def _few_lines(models:list)->list:
     "What a handful of prompts can show"
+    # all models answer the same prompts, so the reference speaks for them
     ns = [d.get('reference', {}).get('reward', {}).get('n') for d in models]
     few = [n for n in ns if isinstance(n, int) and too_few(n)]
     return [f'**{too_few(min(few))}**',''] if few else []
@@ -388,7 +449,7 @@ def _numbers(m:_Material)->dict:
         comparisons = each_run(m.runs, 'summary', 'comparisons')
         out.update(seeds=list(m.runs), models=pooled_models(m.models),
                    runs=each_run(m.runs, 'summary', 'models'), comparisons=comparisons)
-    elif summary.get('from_samples'): out.update(summary)
+    elif summary.get('from_samples'): out.update(summary)          # nobody else wrote it down
     return out
 
 def mk_report(
@@ -402,11 +463,12 @@ def mk_report(
     first = m.part('What comes first', caveats, m.runs)
     missing = [f'{title}: no {_sources[title]}' for title,lines in sections.items()
                if not lines]+_absent(m.runs)
+    # first what takes the meaning from the rest, last what is not there
     md = ['# Analysis','']
     if first: md += [f"**Read this first.** {' '.join(first)}",'']
     md += [_about(data, command),'',*_few_lines(m.models)]
     for title,lines in sections.items():
-        if lines: md += [f'## {title}','',*lines,'']
+        if lines: md += [f'## {title}','',*lines,'']               # the others are named as missing
     if missing:
         md += ['## Missing','','Nothing is said about these, because the data are not there:','',
                *(f'- {o}' for o in missing),'']

@@ -41,9 +41,7 @@ def _asked(desk, q):
         raise ValueError('There are no models here: choose one of the stored prompts')
     prompt = mk_prompt(q.prompt, q.history) if desk.players else q.stored
     c = desk.ask(prompt, q.models, q.temperature, q.length, q.seed, q.n)
-    return dict(c,
-        order=_order(c['models'], q.blind),
-        blind=bool(q.blind))
+    return dict(c, order=_order(c['models'], q.blind), blind=bool(q.blind))
 
 def _state_of(c, seconds):
     "What is going on with a comparison, in words"
@@ -55,15 +53,15 @@ def _state_of(c, seconds):
 
 def _follow(desk, q, visitor):
     "Everything that happens after a click on Compare: (comparison or None, status)"
-    stop = desk.running[visitor] = threading.Event()
+    stop = desk.running[visitor] = threading.Event()  # the button Stop sets it
     try:
         began = time.perf_counter()
         while desk.state=='loading' and not stop.is_set():
             yield None,status_html('Loading the models')
-            time.sleep(.2)
+            time.sleep(.2)  # models load in a thread of their own
         for c in desk.answers(_asked(desk, q), stop):
             yield c,status_html(_state_of(c, time.perf_counter()-began))
-    except refused as e: yield None,status_html(str(e), 'bad')
+    except refused as e: yield None,status_html(str(e), 'bad')  # what the person can mend
     finally: desk.running.pop(visitor, None)
 
 # %% ../nbs/44_tabs.ipynb #apppage1
@@ -72,7 +70,9 @@ _usual = dict(queue=False, api_visibility='private', show_progress='hidden')
 
 class Page:
     "The parts of a page by their names, and the events between them"
-    def __init__(self, desk): self.desk,self.parts = desk,{}
+    def __init__(self, desk):
+        "`parts` is filled as the page is laid out"
+        self.desk,self.parts = desk,{}
 
     def __getitem__(self, names:str)->list:
         "Parts by their names, which stand in one text"
@@ -80,7 +80,7 @@ class Page:
 
     def events(self, names:str)->list:
         "What gradio calls 'go.click' and the like"
-        pairs = [o.split('.') for o in names.split()]
+        pairs = [o.split('.') for o in names.split()]  # (part, event) each
         return [getattr(self.parts[part], event) for part,event in pairs]
 
     def on(self,
@@ -91,19 +91,25 @@ class Page:
         **kw           # More for gradio
     ):
         "At each of `events` call `f`"
-        def named(values): return values and {self.parts[k]:v for k,v in values.items()}
+        def named(values):
+            "{part: value} as gradio wants it; None stays None"
+            return values and {self.parts[k]:v for k,v in values.items()}
         # both have the name and the parameters of `f`, where gradio looks for a request to hand over
         @functools.wraps(f)
-        def once(*values): return named(f(*values))
+        def once(*values):
+            "One answer"
+            return named(f(*values))
         @functools.wraps(f)
-        def often(*values): yield from map(named, f(*values))
+        def often(*values):
+            "An answer at a time"
+            yield from map(named, f(*values))
         call = often if inspect.isgeneratorfunction(f) else once      # gradio looks which of the two it is
         kw = _usual|kw
         return gr.on(self.events(events), call, self[takes], self[fills], **kw)
 
     def saves(self, event, part:str, name:str):
         "Then the browser saves the text of a part as a file"
-        event.then(None, self[part], None, js=f"s => rlhf_save(s, '{name}')")
+        event.then(None, self[part], None, js=f"s => rlhf_save(s, '{name}')")  # no function here: the browser does it
 
 def _says(s, kind='', line='status', **kw):
     "A line of status, as `status_html` takes it"
@@ -123,32 +129,26 @@ _colours = [('KL to the reference','kl'),('log-probability','log_prob'),('nothin
 
 def _lay_out_question(desk):
     "What somebody fills in"
-    gr.HTML(visible=False, elem_id='past')
+    gr.HTML(visible=False, elem_id='past')  # the turns before the question
     with gr.Row(equal_height=False, elem_id='ask'):
         # typed where there are models; else one of the stored prompts is chosen
         prompt = gr.Textbox(label='Prompt', elem_id='prompt',
             placeholder='Ask something, or paste a dialogue with Human: and Assistant: before its turns',
             lines=2, max_lines=12, max_length=desk.max_chars, scale=5,
             autofocus=True, submit_btn=False)
-        gr.Dropdown(label='Stored prompt', elem_id='stored',
-            visible=False, scale=5, filterable=True)
+        gr.Dropdown(label='Stored prompt', elem_id='stored', visible=False, scale=5, filterable=True)
         with gr.Column(min_width=150, scale=1):
             gr.Button('Compare', variant='primary', elem_id='go')
             gr.Button('Stop', elem_id='stop', interactive=False)
     with gr.Row(elem_id='how'):
-        gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind',
-            scale=2, min_width=260)
-        gr.Radio(_colours, value='kl', label='Colour of the tokens', elem_id='colour',
-            scale=3, min_width=260)
+        gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind', scale=2, min_width=260)
+        gr.Radio(_colours, value='kl', label='Colour of the tokens', elem_id='colour', scale=3, min_width=260)
     with gr.Accordion('Settings', open=False, elem_id='settings'):
         gr.CheckboxGroup(label='Models, one to four', elem_id='models')
         with gr.Row():
-            gr.Slider(0, 2, 1., step=.05, elem_id='temperature',
-                label='Temperature (0: the most likely token)')
-            gr.Slider(1, 256, 48, step=1, elem_id='length',
-                label='Longest answer, tokens')
-            gr.Slider(1, 16, 1, step=1, elem_id='n',
-                label='Samples of each model (the best by reward is shown)')
+            gr.Slider(0, 2, 1., step=.05, elem_id='temperature', label='Temperature (0: the most likely token)')
+            gr.Slider(1, 256, 48, step=1, elem_id='length', label='Longest answer, tokens')
+            gr.Slider(1, 16, 1, step=1, elem_id='n', label='Samples of each model (the best by reward is shown)')
             gr.Number(0, label='Seed', minimum=0, elem_id='seed')
     gr.Dataset(components=[prompt], samples=[['']], visible=False,
         label='Examples', elem_id='examples')
@@ -159,7 +159,7 @@ def _lay_out_answers():
     gr.HTML(elem_id='board')
     with gr.Row(visible=False, elem_id='votes'):
         # keys in brackets: the script presses the buttons
-        for i,x in enumerate('ABCD', 1):
+        for i,x in enumerate('ABCD', 1):  # the names of answers while nobody knows whose they are
             gr.Button(f'{x} is best  [{i}]', elem_id=f'vote-{i}', min_width=100)
         gr.Button('Tie  [T]', elem_id='vote-tie', min_width=100)
         gr.Button('All bad  [B]', elem_id='vote-bad', min_width=100)
@@ -191,21 +191,23 @@ def _wire_question(page):
     desk = page.desk
     def on_compare(request:gr.Request, *fields):
         "Answers as they grow; then what can be done with them"
-        *fields,colour = fields
+        *fields,colour = fields  # not a part of the question
         hidden = dict(votes=_seen(False), after=_seen(False))
         yield dict(hidden, status=status_html('Starting'), stop=gr.update(interactive=True))
         for c,status in _follow(desk, Question(*fields), request.session_hash):
             yield dict(status=status, board=board(c, colour)) if c else dict(status=status)
         end = dict(stop=gr.update(interactive=False))
-        if c and c['state']=='done':
+        if c and c['state']=='done':  # one that was stopped is not voted on
             shown = not c['blind']           # the menu would name the models
             end.update(_may_vote(c)|_may_go_on(c, shown), id=c['id'])
         yield end
     def on_stop(request:gr.Request):
         "The writing for this visitor ends at the next token"
         stop = desk.running.get(request.session_hash)
-        if stop: stop.set()
-    def on_example(row): return dict(prompt=row[0])
+        if stop: stop.set()  # nothing is written where there is none
+    def on_example(row):
+        "The question of a row"
+        return dict(prompt=row[0])
     page.on('go.click prompt.submit', on_compare,
         'prompt stored history models temperature length seed n blind colour',
         'status board id stop votes after whose '+' '.join(_picks),
@@ -219,6 +221,7 @@ def _wire_vote(page):
     def voting(which):
         "What happens at the button of a place on the page, or of `tie` or `bad`"
         def on_vote(id, colour):
+            "Save it, then show whose answers they are"
             try:
                 c = desk.comparisons.get(id)
                 choice = c['order'][which] if c and isinstance(which, int) else str(which)
@@ -256,8 +259,8 @@ def _wire_comparison(page):
         return dict(history=turns, past=_seen(value=shield(so_far)), prompt='',
             status=status_html('Write the next turn'))
     def on_fresh():
-        return dict(history=[], past=_seen(False, value=''), prompt='',
-            status=status_html('A new dialogue'))
+        "No turns before the next question"
+        return dict(history=[], past=_seen(False, value=''), prompt='', status=status_html('A new dialogue'))
     page.on('colour.change', on_colour, 'id colour', 'board', trigger_mode='always_last')
     page.saves(page.on('save.click', on_save, 'id', 'saved'), 'saved', 'comparison.json')
     page.on('continue.click', on_continue, 'id whose', 'history past prompt status')
@@ -270,8 +273,8 @@ def _fill_compare(desk):
     "Of samples alone there is less to choose"
     live = bool(desk.players) or desk.coming()      # a page whose models still load looks as it will then
     prompts = [(HH.asked(p)[:120],p) for p in desk.prompts]       # what a person reads, and what it stands for
-    turn = HH.mark('user').strip()
-    questions = [[short] for short,p in prompts if p.count(turn)==1]
+    turn = HH.mark('user').strip()  # as it stands before each turn
+    questions = [[short] for short,p in prompts if p.count(turn)==1]  # of one turn: a dialogue is no example
     out = dict.fromkeys(('prompt','colour','n','seed','length','temperature'), _seen(live))
     if (c := desk.config):
         as_run = dict(seed=c.seed, length=c.eval.max_new_tokens, temperature=c.eval.temperature)
@@ -280,7 +283,7 @@ def _fill_compare(desk):
     names = desk.names()
     return dict(out,
         stored=_seen(not live, choices=prompts, value=first),
-        models=gr.update(choices=_choices(names), value=names[:4]),
+        models=gr.update(choices=_choices(names), value=names[:4]),  # as many as a comparison takes
         examples=_seen(live and bool(questions), samples=questions[:6] or [['']]))
 
 # %% ../nbs/44_tabs.ipynb #appxcod0
@@ -310,7 +313,7 @@ def _lay_out_explore():
 def _flags(r):
     "What is wrong with a record, in words"
     from rlhf_nb.detect import detect,failure_names
-    if not r: return []
+    if not r: return []  # no answer of this model to the prompt
     found = [k for k,v in detect(r).items() if v and k!='degenerate']     # which is any of the others
     return [failure_names[k] for k in found]
 
@@ -335,10 +338,14 @@ def _wire_explore(page):
         except ValueError as e:
             return _says(str(e), 'bad', 'x-status')
         pairs = dict(zip(_limited, zip(limits[::2], limits[1::2])))       # (least, most) of each
-        hits = find(desk.records, model, sort, failure or None, text or '', **pairs)
+        hits = find(desk.records, model, sort, failure or None, text or '', **pairs)  # prompts, in their order
         return dict(hits=hits, place=0)|_show_found(desk, hits, 0, model)
-    def on_back(hits, at, model): return _show_found(desk, hits, at-1, model)
-    def on_next(hits, at, model): return _show_found(desk, hits, at+1, model)
+    def on_back(hits, at, model):
+        "The prompt before this one"
+        return _show_found(desk, hits, at-1, model)
+    def on_next(hits, at, model):
+        "The prompt after this one"
+        return _show_found(desk, hits, at+1, model)
     fields = ['x-model','x-sort','x-failure','x-text',*_bounds]
     shows = 'place x-status x-board'
     changes = ' '.join(f'{k}.change' for k in fields)
@@ -350,7 +357,7 @@ def _fill_explore(desk):
     "What can be looked through, once samples are read"
     from rlhf_nb.detect import failure_names
     models = list(desk.records)
-    first = next((k for k in models if k!='reference'), None)
+    first = next((k for k in models if k!='reference'), None)  # the reference has no gap to itself
     failures = [(k.replace('_', ' '),k) for k in failure_names]
     return {'x-model':gr.update(choices=_choices(models), value=first),
         'x-failure':gr.update(choices=[('any',''),*failures])}
@@ -367,7 +374,7 @@ def _lay_out_votes():
 
 def _train_on(desk, path):
     "The command that trains on exported votes"
-    run = Places('outputs/demo') if desk.shipped else desk.places
+    run = Places('outputs/demo') if desk.shipped else desk.places  # the package brings samples and no models
     model,data = (shlex.quote(str(o)) for o in (run.made('sft'),path))
     return f'rlhf_nb run --stages sft dpo --set sft.skip=true --model {model} --data {data} --out outputs/from_votes'
 
@@ -375,6 +382,7 @@ def _wire_votes(page):
     "Win rates, and the export"
     desk = page.desk
     def on_count():
+        "What the votes say now"
         try: return {'v-board':votes_html(desk.summary())}
         except (ValueError,KeyError,OSError) as e:
             return _says(str(e), 'bad', 'v-board')
@@ -397,13 +405,15 @@ def _wire_curves(page):
         # what draws imports transformers, and two threads that import it at once break it
         while desk.state=='loading': time.sleep(.1)
         if desk.shipped: return status_html('The samples of the package come without training logs')
-        with one:
+        with one:  # many visitors, and one who draws
             if desk.path not in drawn:
                 try: drawn[desk.path] = curves_html(desk.path)
                 except (ValueError,OSError,KeyError) as e:
                     return status_html(f'{type(e).__name__}: {e}', 'bad')
             return drawn[desk.path]
-    def on_open(): return dict(curves=curves())
+    def on_open():
+        "The pictures where their tab is"
+        return dict(curves=curves())
     page.on('curves_tab.select', on_open, '', 'curves')
 snippet = """from gradio_client import Client   # pip install gradio_client
 client = Client('{url}')
@@ -438,12 +448,12 @@ def _wire_start(page):
         return dict(top=banner_html(desk), **_fill_compare(desk))
     def on_load():
         "Two fillings, so that nobody waits for models to see samples"
-        desk.ready.wait()
+        desk.ready.wait()  # until samples are read
         yield dict(now(), demo=_seen(desk.shipped), **_fill_explore(desk))
         desk.seen.set()                        # now the models may be loaded
         if desk.state=='loading':
             while desk.state=='loading': time.sleep(.1)
-            yield now()
+            yield now()  # what the models add
     filled = f'top demo {_compare_fields} x-model x-failure'
     page.on('page.load', on_load, '', filled, queue=True, concurrency_limit=None)
 
@@ -480,4 +490,4 @@ def wire(
     _wire_votes(page)
     _wire_curves(page)
     _wire_start(page)
-    if page.desk.shipped: _wire_demo(page, demo)
+    if page.desk.shipped: _wire_demo(page, demo)  # a run that is there is not made

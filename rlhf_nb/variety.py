@@ -28,8 +28,14 @@ def rarefied(
 )->float:
     "Expected number of kinds in `m` draws without replacement"
     c,N = counts[counts>0].double(),counts.sum().double()
-    def log_factorial(x): return torch.lgamma(x+1)
-    never = (log_factorial(N-c)-log_factorial((N-c-m).clamp(min=0))-log_factorial(N)+log_factorial(N-m)).exp()
+    def log_factorial(x):
+        "As a sum of logarithms: the numbers themselves overflow"
+        return torch.lgamma(x+1)
+    # probability that no draw shows a kind: C(N-c, m) / C(N, m)
+    never = (log_factorial(N-c)
+             -log_factorial((N-c-m).clamp(min=0))
+             -log_factorial(N)
+             +log_factorial(N-m)).exp()
     never = torch.where(c>N-m, 0., never)      # so frequent that it must be among them
     return (1-never).sum().item()
 
@@ -44,41 +50,65 @@ class _Vectors(NamedTuple):
 def _vectors(
     prompts:list, # Number of the prompt, of each item
     kinds:list,   # What it is
-    weights:list
+    weights:list  # What it adds to that coordinate
 )->_Vectors:
     "The items of each prompt, added up by kind"
-    of,kind,w = torch.tensor(prompts, dtype=torch.long),_numbers(kinds),torch.tensor(weights,
-            dtype=torch.float64)
+    of = torch.tensor(prompts, dtype=torch.long)
+    kind = _numbers(kinds)
+    w = torch.tensor(weights, dtype=torch.float64)
+    # without any word there is nothing to count prompts and kinds by
     B = int(of.max())+1 if len(of) else 1
     n_kinds = int(kind.max())+1 if len(kind) else 1
+    # one number for each pair of prompt and kind, so that equal pairs are added up
     entry,place = torch.unique(of*n_kinds+kind, return_inverse=True)
-    total = torch.zeros(len(entry), dtype=torch.float64).index_add_(0, place, w)
-    squared = torch.zeros(B, dtype=torch.float64).index_add_(0, entry//n_kinds, total*total)
-    return _Vectors(entry//n_kinds, entry%n_kinds, total, squared)
+    total = torch.zeros(len(entry), dtype=torch.float64)
+    total.index_add_(0, place, w)
+    prompt = entry//n_kinds
+    squared = torch.zeros(B, dtype=torch.float64)
+    squared.index_add_(0, prompt, total*total)
+    return _Vectors(prompt, entry%n_kinds, total, squared)
 
 class TextSet:
     "Word pairs and openings of a list of B lists of n texts"
-    def __init__(self, groups):
-        words = [(i,words_of(t)) for i,texts in enumerate(groups) for t in texts]
+    def __init__(
+        self,
+        groups # Of each prompt the texts of its n answers
+    ):
+        "Everything is counted once; leaving out prompts is a mask"
+        words = [(i,words_of(t))
+                 for i,texts in enumerate(groups)
+                 for t in texts]
         self.n = len(groups[0])
-        pairs = [(i,p) for i,w in words for p in zip(w, w[1:])]
-        self.pair_of,self.pair = torch.tensor([i for i,_ in pairs], dtype=torch.long),_numbers(p
-                for _,p in pairs)
+        pairs = [(i,p)
+                 for i,w in words
+                 for p in zip(w, w[1:])]
+        # (P,) of every word pair its prompt and its kind
+        self.pair_of = torch.tensor([i for i,_ in pairs], dtype=torch.long)
+        self.pair = _numbers(p for _,p in pairs)
         self.bag = self._bags(words)
         openings = [tuple(w[:3]) for _,w in words]
         self.opening = _vectors([i for i,_ in words], openings, [1.]*len(words))
+        # the most common opening and how often it was seen
         self.top = Counter(map(' '.join, openings)).most_common(1)[0]
 
     @staticmethod
     def _bags(words)->_Vectors:
         "Each answer is the set of its word pairs, `^` before the first word, of length 1"
         bags = [(i,set(zip(['^',*w], w))) for i,w in words]
-        items = [(i,p,len(b)**-.5) for i,b in bags for p in b]
+        items = [(i,p,len(b)**-.5)
+                 for i,b in bags
+                 for p in b]
         return _vectors(*([o[j] for o in items] for j in range(3)))
 
-    def similar(self, vectors:_Vectors, keep)->float:
-        "Mean product of the vectors of two different prompts, among those to `keep` (B,)"
-        v,B = vectors,int(keep.sum())
+    def similar(
+        self,
+        vectors:_Vectors,
+        keep # (B,) bool, the prompts to count
+    )->float:
+        "Mean product of the vectors of two different prompts"
+        v = vectors
+        B = int(keep.sum())
+        # the square of the sum has all pairs of prompts, and each prompt with itself
         kept = keep[v.prompt]
         total = torch.bincount(v.kind[kept], v.weight[kept])
         own = v.squared[keep[:len(v.squared)]].sum()
@@ -86,15 +116,21 @@ class TextSet:
 
     def within(self, B:int)->torch.Tensor:
         "Mean cosine of two answers to one prompt, (B,)"
+        # last prompts without a word have no entry
         squared = torch.zeros(B, dtype=torch.float64)
         squared[:len(self.bag.squared)] = self.bag.squared
+        # less each answer with itself: all have length 1
         return (squared-self.n).clamp(min=0)/(self.n*(self.n-1))
 
-    def measures(self, keep, m:int)->torch.Tensor:
-        "distinct_2 among `m` word pairs, self_similarity, same_opening, (3,), of the prompts to `keep` (B,)"
+    def measures(
+        self,
+        keep, # (B,) bool, the prompts to count
+        m:int # Word pairs to draw, the same for every model: more text has more kinds
+    )->torch.Tensor:
+        "(3,): distinct_2, self_similarity, same_opening"
         distinct = rarefied(torch.bincount(self.pair[keep[self.pair_of]]), m)
-        return torch.tensor([distinct, self.similar(self.bag, keep),
-                             self.similar(self.opening, keep)], dtype=torch.float64)
+        alike = [self.similar(v, keep) for v in (self.bag,self.opening)]
+        return torch.tensor([distinct,*alike], dtype=torch.float64)
 
 # %% ../nbs/30_variety.ipynb #da70b775
 def jackknife(
@@ -106,7 +142,9 @@ def jackknife(
     v = f(torch.ones(B, dtype=torch.bool))
     if B<2:
         return v,torch.full_like(v, math.inf)     # one prompt says nothing about their spread
-    order,g = torch.randperm(B, generator=generator(0, 'jackknife')),min(groups, B)
+    # dealt out at random: neighbours may be alike
+    order = torch.randperm(B, generator=generator(0, 'jackknife'))
+    g = min(groups, B)
     parts = []
     for j in range(g):
         keep = torch.ones(B, dtype=torch.bool)
@@ -123,7 +161,7 @@ def student_p(
     "Two-sided p of Student's t (Abramowitz & Stegun 26.7.8); of a handful of prompts never below that of a sign-flip test, whatever the spread"
     if not d or df<1 or not math.isfinite(se): return 1.
     least = 2.**-df if df<fewest-1 or not se else 0.
-    if not se: return least
+    if not se: return least         # all parts say the very same
     t = d/se
     return max(least, math.erfc(abs(t)*(1-1/(4*df))/math.sqrt(1+t*t/(2*df))/math.sqrt(2)))
 
@@ -136,7 +174,8 @@ def over_set(
 )->list:
     "Values of every model and their differences from the reference, by the jackknife"
     models = list(fs)
-    reference,df = models.index('reference'),min(32, B)-1
+    reference = models.index('reference')
+    df = min(32, B)-1               # as many parts as the jackknife makes, less one
     def numbers(keep):
         "(2 M, K): the values of M models, then their differences from the reference"
         v = torch.stack([f(keep) for f in fs.values()])
@@ -146,9 +185,11 @@ def over_set(
     for i,m in enumerate(models):
         for k,name in enumerate(names):
             x,s = v[i,k].item(),se[i,k].item()
-            rows.append(dict(metric=name, model=m, value=x, low=x-h*s, high=x+h*s, n=B))
+            rows.append(dict(metric=name, model=m, value=x,
+                             low=x-h*s, high=x+h*s, n=B))
             if i==reference: continue
-            d,s = v[len(models)+i,k].item(),se[len(models)+i,k].item()
+            j = len(models)+i                                      # row of the difference
+            d,s = v[j,k].item(),se[j,k].item()
             # what is left of two equal sums is rounding, and no difference
             seen = d if abs(d)>1e-9*(abs(x)+abs(x-d)) else 0.
             rows[-1].update(difference=d, difference_low=d-h*s, difference_high=d+h*s,
