@@ -7,12 +7,11 @@ import importlib
 import os
 import signal
 import sys
-from types import SimpleNamespace
 
 from rlhf_nb import __version__
 
 # commands with flags of their own, which start without what the others need
-own = {'app':('rlhf_nb.app', 'app_main'), 'bench':('rlhf_nb.benchmark', 'main')}
+own = {'app':('rlhf_nb.app', 'app_main'), 'bench':('rlhf_nb.benchmark', 'bench_main')}
 
 
 def _interrupted(*_):
@@ -38,7 +37,6 @@ def _start(name, args):
     with no_gc(): main = getattr(importlib.import_module(module), function)
     gc.freeze()                                                    # what was imported stays: nobody shall look for garbage there
     if signal.getsignal(signal.SIGINT) is _interrupted: signal.signal(signal.SIGINT, signal.default_int_handler)
-    if name=='bench': return main(SimpleNamespace(args=args[1:]))
     return main(args[1:] if name in own else args)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['passes', 'token_counts', 'forward_flops', 'step_flops', 'Side', 'race', 'like', 'prepare', 'measure', 'bench_table',
-           'processor', 'main']
+           'processor', 'bench_main']
 
 # %% ../nbs/48_benchmark.ipynb #58b1757b
 import argparse,json,math,os,platform,re,subprocess,sys,tempfile
@@ -306,9 +306,9 @@ def _save(path, size, result):
     in_order = [rows[k] for k in work if k in rows]
     write_json(path, {**old, size:dict(result, rows=in_order)})
 
-def main(a):
+def bench_main(args:list):
     "`rlhf_nb bench`"
-    a = _options(a.args)
+    a = _options(args)
     if a.pairs:
         pairs = load_preferences(a.pairs).pairs
         tok = load_tokenizer(a.tokenizer)

@@ -261,7 +261,7 @@ def _one(self:LLMJudge, key, q):
         if self.halt.is_set(): return f'not asked: {self._why}'
         params,began = self.params,time.monotonic()
         try: self._send(key, q, params)
-        except Fault as e: fault = e
+        except Trouble as e: fault = e
         else: return self._succeeded(began)
         if self._goes_on(fault, params, had): continue
         if fault.what=='halt': self._stop(str(fault))
@@ -391,10 +391,10 @@ def _send(self:LLMJudge, key, q, params):
         r = self.server.post(self._asked(message, params))
         use = r.use
         self._accept(params)
-        v,reason = self._verdict(r, check, self._limit(params))  # a `Fault` where there is none
+        v,reason = self._verdict(r, check, self._limit(params))  # a `Trouble` where there is none
         end = dict(verdict=v, reason=self.server.scrub(reason), billed=True)
         if r.by: end['by'] = r.by
-    except Fault as e:
+    except Trouble as e:
         use = use or e.use  # a reply that can't be read may still say what it cost
         end = dict(
             verdict=None, failed=str(e),
@@ -406,15 +406,15 @@ def _send(self:LLMJudge, key, q, params):
 
 @patch
 def _announce(self:LLMJudge, key, message, params):
-    "The line before a request, with the most that it can cost; its number. A `Fault` where the budget does not allow it"
+    "The line before a request, with the most that it can cost; its number. A `Trouble` where the budget does not allow it"
     n = secrets.token_hex(6)  # no counter: a journal outlives the process
     most = self._cost(self._bytes(message), self._limit(params))   # a token has at least one byte
     with self._lock:
         if self.budget is not None:
             if not params['length']:
-                raise Fault('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
+                raise Trouble('halt', f'{self.host} takes no limit on the length of a reply, so no budget can be kept')
             if self.journal.spent()+most>self.budget:
-                raise Fault('halt', f'the budget of ${self.budget:g} is spent or could be exceeded')
+                raise Trouble('halt', f'the budget of ${self.budget:g} is spent or could be exceeded')
         self.journal.add(
             sent=n, key=key, judge=self.id,
             time=round(time.time(), 1),
@@ -463,12 +463,12 @@ def _thoughts(message):
 
 @patch
 def _verdict(self:LLMJudge, r, check, limit):
-    "The verdict of a reply, or a `Fault`"
+    "The verdict of a reply, or a `Trouble`"
     m,end = r.message,str(r.end).lower()
     text,thoughts = _content(m.get('content')),_thoughts(m)
     def fault(what, why, kind):
         "Why there is no verdict; the reply was billed, and its text is kept"
-        return Fault(
+        return Trouble(
             what, why, True, use=r.use, kind=kind,
             text=text or thoughts or json.dumps(m))
     # a judge that refuses once does so again
