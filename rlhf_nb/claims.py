@@ -160,7 +160,7 @@ def between_lines(
         rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),
                      with_interval(pool_runs(ds)),ps,
                      ds[0]['n'],_shown(a, b, ds)])
-    if len(rows)==1: return None
+    if len(rows)==1: return None                                   # the heads alone
     return ['A difference counts where its interval excludes 0 and the p-value, adjusted for all comparisons '
             '(Holm), is below .05.','',md_table(rows)]
 
@@ -186,7 +186,7 @@ def judge_lines(
     "Lines on the judges and where they disagree with gold"
     judged = [_judged(r) for r in runs.values() if 'win_rates' in r]
     if not judged: return None
-    judges = list(dict.fromkeys(j for w in judged for j in w))
+    judges = list(dict.fromkeys(j for w in judged for j in w))     # of any run
     known = {k for w in judged for models in w.values() for d in models.values() for k in d}
     extra = [k for k in ('flips','failed','slot_bias') if k in known]
     rows = [['judge','model','win rate','n','shown',*map(_spaced, extra)]]
@@ -203,7 +203,7 @@ def judge_lines(
         return ('gold',m) in said and said[judge,m].split(' ')[0]!=said['gold',m].split(' ')[0]
     out = []
     for judge in judges if 'gold' in judges else ():
-        if judge=='gold': continue
+        if judge=='gold': continue                                 # it agrees with itself
         off = [md_name(m) for j,m in said if j==judge and differs(judge, m)]
         found = 'says the same as gold of every model'
         if off:
@@ -252,7 +252,7 @@ def _other_prompts(
         judges = {}                                                # prompts -> names of the judges
         for j,rates in by_judge(r.get('win_rates', {})).items():
             prompts = _prompts_judged(sm, rates)
-            if prompts and prompts!=sm.get('source'):
+            if prompts and prompts!=sm.get('source'):              # named alike: the same prompts
                 judges.setdefault(prompts, []).append(md_inline(j))
         for prompts,js in judges.items():
             said = f"Judged by {', '.join(js)}: {md_inline(prompts)}, not the prompts of the other tables."
@@ -306,7 +306,7 @@ def _beside_best_of_n(
     for s,r in runs.items():
         if 'frontier' not in r or 'summary' not in r: continue
         for name,m in r['summary']['models'].items():
-            if name=='reference': continue
+            if name=='reference': continue                         # best-of-n draws from it
             for metric,key in (('gold_reward','gold'),('reward','reward')):
                 point = best_at(r['frontier']['best_of_n'], m['kl']['mean'], key)
                 if metric in m and point:
@@ -384,7 +384,7 @@ def failure_lines(
 )->list:
     "The most frequent failures, by model"
     df = failure_data(failures)
-    names = list(dict.fromkeys(df.model))
+    names = list(dict.fromkeys(df.model))                          # in the order of the report
     total = df.failure.nunique()
     # by the upper end: a rate of few prompts may be high
     frequent = df.groupby('failure').high.max().nlargest(most).index
@@ -460,6 +460,7 @@ def _method_caveats(
 
 def _cut_caveat(models:dict):
     "Do answers end?"
+    # the bound of `diagnose`: 15% cut
     cut = {k:1-m['finished']['mean'] for k,m in models.items()
            if m.get('finished', {}).get('mean', 1.)<.85}
     if cut:
@@ -478,7 +479,7 @@ def _caveats(
     yield from _reference_caveat(logs.get('sft', []), causes.get('sft', {}))
     yield from _reward_caveat(run)
     for k in dict.fromkeys((*models,*logs)):
-        if k in _no_methods: continue
+        if k in _no_methods: continue                              # their caveats come first
         yield from _method_caveats(md_name(k), models.get(k, {}), logs.get(k, []),
                                    causes.get(k, {}))
     yield from _cut_caveat(models)

@@ -158,7 +158,7 @@ def analyse_set(
     lengths = sorted(len(words_of(r['response'])) for r in by['reference'])
     # words that only one in twenty answers of the reference exceeds
     long = max(10, lengths[int(.95*(len(lengths)-1))])
-    flags = {m:[detect(r, long) for r in rs] for m,rs in by.items()}
+    flags = {m:[detect(r, long) for r in rs] for m,rs in by.items()} # one dict for each record
     sets = {m:TextSet(g) for m,g in answers.items()}
     # what the model with the fewest can give, also when the jackknife leaves out a part
     pairs = int(.9*min(len(t.pair) for t in sets.values()))
@@ -225,7 +225,7 @@ def failure_analysis(
     samples = {s:by for s,by in samples.items() if any(by.values())}
     if not samples:
         raise ValueError('no answers to analyse: every set of prompts is empty')
-    rows,sets,examples = [],{},[]
+    rows,sets,examples = [],{},[]                                  # sets: what was analysed in each
     def add(s, found, answers):
         "Rows of set `s`, which has so many answers to each prompt"
         rows.extend(dict(set=s, mode=mode_of[r['metric']], **r, answers=answers) for r in found)
@@ -264,7 +264,7 @@ def _word(r:dict)->str:
     "What a difference means"
     # above 0 where the measure went the bad way
     w = worse.get(r['metric'], 0)*r['difference']
-    if mode_of[r['metric']]=='mode collapse' and w:
+    if mode_of[r['metric']]=='mode collapse' and w:                # variety is no virtue by itself
         return 'less varied' if w>0 else 'more varied'
     if r['metric'] in failure_names and w:
         return 'worse' if w>0 else 'better'
@@ -272,7 +272,7 @@ def _word(r:dict)->str:
 
 def _changes(d:dict):
     "The differences that survive Holm, a line for each measure and direction"
-    by = {}                                                        # (word, measure) -> model -> rows
+    by = {}                                                        # (word, measure) -> model -> rows of its sets
     for r in d['rows']:
         if r.get('p_holm', 1.)<.05:
             by.setdefault((_word(r),r['metric']), {}).setdefault(r['model'], []).append(r)

@@ -184,6 +184,7 @@ def read_runs(
         runs = {md_inline(p.name[4:]):_read_run(p, problems) for p in seeds}
     elif over: runs = _published_runs(folder, over, problems)
     else: runs = {'':_read_run(folder, problems)}
+    # one run is keyed by the seed that its summary names
     runs = {s if s else md_inline(_seed_of(r)):r for s,r in runs.items() if r}
     if not runs:
         why = ''.join(f'\n- {p}' for p in problems)
@@ -192,6 +193,7 @@ def read_runs(
     for r in runs.values(): _tidy(r)                               # files of others, or edited by hand
     summaries = [r.get('summary', {}) for r in runs.values()]
     split = next((str(s['split']) for s in summaries if s.get('split')), None)
+    # Markdown is for the report, not for summary.json
     source = next((s.pop('source_md') for s in summaries if 'source_md' in s), None)
     return dict(folder=str(folder), command=over.get('command'), problems=problems, runs=runs,
                 split=split, source=source)
@@ -201,7 +203,7 @@ def _stage_summary(
     rows:list # Its metrics rows
 )->dict:      # updates, metrics {metric: dict(first, last)}, diagnosis
     "Metrics at the start and the end of one stage, and its diagnosis"
-    n = max(1, len(rows)//10)
+    n = max(1, len(rows)//10)                                      # a tenth
     def mean(k, rs):
         "Of the rows that have the metric"
         return float(np.mean([r[k] for r in rs if k in r]))
@@ -265,7 +267,7 @@ def _of_other_answers(run:dict)->bool:
         cut = d.get('never_stops') or {}
         done = summary.get('models', {}).get(m, {}).get('finished') or {}
         # of the same answers, the shares of those that end and of those that never stop add up to one
-        if not {'mean','n'}<=cut.keys()&done.keys(): continue
+        if not {'mean','n'}<=cut.keys()&done.keys(): continue      # nothing to compare
         if cut['n']!=done['n'] or not math.isclose(cut['mean'], 1-done['mean'], abs_tol=1e-9):
             return True
     return False
@@ -385,7 +387,7 @@ def _failure_section(m:_Material):
 
 def _cost_section(m:_Material):
     "Seconds, tokens, memory"
-    if m.costs is None: return None
+    if m.costs is None: return None                                # no logs, no costs
     picture = m.draw('training_analysis', 'costs', plot_costs, m.costs)
     return picture+[costs_table(m.costs)]+memory_lines(m.logs)
 
