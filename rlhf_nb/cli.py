@@ -275,7 +275,7 @@ def cmd_failures(a):
 
 def cmd_analyze(a):
     "Training analysis and report of a run, of several seeds, or of samples"
-    from rlhf_nb.report import analyze# it draws, which takes a second to import
+    from rlhf_nb.report import analyze    # it draws, which takes a second to import
     with _writing(a.out): print(analyze(a.out, _said(a)))
 
 def cmd_config(a):
@@ -284,7 +284,7 @@ def cmd_config(a):
 
 def cmd_app(a):
     "The comparison app: all models side by side, in the browser"
-    from rlhf_nb.app import app_main# only here: gradio takes seconds
+    from rlhf_nb.app import app_main    # only here: gradio takes seconds
     app_main(a.args)
 
 def cmd_bench(a):

@@ -42,7 +42,7 @@ def perplexity(
     micro_tokens:int=16384
 )->list: # Rows as from `over_set`
     "Perplexity of the answer tokens, EOS included"
-    from rlhf_nb.models import log_probs# late: answers that are there need no model
+    from rlhf_nb.models import log_probs    # late: answers that are there need no model
     from rlhf_nb.train import in_pieces
     n = data.lengths.sum(1).double().cpu()                         # (B,) tokens of each answer
     def of(policy):

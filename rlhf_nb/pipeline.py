@@ -327,7 +327,7 @@ def seeds_report(
     write_text(all_of.seeds_md, text)
     print('\n'+text)
     if not everywhere('analyze'): return
-    from rlhf_nb.report import analyze# it draws, which takes a second to import
+    from rlhf_nb.report import analyze    # it draws, which takes a second to import
     _one_below_the_other(all_of.win_rates_md, {l.config.seed:l.run.win_rates_md for l in lines})
     _one_below_the_other(all_of.failures_md, {l.config.seed:l.run.failures_md for l in lines})
     analyze(out, command)

@@ -231,5 +231,5 @@ def failures_stage(line:Line):
 
 def analyze_stage(line:Line):
     "The report"
-    from rlhf_nb.report import analyze# it draws, which takes a second to import
+    from rlhf_nb.report import analyze    # it draws, which takes a second to import
     analyze(line.run.path, line.command)

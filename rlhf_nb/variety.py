@@ -97,7 +97,7 @@ class TextSet:
         bags = [(i,set(zip(['^',*w], w))) for i,w in words]
         items = [(i,p,len(b)**-.5)
                  for i,b in bags
-                 for p in b]
+                 for p in sorted(b)]    # in one order: sums end in the same bits in every process
         return _vectors(*([o[j] for o in items] for j in range(3)))
 
     def similar(
