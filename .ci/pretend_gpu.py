@@ -374,7 +374,8 @@ def library(a):
         from rlhf_nb.ppo import train_ppo
         from rlhf_nb.reward import accuracy,by_length,calibration,normalise,pair_scores,train_reward
         from rlhf_nb.sampling import sample
-        from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer
+        from rlhf_nb.sources import mk_scorer
+        from rlhf_nb.rollout import bandit,bandit_probs
         from rlhf_nb.sft import generate_plain,train_sft
         from rlhf_nb.train import mk_accelerator
         from rlhf_nb.world import make_world,world_tokenizer
@@ -494,7 +495,8 @@ def counts(a):
         from rlhf_nb.ppo import ppo_advantages,ppo_step
         from rlhf_nb.reward import reward_step
         from rlhf_nb.sampling import decode
-        from rlhf_nb.rollout import mk_scorer,rollouts
+        from rlhf_nb.sources import mk_scorer
+        from rlhf_nb.rollout import rollouts
         from rlhf_nb.sft import sft_step
         from rlhf_nb.train import mk_accelerator,steps
         from rlhf_nb.world import make_world,world_tokenizer

@@ -18,7 +18,7 @@ from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
 from rlhf_nb.load import mk_policy
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
-from rlhf_nb.rollout import mk_scorer
+from rlhf_nb.sources import mk_scorer
 from rlhf_nb.sft import small_reference,train_sft
 from rlhf_nb.train import fit,from_data
 from rlhf_nb.world import gold_reward

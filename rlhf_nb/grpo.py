@@ -127,15 +127,17 @@ def train_grpo(
     watch:dict=None, # More scorers, for the metrics only
     acc=None,
     dev:list=None, # Token lists of other prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come, as in `fit`
+    show=None,     # What shows the rows as they come, as in `fit`
+    rows:list=None,    # A dictionary for each prompt: its columns, for rewards that read them
+    dev_rows:list=None # The same of `dev`
 )->list:           # Metrics rows
     "Group relative policy optimisation"
-    check_rollouts(policy, prompts, o, o.group_size)
+    check_rollouts(policy, prompts, o, o.group_size, rows=rows)
     if o.group_size<2:
         raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
     silent_groups = dict(silent_groups=lambda b: silent(b.scores).float())   # groups without signal
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size,
-                   epochs=o.inner, watch={**(watch or {}), **silent_groups})
-    look = partial(unseen, policy, reference, dev, o, score, o.beta, watch=watch) if dev else None
+                   epochs=o.inner, watch={**(watch or {}), **silent_groups}, rows=rows)
+    look = partial(unseen, policy, reference, dev, o, score, o.beta, watch=watch, rows=dev_rows) if dev else None
     step = partial(grpo_step, o=o)
     return fit_rollouts(policy, reference, draw, step, o, len(prompts), 'grpo', seed, run, acc, look, show)

@@ -21,6 +21,7 @@ from .forward import *
 from .load import *
 from .train import *
 from .sampling import *
+from .sources import *
 from .rollout import *
 from .evaluate import *
 

@@ -120,14 +120,16 @@ def train_ppo(
     watch:dict=None, # More scorers, for the metrics only
     acc=None,
     dev:list=None, # Token lists of other prompts, for `o.eval_every`
-    show=None      # What shows the rows as they come, as in `fit`
+    show=None,     # What shows the rows as they come, as in `fit`
+    rows:list=None,    # A dictionary for each prompt: its columns, for rewards that read them
+    dev_rows:list=None # The same of `dev`
 )->list:           # Metrics rows
     "Proximal policy optimisation"
-    check_rollouts(policy, prompts, o, 1, o.mini_batches)
+    check_rollouts(policy, prompts, o, 1, o.mini_batches, rows)
     models = nn.ModuleDict(dict(policy=policy, value=value))
     opt = mk_optimizer(dict(policy=(policy,o.lr), value=(value,o.value_lr)), o)
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o),
-                   epochs=o.epochs, mini_batches=o.mini_batches, watch=watch)
-    look = partial(unseen, policy, reference, dev, o, score, o.kl_coef, watch=watch) if dev else None
+                   epochs=o.epochs, mini_batches=o.mini_batches, watch=watch, rows=rows)
+    look = partial(unseen, policy, reference, dev, o, score, o.kl_coef, watch=watch, rows=dev_rows) if dev else None
     step = partial(ppo_step, o=o)
     return fit_rollouts(models, reference, draw, step, o, len(prompts), 'ppo', seed, run, acc, look, show, opt)

@@ -19,7 +19,7 @@ from .load import *
 from .sft import *
 from .reward import *
 from .sampling import *
-from .rollout import *
+from .sources import *
 from .ppo import *
 from .grpo import *
 from .dpo import *
