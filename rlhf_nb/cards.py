@@ -59,7 +59,7 @@ def pieces(
     **values       # Lists, one number per token (or None)
 )->list: # dict(text, one sum per name)
     "A response as pieces of text with their values"
-    from rlhf_nb.rollout import written
+    from rlhf_nb.sources import written
     out,start,done = [],0,''
     for i in range(1, len(ids)+1):
         s = tok.decode(written(ids[:i], tok))

@@ -127,6 +127,10 @@ class Notation:
         "The pattern of a marker: at the beginning of a text, or behind an empty line"
         # a system turn has one only where it isn't the text before the first marker
         return self._pattern(rf'{self._said}|\\System')
+    @property
+    def escape(self):
+        "The pattern of what stands for a marker that a turn spells, or for a system turn that comes later"
+        return self._pattern(rf'\\+(?:{self._said}|System)')
     def _escaped(self, text, head=False):
         "A turn's text, a backslash more before what would be read as a marker"
         start = '^|' if head else ''
@@ -135,6 +139,9 @@ class Notation:
         "What `_escaped` has made of a turn's text, as it was"
         start = '^|' if head else ''
         return self._pattern(rf'\\(?:\\*(?:{self._said})|\\+System)', start).sub(lambda m: f'{m[1]}{m[2][1:]}:', text)
+    def inside(self, text:str)->bool:
+        "Does a turn's text spell a marker?"
+        return self._escaped(text)!=text
     def mark(self, role:str)->str:
         "What stands before a turn of `role`; a system message has no marker, it comes before the first"
         return '' if role=='system' or not self.names else f'\n\n{self.names[role]}:'
