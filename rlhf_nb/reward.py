@@ -18,6 +18,7 @@ from .run import *
 from .text import *
 from .stats import *
 from .tokens import *
+from .template import *
 from .forward import *
 from .models import *
 from .train import *
@@ -175,7 +176,9 @@ class Reader:
     )->Batch:               # (B,G,R); `types` (B,G,R) where the model tells the texts of a pair apart
         "What the reward model reads: a row is a dialogue with an answer"
         if finished is None: finished = [[True]*len(o) for o in answers]
-        if self.form=='text': return self._texts(prompts, answers, finished)
+        if self.form=='text':
+            read = self._own if self.ours else self._texts
+            return Batch.from_tokens(*read(prompts, answers, finished))
         return _shared([self._fitting(p, rs) for p,rs in zip(prompts, answers)])
 
     def _fitting(self, prompt, answers):
@@ -237,6 +240,12 @@ class Reader:
         out = self.tok(asked, answer.removeprefix(' '), split_special_tokens=spelled)
         return _Row(out['input_ids'], out.get('token_type_ids'))
 
+    def _own(self, prompts, answers, finished):
+        "Prompts and answers as training has read them"
+        t = as_template(self.tok)
+        def group(rs, ended): return [o.ids if f else o.ids[:o.size] for o,f in zip(t.responses(rs), ended)]
+        return [o.ids for o in t.prompts(prompts)],list(map(group, answers, finished))
+
     def _texts(self, prompts, answers, finished):
         "Prompts and answers one behind the other, as they are written"
         front,back = around(self.tok)
@@ -245,8 +254,7 @@ class Reader:
         # for an encoder's classifier a text is closed, also where an answer was cut
         closed = back if self.encoder else []
         def group(rs, ended): return [r+(closed or eos*f) for r,f in zip(encode(rs, self.tok), ended)]
-        return Batch.from_tokens([front+p or empty for p in encode(prompts, self.tok)],
-                                 list(map(group, answers, finished)))
+        return [front+p or empty for p in encode(prompts, self.tok)],list(map(group, answers, finished))
 
 _away = '\ue0ff'                                         # of the private use area: no text has it
 
