@@ -7,7 +7,7 @@ __all__ = ['reward_forms', 'bradley_terry_loss', 'reward_step', 'train_reward', 
            'show_accuracy', 'calibration', 'normalise', 'mean_and_std', 'Reader']
 
 # %% ../nbs/14_reward.ipynb #71851d22
-import math,re
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .template import *
 from .forward import *
 from .models import *
 from .train import *
+from .template import _ChatForm
 
 # %% ../nbs/14_reward.ipynb #6c0abc16
 def bradley_terry_loss(
@@ -154,6 +155,7 @@ class Reader:
         self.ours = hasattr(rm.config, 'reward_mean')
         self.encoder = not (self.ours or hasattr(rm, 'score'))
         self.form = self._form(form)
+        if self.form=='chat': self.chat = _ChatForm(tok, ends=False)
 
     def _form(self, form):
         "The form that is asked for, or the one that suits the model"
@@ -192,7 +194,8 @@ class Reader:
 
     def _group(self, prompt, answers, finished):
         "A prompt with its answers, without its oldest turns where one would be too long"
-        read = self._own if self.ours else self._text if self.form=='text' else self._rows
+        read = self._rows
+        if self.form=='text': read = self._own if self.ours else self._text
         for k,less in enumerate(_shorter(prompt)):
             o = read(less, answers, finished)
             longest = len(o.prompt)+max(map(len, o.answers))
@@ -211,41 +214,8 @@ class Reader:
         answer:str
     ):               # Its `ids` and `types`
         "A dialogue with an answer, as a row of tokens"
-        return self._chat(_answered(turns, answer)) if self.form=='chat' else self._pair(turns, answer)
-
-    def _chat(self, turns):
-        "One rendering by the model's own template"
-        text = self._render(turns)
-        spelled = [t for t in self.special if any(t in o.text for o in turns)]
-        if not spelled: return _Row(self.tok(text, add_special_tokens=False).input_ids, None)
-        # what a turn spells is taken out, and put back as text
-        pattern = '|'.join(map(re.escape, sorted(spelled, key=len, reverse=True)))
-        named = []
-        def away(m):
-            named.append(m[0])
-            return f'{_away}{len(named)-1}{_away}'
-        hidden = [Turn(t.role, re.sub(pattern, away, t.text)) for t in turns]
-        parts = self._render(hidden).split(_away)        # template, number, template, number, ...
-        ids = [self.tok(o, add_special_tokens=False).input_ids for o in parts[::2]]
-        for k,i in enumerate(parts[1::2]): ids[k] += encode([named[int(i)]], self.tok)[0]
-        return _Row([i for o in ids for i in o], None)
-
-    def _render(self, turns):
-        "Turns as the template writes them; a system message joins the first question where the template has no place for it"
-        def written(turns): return self.tok.apply_chat_template(to_messages(turns), tokenize=False)
-        system = turns[0].role=='system'
-        try:
-            text = written(turns)
-            if not system or turns[0].text.strip() in text: return text
-        except Exception as e:                            # a template raises what it likes
-            if not system: raise self._no_place(turns, e) from None
-        try: return written(_without_system(turns))
-        except Exception as e: raise self._no_place(turns, e) from None
-
-    def _no_place(self, turns, e):
-        "The error of a dialogue that the template refuses"
-        why,roles = ' '.join(str(e).split())[:160],' '.join(t.role for t in turns)
-        return BadPair('template', f"the reward model's chat template does not take {roles} ({why})")
+        if self.form=='pair': return self._pair(turns, answer)
+        return _Row(self.chat.whole(_answered(turns, answer)), None)
 
     def _pair(self, turns, answer):
         "Question and answer as two texts"
@@ -268,8 +238,6 @@ class Reader:
         closed = back if self.encoder else []
         first,*rest = encode([prompt,*answers], self.tok)
         return _Group(front+first or empty, [r+(closed or eos*f) for r,f in zip(rest, finished)])
-
-_away = '\ue0ff'                                         # of the private use area: no text has it
 
 class _Group(NamedTuple):
     "A prompt and its answers as tokens"
@@ -299,11 +267,6 @@ def _shorter(prompt):
     n = int(bool(turns) and turns[0].role=='system')
     for i in range(n+1, len(turns)):
         if turns[i].role=='user': yield to_hh(turns[:n]+turns[i:])
-
-def _without_system(turns):
-    "The turns with what the system message says in front of the first question"
-    system,first,*rest = turns
-    return [Turn(first.role, f'{system.text}\n\n{first.text}'),*rest]
 
 def _shared(rows):
     "The group of some rows: the prompt is what they have in common at the beginning"
