@@ -363,7 +363,7 @@ def library(a):
     with PretendGPU(a.kind, tuple(a.capability)):
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
-        from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+        from rlhf_nb.template import tokenize_prompts,tokenize_sft
         from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import train_dpo
         from rlhf_nb.frontier import best_of_n,gibbs
@@ -484,7 +484,7 @@ def counts(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig,WorldConfig
-        from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+        from rlhf_nb.template import tokenize_prompts,tokenize_sft
         from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl

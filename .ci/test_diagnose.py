@@ -10,7 +10,7 @@ from rlhf_nb.metrics import read_logs
 from rlhf_nb.diagnose import diagnose
 from rlhf_nb.core import Batch
 from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig
-from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+from rlhf_nb.template import tokenize_prompts,tokenize_sft
 from rlhf_nb.data import tokenize_pairs,unique_prompts
 from rlhf_nb.dpo import dpo_loss,reference_log_probs,train_dpo
 from rlhf_nb.grpo import train_grpo

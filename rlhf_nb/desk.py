@@ -249,7 +249,7 @@ def ask(self:Desk,
 @patch
 def _encode(self:Desk, c)->dict:
     "Token ids of the prompt, for each model"
-    from rlhf_nb.tokens import encode_prompt
+    from rlhf_nb.template import encode_prompt
     most,ids = self.config.data.max_prompt,{}
     for k in c['models']:
         tok = self.players[k].tok

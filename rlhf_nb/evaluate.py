@@ -18,7 +18,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
-from .tokens import *
+from .template import *
 from .data import *
 
 # %% ../nbs/21_evaluate.ipynb #0ec88fa9

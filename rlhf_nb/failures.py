@@ -17,7 +17,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
-from .tokens import *
+from .template import *
 from .detect import *
 from .variety import *
 

@@ -15,7 +15,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
-from .tokens import *
+from .template import *
 from .data import *
 from .forward import *
 from .load import *
