@@ -17,6 +17,7 @@ from .run import *
 from .models import *
 from .train import *
 from .sampling import *
+from .sources import *
 
 # %% ../nbs/16_rollout.ipynb #afd0d00d
 def kl_estimates(
@@ -127,16 +128,22 @@ def _with_scores(b, raw, o):
     # what no source has an opinion about teaches nothing
     return b.plus(learn=b.mask & has[...,None]),raw[has],dict(unrewarded=1-_mean(has))
 
-def _rewards(score, b, i):
-    "What `score` says about the answers of update `i`, (B,G)"
-    raw = score(b)
+def _rewards(score, b, progress):
+    "The batch, what `score` says about its answers (B,G), and metrics"
+    b,raw,more = scored(score, b, progress)
     got = tuple(raw.shape) if torch.is_tensor(raw) else type(raw).__name__
     if got!=b.shape[:2]:
         raise ValueError('score(batch) must return a tensor with one number for each response, '
                          f'{b.shape[:2]}, got {got}')
     if raw.isinf().any():
-        raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
-    return raw.to(b.device)
+        raise FloatingPointError(f'update {progress.global_step}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
+    return b,raw.to(b.device),more
+
+def _new(said, row):
+    "The metrics of the reward's sources; a ValueError where one is called as a metric of ours"
+    twice = [k for k in said if k in row]
+    if twice: raise ValueError(f"log_metric: '{twice[0]}' is a metric of training; choose another name")
+    return said
 
 def _about(b, raw, watch):
     "Metrics of a rollout; `raw` are the rewards that there are"
@@ -179,9 +186,11 @@ def rollouts(
 ): # (mini-batches, metrics row)
     "Rollouts of `policy` as it is at each update"
     size = check_rollouts(policy, prompts, o, n, mini_batches, rows)
+    if isinstance(score, Scorer): score.check(rows)
+    total = n_rollouts(o, len(prompts))
     precision,low = (nullcontext,False) if acc is None else (acc.autocast,acc.mixed_precision!='no')
     low = low or policy.dtype!=torch.float32
-    for i in range(start, n_rollouts(o, len(prompts))):
+    for i in range(start, total):
         began = time.perf_counter()
         at = pass_order(len(prompts), size, seed, i)
         drawn = [prompts[j] for j in at]
@@ -191,8 +200,10 @@ def rollouts(
         orders = (torch.randperm(len(b), generator=generator(seed, 'mini', i, e)) for e in range(epochs))
         cuts = [order.tensor_split(mini_batches) for order in orders]
         b,row = _with_log_probs(policy, reference, b, cuts[0], o, precision, low)
-        b,raw,more = _with_scores(b, _rewards(score, b, i), o)
+        b,raw,said = _rewards(score, b, Progress(i, total, i*size/len(prompts)))
+        b,raw,more = _with_scores(b, raw, o)
         row.update(more, **_about(b, raw, watch))
+        row.update(_new(said, row))
         with precision(): b = prepare(b)                      # a value model is read there
         now = time.perf_counter()
         row.update(_explained(b), sample_seconds=round(sampled-began, 4), score_seconds=round(now-sampled, 4))
