@@ -18,10 +18,11 @@ from .config import *
 from .text import *
 from .stats import *
 from .world import *
-from .formats import *
+from .shapes import *
 from .tokens import *
 from .text import _names_of
-from .formats import _cols,_no_columns,_open
+from .shapes import _cols
+from .formats import _no_columns,_open
 from .template import _tokenize
 
 # %% ../nbs/08_data.ipynb #5a7d51c7

@@ -20,17 +20,9 @@ from .text import *
 from .tokens import *
 from .models import *
 from .train import *
+from .reward import *
 
 # %% ../nbs/15b_sources.ipynb #f5490c9b
-def _around(tok):
-    "Ids that a tokenizer puts in front of a text by itself (BOS, [CLS]), and behind it ([SEP])"
-    plain,full = (tok('a', add_special_tokens=o)['input_ids'] for o in (False,True))
-    n = len(plain)
-    for i in range(len(full)):
-        if full[i:i+n]==plain:
-            return full[:i],full[i+n:]
-    return [],[]
-
 def written(
     ids:list,    # Token ids of a response
     tok,         # Tokenizer
@@ -49,7 +41,7 @@ def texts(
     "The texts of a batch as they were written: without the BOS in front of a prompt, without the EOS (or other stop) and PAD of a response"
     B,G,_ = batch.shape
     def read(ids): return tok.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    front = _around(tok)[0] or [tok.bos_token_id]
+    front = around(tok)[0] or [tok.bos_token_id]
     def said(p):
         "A prompt's ids without what the tokenizer puts in front"
         if p==[tok.eos_token_id]: return []                 # EOS alone stands for nothing
@@ -225,12 +217,14 @@ class _Model:
     "A reward model as one of the sources"
     name = 'reward_model'
     def __init__(self, rm, rm_tok, tok, micro_tokens):
-        self.rm,self.rm_tok,self.tok,self.micro_tokens = rm,rm_tok,tok,micro_tokens
-        # one vocabulary: the ids are read as they are
-        self.same = rm_tok is None or rm_tok.get_vocab()==getattr(tok, 'tok', tok).get_vocab()
+        self.rm,self.tok,self.micro_tokens = rm,tok,micro_tokens
+        self.reader = None if rm_tok is None else Reader(rm, rm_tok)
+        # one vocabulary, and no form of its own: the ids are read as they are
+        if self.reader and self.reader.form=='text' and rm_tok.get_vocab()==getattr(tok, 'tok', tok).get_vocab():
+            self.reader = None
     def __call__(self, b):
         "Its scores, (B,G)"
-        if not self.same: b = _in_words_of(self.rm, self.rm_tok, b, self.tok)
+        if self.reader: b = _in_words_of(self.reader, b, self.tok)
         return _finite(in_pieces(lambda o: scores(self.rm, o), b, self.micro_tokens))
 
 def _finite(s):
@@ -239,17 +233,12 @@ def _finite(s):
         raise FloatingPointError(f'{(~s.isfinite()).sum()} of {s.numel()} scores of the reward model are not finite')
     return s
 
-def _in_words_of(rm, rm_tok, b, tok):
-    "The batch as a reward model with a tokenizer of its own reads it"
+def _in_words_of(reader, b, tok):
+    "The batch as a reward model reads it that has a tokenizer or a form of its own"
     ps,rs = texts(b, tok)
-    front,back = _around(rm_tok)
-    eos = [] if rm_tok.eos_token_id is None else [rm_tok.eos_token_id]
-    empty = eos if rm_tok.bos_token_id is None else [rm_tok.bos_token_id]
-    # for an encoder's classifier a text is closed, also where an answer was cut
-    closed = back if not hasattr(rm, 'score') else []
-    def group(texts, finished): return [r+(closed or eos*f) for r,f in zip(encode(texts, rm_tok), finished)]
-    prompts = [front+p or empty for p in encode(ps, rm_tok)]
-    return Batch.from_tokens(prompts, list(map(group, rs, b.finished.tolist()))).to(b.device)
+    # the dialogue as the data have it, where it is known
+    if b.rows: ps = [o.get('prompt', p) for o,p in zip(b.rows, ps)]
+    return reader.batch(ps, rs, b.finished.tolist()).to(b.device)
 
 def _failed(f, lists, hands, seen, e):
     "The error for a function that raised `e`: which prompt it is that it cannot take, if it is one of them alone"
