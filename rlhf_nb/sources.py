@@ -238,7 +238,10 @@ def _in_words_of(reader, b, tok):
     ps,rs = texts(b, tok)
     # the dialogue as the data have it, where it is known
     if b.rows: ps = [o.get('prompt', p) for o,p in zip(b.rows, ps)]
-    return reader.batch(ps, rs, b.finished.tolist()).to(b.device)
+    before,b = reader.cut,reader.batch(ps, rs, b.finished.tolist()).to(b.device)
+    if reader.cut and not before:
+        print(f'the reward model takes {reader.room} tokens: of longer dialogues it does not see the oldest turns')
+    return b
 
 def _failed(f, lists, hands, seen, e):
     "The error for a function that raised `e`: which prompt it is that it cannot take, if it is one of them alone"
@@ -277,16 +280,22 @@ class Scorer:
         tok           # The policy's tokenizer
     ):
         self.parts,self.weights,self.tok = parts,weights,tok
-        self.progress,self.columns = Progress(),[]
-        self.logged,self.extra = {},{}   # what functions said of the last batch: {metric: values}, {column: values}
+        self.columns = []
+        self.begin()
         self.names = _once_each([o.name for o in parts])
     @property
     def functions(self)->list: return [o for o in self.parts if isinstance(o, RewardFunction)]
     def __call__(self, b): return self.together(self.each(b))
 
+    def begin(self,
+        progress:Progress=None # How far training is
+    ):
+        "A new update: what functions log from now on belongs to it"
+        self.progress = progress or Progress()
+        self.logged,self.extra = {},{}   # {metric: values}, {column: values}
+
     def each(self, b)->torch.Tensor: # (B,G,S)
         "What each source says about the answers of a batch"
-        self.logged,self.extra = {},{}
         seen,columns = _Seen(b, self.tok),list(dict.fromkeys([*self.columns, *columns_of(b.rows)]))
         def ask(f):
             lacks = f.lacks(columns)
@@ -318,13 +327,12 @@ class Scorer:
         return torch.where(known.any(-1), out, torch.nan)
 
     def metrics(self,
-        each # (B,G,S)
+        b:Batch # All that belongs to the update, with `source_scores` where there are several sources
     )->dict:
         "Mean, spread and share of None of each source, where there are several; and what functions have logged"
         out = {}
-        for name,s in zip(self.names, each.unbind(-1)):
+        for name,s in zip(self.names, b.fields['source_scores'].unbind(-1) if len(self.names)>1 else ()):
             has = s[~s.isnan()]
-            if len(self.names)==1: break
             if len(has): out |= {f'reward/{name}':has.mean().item(), f'reward_std/{name}':has.std(correction=0).item()}
             out[f'none/{name}'] = 1-len(has)/s.numel()
         return out | {k:sum(v)/len(v) for k,v in self.logged.items()}
@@ -373,15 +381,12 @@ def _part(source, tok, micro_tokens):
                      f'got {type(source).__name__}')
 
 def scored(
-    score,                  # From `mk_scorer`, or any function of batches
-    b:Batch,
-    progress:Progress=None  # How far training is
-)->tuple: # The batch; rewards (B,G); metrics
+    score,  # From `mk_scorer`, or any function of batches
+    b:Batch
+)->tuple: # The batch, its rewards (B,G)
     "The rewards of a batch. Of several sources it gets what each says, `source_scores` (B,G,S), and `source_weights` (B,S)"
-    if not isinstance(score, Scorer): return b,score(b),{}
-    score.progress = progress or Progress()
+    if not isinstance(score, Scorer) or len(score.parts)<2: return b,score(b)
     each = score.each(b)
-    if len(score.parts)>1:
-        weights = each.new_tensor(score.weights).expand(len(b), -1)
-        b = b.plus(source_scores=each, source_weights=weights)
-    return b,score.together(each),score.metrics(each)
+    weights = each.new_tensor(score.weights).expand(len(b), -1)
+    return b.plus(source_scores=each, source_weights=weights),score.together(each)
+
