@@ -381,7 +381,7 @@ def _mapping(v, entry, key:str):
 
 def _part(t):
     "The dataclass that an annotation allows, beside null perhaps; None where it allows none"
-    found = [o for o in (t, *get_args(t)) if is_dataclass(o)]
+    found = [o for o in (t, *get_args(t)) if isinstance(o, type) and is_dataclass(o)]
     return found[0] if found else None
 
 def _source(v, cls, key:str):
