@@ -15,6 +15,7 @@ from .core import *
 from .tokens import *
 from .models import *
 from .train import *
+from .reward import *
 
 # %% ../nbs/15b_sources.ipynb #f5490c9b
 def mk_scorer(
@@ -34,11 +35,13 @@ def mk_scorer(
         raise ValueError('a reward source is a function, (reward model, tokenizer) or a list of (weight, source), '
                          f'got {type(source).__name__}')
     rm,rm_tok = source
-    # one vocabulary: the ids are read as they are
     def read(b): return _finite(in_pieces(lambda o: scores(rm, o), b, micro_tokens))
-    if rm_tok is None or rm_tok.get_vocab()==tok.get_vocab():
+    if rm_tok is None: return read
+    reader = Reader(rm, rm_tok)
+    # one vocabulary, and no form of its own: the ids are read as they are
+    if reader.form=='text' and rm_tok.get_vocab()==tok.get_vocab():
         return read
-    return lambda b: read(_in_words_of(rm, rm_tok, b, tok))
+    return lambda b: read(_in_words_of(reader, b, tok))
 
 def _is_weighted(o):
     "Is it a pair of a weight and a source?"
@@ -56,26 +59,12 @@ def _finite(s):
         raise FloatingPointError(f'{(~s.isfinite()).sum()} of {s.numel()} scores of the reward model are not finite')
     return s
 
-def _in_words_of(rm, rm_tok, b, tok):
-    "The batch as a reward model with a tokenizer of its own reads it"
+def _in_words_of(reader, b, tok):
+    "The batch as a reward model reads it that has a tokenizer or a form of its own"
     ps,rs = texts(b, tok)
-    front,back = _around(rm_tok)
-    eos = [] if rm_tok.eos_token_id is None else [rm_tok.eos_token_id]
-    empty = eos if rm_tok.bos_token_id is None else [rm_tok.bos_token_id]
-    # for an encoder's classifier a text is closed, also where an answer was cut
-    closed = back if not hasattr(rm, 'score') else []
-    def group(texts, finished): return [r+(closed or eos*f) for r,f in zip(encode(texts, rm_tok), finished)]
-    prompts = [front+p or empty for p in encode(ps, rm_tok)]
-    return Batch.from_tokens(prompts, list(map(group, rs, b.finished.tolist()))).to(b.device)
-
-def _around(tok):
-    "Ids that a tokenizer puts in front of a text by itself (BOS, [CLS]), and behind it ([SEP])"
-    plain,full = (tok('a', add_special_tokens=o)['input_ids'] for o in (False,True))
-    n = len(plain)
-    for i in range(len(full)):
-        if full[i:i+n]==plain:
-            return full[:i],full[i+n:]
-    return [],[]
+    # the dialogue as the data have it, where it is known
+    if b.rows: ps = [o.get('prompt', p) for o,p in zip(b.rows, ps)]
+    return reader.batch(ps, rs, b.finished.tolist()).to(b.device)
 
 def written(
     ids:list,    # Token ids of a response
@@ -95,7 +84,7 @@ def texts(
     "The texts of a batch as they were written: without the BOS in front of a prompt, without the EOS (or other stop) and PAD of a response"
     B,G,_ = batch.shape
     def read(ids): return tok.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    front = _around(tok)[0] or [tok.bos_token_id]
+    front = around(tok)[0] or [tok.bos_token_id]
     def said(p):
         "A prompt's ids without what the tokenizer puts in front"
         if p==[tok.eos_token_id]: return []                 # EOS alone stands for nothing
