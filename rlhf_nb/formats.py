@@ -133,11 +133,11 @@ def _csv_rows(path):
     except csv.Error as e: raise ValueError(f'{path}:{end+1}: not valid CSV ({e})') from None
     finally: csv.field_size_limit(limit)
 
-def _no_columns(name, cols, lack):
-    "An error for a table without the columns that a pair needs"
-    return ValueError(f"{name}: no column {' and '.join(lack)}; expected chosen, rejected and perhaps prompt, "
-                      f'found {_names_of(cols)}: rename with data.columns (--set data.columns.prompt=NAME), '
-                      'or see the shapes that are read, of which this is none')
+def _no_columns(name, cols, lack, shape):
+    "An error for rows without the columns of their shape"
+    perhaps = f' and perhaps {", ".join(shape.also)}' if shape.also else ''
+    return ValueError(f"{name}: no column {' and '.join(lack)}; expected {', '.join(shape.columns)}{perhaps}, "
+                      f'found {_names_of(cols)}; data.columns renames (--set data.columns.prompt=NAME)')
 
 def _table(path):
     "A Parquet or Arrow file as it is"
