@@ -363,7 +363,7 @@ def library(a):
     with PretendGPU(a.kind, tuple(a.capability)):
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,PPOConfig,RewardConfig,SFTConfig,ModelConfig,WorldConfig,EvalConfig
-        from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+        from rlhf_nb.template import tokenize_prompts,tokenize_sft
         from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import train_dpo
         from rlhf_nb.frontier import best_of_n,gibbs
@@ -374,7 +374,8 @@ def library(a):
         from rlhf_nb.ppo import train_ppo
         from rlhf_nb.reward import accuracy,by_length,calibration,normalise,pair_scores,train_reward
         from rlhf_nb.sampling import sample
-        from rlhf_nb.rollout import bandit,bandit_probs,mk_scorer
+        from rlhf_nb.sources import mk_scorer
+        from rlhf_nb.rollout import bandit,bandit_probs
         from rlhf_nb.sft import generate_plain,train_sft
         from rlhf_nb.train import mk_accelerator
         from rlhf_nb.world import make_world,world_tokenizer
@@ -483,7 +484,7 @@ def counts(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig,WorldConfig
-        from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+        from rlhf_nb.template import tokenize_prompts,tokenize_sft
         from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
@@ -494,7 +495,8 @@ def counts(a):
         from rlhf_nb.ppo import ppo_advantages,ppo_step
         from rlhf_nb.reward import reward_step
         from rlhf_nb.sampling import decode
-        from rlhf_nb.rollout import mk_scorer,rollouts
+        from rlhf_nb.sources import mk_scorer
+        from rlhf_nb.rollout import rollouts
         from rlhf_nb.sft import sft_step
         from rlhf_nb.train import mk_accelerator,steps
         from rlhf_nb.world import make_world,world_tokenizer

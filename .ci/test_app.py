@@ -35,7 +35,7 @@ from rlhf_nb.detect import detect
 from rlhf_nb.votes import read_votes
 from rlhf_nb.models import mk_reward_model
 from rlhf_nb.load import mk_policy,save_model
-from rlhf_nb.rollout import mk_scorer
+from rlhf_nb.sources import mk_scorer
 from rlhf_nb.world import gold_reward,make_world,world_tokenizer
 
 expect.set_options(timeout=60_000)

@@ -10,7 +10,7 @@ from rlhf_nb.metrics import read_logs
 from rlhf_nb.diagnose import diagnose
 from rlhf_nb.core import Batch
 from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig
-from rlhf_nb.tokens import tokenize_prompts,tokenize_sft
+from rlhf_nb.template import tokenize_prompts,tokenize_sft
 from rlhf_nb.data import tokenize_pairs,unique_prompts
 from rlhf_nb.dpo import dpo_loss,reference_log_probs,train_dpo
 from rlhf_nb.grpo import train_grpo
@@ -18,7 +18,7 @@ from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
 from rlhf_nb.load import mk_policy
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
-from rlhf_nb.rollout import mk_scorer
+from rlhf_nb.sources import mk_scorer
 from rlhf_nb.sft import small_reference,train_sft
 from rlhf_nb.train import fit,from_data
 from rlhf_nb.world import gold_reward

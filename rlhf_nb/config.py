@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Below1', 'BelowHalf', 'From0', 'From2', 'Seed', 'Share', 'Heat', 'Schedule',
-           'Device', 'Heat0', 'presets', 'WorldConfig', 'DataConfig', 'ModelConfig', 'Optim', 'SFTConfig',
-           'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config', 'mk_config',
-           'nested', 'load_config', 'config_yaml']
+           'Names', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataConfig', 'ModelConfig', 'Optim',
+           'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config',
+           'mk_config', 'nested', 'load_config', 'config_yaml']
 
 # %% ../nbs/01_config.ipynb #confh003
 import difflib,json,math,re
@@ -36,6 +36,8 @@ Seed = Annotated[int, Field(ge=-1<<63, lt=1<<64)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Heat = Annotated[float, Field(ge=1e-3, le=1e3)]    # beyond these float32 has no log-probabilities left to learn from
 Schedule = Literal['constant','linear','cosine']
+Names = dict[str, str]                             # what something is called there, by what it is called here
+Options = dict[str, bool|int|float|str]            # arguments of somebody else's function, by name
 
 def _device(s):
     "A device that can be meant"
@@ -65,6 +67,10 @@ class DataConfig:
     "Where preferences come from"
     name:str='world'         # `world`, a Hub name, a file, or a folder
     data_dir:str|None=None   # Subset of a Hub data set, such as `harmless-base`
+    config:str|None=None     # Configuration of a Hub data set, such as `main`, where it has several
+    # What the rows are: `auto` sees it, or the name of a shape, such as `sharegpt`
+    format:str='auto'
+    columns:Names|None=None  # What a column is called there, such as `{prompt: question}`
     split:str='train'        # The split to learn from, such as `train_prefs`
     test_split:str|None=None # The split to test on, such as `test_prefs` (None: `test`, where there is one)
     n_pairs:Pos|None=None    # Use so many pairs (None: all)
@@ -136,6 +142,7 @@ class RolloutConfig(Optim):
     max_kl:NonNeg|None=None
     passes:Above0=1.0         # Passes through the prompts, where `updates` is not given
     eval_n:Pos=64
+    eval_samples:Pos=1        # Answers to each dev prompt in a look
 
 @dataclass
 class PPOConfig(RolloutConfig):
@@ -154,6 +161,9 @@ class PPOConfig(RolloutConfig):
     clip:NonNeg=0.2       # Ratios beyond 1 +- clip give no gradient
     value_clip:NonNeg=0.2 # Values move at most this far from those of the rollout
     value_coef:NonNeg=0.1 # Weight of the value loss
+    # What the value model starts from; `reward`: a reward model with the same body as the policy, with its head
+    value_from:Literal['reference','reward']='reference'
+    value_warmup:From0=0  # So many updates at the beginning change the value model only
     epochs:Pos=2          # Passes over a rollout
     mini_batches:Pos=1    # Optimizer steps in a pass
 
@@ -167,8 +177,15 @@ class GRPOConfig(RolloutConfig):
     schedule:Schedule='constant'
     checkpoint_every:Pos=5
     group_size:From2=8            # Responses to each prompt
-    loss_type:Literal['grpo','dr_grpo','dapo']='grpo' # How token losses are averaged
+    # How token losses are averaged; `cispo`: as `dapo`, and the ratio is a clipped weight that no gradient goes through
+    loss_type:Literal['grpo','dr_grpo','dapo','cispo']='grpo'
+    # Whose ratio is clipped: each token's, or the geometric mean of the response (GSPO)
+    ratio:Literal['token','sequence']='token'
+    baseline:Literal['mean','leave_one_out']='mean' # Of the group, or of its other responses (RLOO)
     scale_rewards:Literal['group','batch','none']='group' # Whose standard deviation divides the advantages
+    normalise_each:bool=False     # Several reward sources: divide each by its own deviation before they are added up
+    # Groups of further prompts, at most, that an update draws in the place of groups whose scores are all equal
+    resample_silent:From0=0
     epsilon:NonNeg=0.2            # Lower clip: ratios below 1 - epsilon
     epsilon_high:NonNeg|None=None # Upper clip (None: epsilon); DAPO uses 0.28
     inner:Pos=1                   # Optimizer steps on one rollout
@@ -234,10 +251,11 @@ def _trained(**values)->dict:
     "These values for each section that trains"
     return {f.name:values for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
 
-# passes instead of the demo's numbers of updates, and ten looks at dev data
-_counted = dict(updates=None, eval_every=.1)
+# Passes instead of the demo's numbers of updates, and ten looks at dev data. In GRPO each token counts the same, and
+# the KL in its loss is corrected; the demo keeps the original's averages and KL, which its dev split prefers
+_elsewhere = _merge(_trained(updates=None, eval_every=.1), dict(grpo=dict(loss_type='dapo', kl_in='loss_corrected')))
 
-_hh = _merge(_trained(**_counted, micro_tokens=4096, beta2=.999), {
+_hh = _merge(_merge(_elsewhere, _trained(micro_tokens=4096, beta2=.999)), {
     'jobs': 1,
     'data': dict(name='Anthropic/hh-rlhf', data_dir='harmless-base',
         max_prompt=256, max_response=128),  # 90% of prompts and 90% of responses are shorter (278 and 111 tokens)
@@ -262,7 +280,7 @@ presets = {'demo': {}, 'prototype': _on_pairs(1000, 3), 'full': _on_pairs(10000,
 
 # The demo's numbers of updates are those of the world's 20,000 documents. With other data it counts passes, as the
 # other presets do, and looks at dev data, because few data are soon known by heart
-_demo_elsewhere = _merge(_trained(**_counted), {
+_demo_elsewhere = _merge(_elsewhere, {
     'data': dict(n_pairs=2000),  # minutes
     'sft': dict(epochs=10),
     'reward': dict(epochs=5, head='last_token'),
@@ -314,6 +332,11 @@ def _kinds(t)->set:
     if get_origin(t) in (Union,UnionType): return set().union(*map(_kinds, get_args(t)))
     return {type(o) for o in get_args(t)} if get_origin(t) is Literal else {t}
 
+def _entries(t):
+    "The type of a mapping's values; None where the annotation is not that of a mapping"
+    found = [get_args(o)[1] for o in (t, *get_args(t)) if get_origin(o) is dict]
+    return found[0] if found else None
+
 # how plain text says nothing, yes, no, or a number
 _null = 'null','Null','NULL','~',''
 _words = {**dict.fromkeys(('true','yes','on'), True), **dict.fromkeys(('false','no','off'), False)}
@@ -333,8 +356,10 @@ def _value(v, kinds:set, key:str):
         raise ValueError(f'{key}: expected {want}, got {_shown(v)}{hint}')
     if v is None or plain and v in _null: return None if type(None) in kinds else no()
     if isinstance(v, str) and _has_halves(v): no(': a name that is not UTF-8')
-    if isinstance(v, str) and str in kinds:
-        return str(v) if not plain or _is_name(v) else no(': put it into quotes, if it is a name')
+    is_number = numbers and plain and _number.fullmatch(v)
+    if isinstance(v, str) and str in kinds and not is_number:
+        if not plain or _is_name(v): return str(v)
+        if bool not in kinds or v.lower() not in _words: no(': put it into quotes, if it is a name')
     if plain and bool in kinds and v.lower() in _words: return _words[v.lower()]
     if isinstance(v, bool): return v if bool in kinds else no()
     if isinstance(v, str) and numbers:
@@ -348,6 +373,15 @@ def _value(v, kinds:set, key:str):
     if int in kinds and v==int(v) and (isinstance(v, int) or float not in kinds): return int(v)
     return float(v) if abs(v)<1e300 else no()
 
+def _mapping(v, entry, key:str):
+    "`v` as names with values of the type `entry`; None for null"
+    if v is None or isinstance(v, _Plain) and v in _null: return None
+    if not isinstance(v, dict): raise ValueError(f'{key}: expected names and values in braces, got {_shown(v)}')
+    def named(k):
+        if isinstance(k, str) and k.strip(): return _value(k, {str}, f'a name in {key}')
+        raise ValueError(f'{key}: expected names and values, got the name {_shown(k)}')
+    return {named(k):_value(o, _kinds(entry), f'{key}.{k}') for k,o in v.items()}
+
 def _section(where:str)->str:
     "What a path such as `ppo.` is called"
     return where.rstrip('.') or 'the configuration'
@@ -360,7 +394,9 @@ def _checked(d, cls, where='')->dict:
     for k,v in d.items():
         if k not in known: raise ValueError(f"unknown key '{where}{str(k)[:100]}'{_meant(k, known, where)}")
         t,key = known[k],f'{where}{k}'
-        out[str(k)] = _checked(v, t, f'{key}.') if is_dataclass(t) else _value(v, _kinds(t), key)
+        if is_dataclass(t): out[str(k)] = _checked(v, t, f'{key}.')
+        elif _entries(t): out[str(k)] = _mapping(v, _entries(t), key)
+        else: out[str(k)] = _value(v, _kinds(t), key)
     return out
 
 def _meant(k, known, where)->str:
@@ -399,17 +435,21 @@ def mk_config(
         key = '.'.join(k for k in o['loc'] if isinstance(k, str) and k.isidentifier())
         raise ValueError(f"{key}: {o['msg'].removeprefix('Value error, ')}, got {_shown(o['input'])}") from None
 
+def _type_below(t, k:str):
+    "The type of what `k` names in a section or a mapping; None where there is no such thing"
+    return {f.name:f.type for f in fields(t)}.get(k) if is_dataclass(t) else _entries(t)
+
 def _set(s)->dict:
     "The nested dictionary that an override stands for"
     if isinstance(s, dict): return _checked(s, Config)
     k,eq,v = s.partition('=')
     if not eq: raise ValueError(f'--set {s}: expected key=value, such as ppo.kl_coef=0.05')
     path,kind = k.strip().split('.'),Config
-    for o in path: kind = {f.name:f.type for f in fields(kind)}.get(o) if is_dataclass(kind) else None
-    if str not in _kinds(kind): v = v.strip()                      # a name keeps its spaces
+    for o in path: kind = _type_below(kind, o)
+    if not _kinds(kind)<={str,type(None)}: v = v.strip()           # a name keeps its spaces
     is_section,is_quoted = is_dataclass(kind),re.fullmatch('"(.*)"|\'(.*)\'', v, re.S)
     if not v and not is_section: raise ValueError(f'--set {s}: no value behind the =; null means none')
-    v = _load_yaml(v, f'--set {s}') if is_section or is_quoted else _Plain(v)
+    v = _load_yaml(v, f'--set {s}') if is_section or is_quoted or _entries(kind) else _Plain(v)
     return _checked(nested(path, v), Config)
 
 def nested(

@@ -18,11 +18,12 @@ from .config import *
 from .text import *
 from .stats import *
 from .world import *
-from .formats import *
+from .shapes import *
 from .tokens import *
 from .text import _names_of
-from .formats import _cols,_no_columns,_open
-from .tokens import _tokenize
+from .shapes import _cols
+from .formats import _no_columns,_open
+from .template import _tokenize
 
 # %% ../nbs/08_data.ipynb #5a7d51c7
 def _sizes(pairs, tokenizer=None):
@@ -279,7 +280,8 @@ def tokenize_pairs(
     b = None
     if pairs:
         texts = [(p['chosen'],p['rejected']) for p in pairs]
-        b = _tokenize([p['prompt'] for p in pairs], texts, tokenizer, max_prompt, max_response, keep)
+        def refused(i, why): count(why.reason, i, why.detail)
+        b = _tokenize([p['prompt'] for p in pairs], texts, tokenizer, max_prompt, max_response, refused, keep)
     _need(b, report)
     for what,cut in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
         for i in b.index[cut].tolist(): count(what, i)

@@ -159,7 +159,7 @@ def _load_players(self:Desk):
     "All models that load; what is wrong with the others is told"
     with no_gc():
         from rlhf_nb.load import load_policy,load_reward_model
-        from rlhf_nb.rollout import mk_scorer
+        from rlhf_nb.sources import mk_scorer
         from rlhf_nb.train import pick_device
     from rlhf_nb.world import gold_reward
     c = self.config = self._read_config()
@@ -249,7 +249,7 @@ def ask(self:Desk,
 @patch
 def _encode(self:Desk, c)->dict:
     "Token ids of the prompt, for each model"
-    from rlhf_nb.tokens import encode_prompt
+    from rlhf_nb.template import encode_prompt
     most,ids = self.config.data.max_prompt,{}
     for k in c['models']:
         tok = self.players[k].tok
@@ -283,7 +283,7 @@ class _Writer:
 
     def text(self)->dict:
         "The first answer, as far as it is written"
-        from rlhf_nb.rollout import written
+        from rlhf_nb.sources import written
         ids = [int(i[0,0]) for i,_,alive in self.steps if alive[0,0]]  # up to its end
         text = self.player.tok.decode(written(ids, self.player.tok))
         return dict(response=text.rstrip('\ufffd'), n_tokens=len(ids), writing=self.goes_on)
@@ -307,7 +307,7 @@ def _exact_kls(self:Desk, player, b, temperature):
 @torch.no_grad()
 def _record(self:Desk, c, k, writer)->dict:
     "The best answer of model `k`, with all that is known about it"
-    from rlhf_nb.rollout import texts
+    from rlhf_nb.sources import texts
     player,b = writer.player,writer.batch()
     kls = self._exact_kls(player, b, c['temperature'] or 1.)
     reward,gold = (f(b)[0].tolist() if f else None for f in (player.score,player.gold))

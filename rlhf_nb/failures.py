@@ -17,7 +17,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
-from .tokens import *
+from .template import *
 from .detect import *
 from .variety import *
 
@@ -445,7 +445,7 @@ def sample_texts(
 )->dict: # {name: records} with prompt, response, model, n_tokens, finished, log_prob (of the whole answer)
     "Answers of all models to the same prompts with the same noise"
     from rlhf_nb.sampling import sample
-    from rlhf_nb.rollout import texts
+    from rlhf_nb.sources import texts
     o = o or EvalConfig()
     ids = tokenize_prompts(prompts, tok, max_prompt)
     out = {k:[] for k in models}

@@ -15,12 +15,13 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
-from .tokens import *
+from .template import *
 from .data import *
 from .forward import *
 from .load import *
 from .train import *
 from .sampling import *
+from .sources import *
 from .rollout import *
 from .evaluate import *
 

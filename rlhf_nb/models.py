@@ -293,12 +293,30 @@ def _own_scores(rm, batch):
     check_length(rm, max(map(len, rows)))
     # without a PAD that it embeds it would not find the end of a shorter row
     alone = pad is None or not 0<=pad<len(rm.get_input_embeddings().weight)
+    types = _token_types(batch)
     out = []
-    for part in [[r] for r in rows] if alone else [rows]:
-        ids = pad_rows(part, 0 if alone else pad)
-        real = pad_rows([torch.ones_like(r) for r in part])
-        out.append(rm(input_ids=ids, attention_mask=real).logits)
+    for part in [[i] for i in range(len(rows))] if alone else [range(len(rows))]:
+        ids = pad_rows([rows[i] for i in part], 0 if alone else pad)
+        real = pad_rows([torch.ones_like(rows[i]) for i in part])
+        more = dict(token_type_ids=pad_rows([types[i] for i in part])) if types else {}
+        out.append(rm(input_ids=ids, attention_mask=real, **more).logits)
     return torch.cat(out).float()[:,0].view(batch.shape[:2])
+
+def _token_types(batch):
+    "Which text of a pair each token of a row belongs to (BERT's `token_type_ids`), where the batch says it of responses"
+    if 'types' not in batch.fields: return None
+    def one(p, r): return torch.cat([r.new_zeros(len(p)), r])
+    per_prompt = zip(batch.prompts, batch.types, batch.mask)
+    return [one(p, r[m]) for p,rs,ms in per_prompt for r,m in zip(rs, ms)]
+
+def _before_pad(l, batch, pad):
+    "Places (B,G) where plain transformers reads a row: its last token that is not PAD"
+    real = batch.mask & (batch.responses!=pad)
+    n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)    # (B,G)
+    # a row of nothing but PAD is read at its first token
+    ends = [next((k for k,i in enumerate(reversed(p)) if i!=pad), len(p)-1) for p in batch.prompts]
+    in_prompt = l.prompt_end-torch.tensor(ends, device=batch.device)
+    return torch.where(n>0, l.last-(batch.lengths-n), in_prompt[:,None])
 
 def _score(model, h):
     "The head's answer to hidden states: (...,d) to (...)"
@@ -311,7 +329,10 @@ def scores(
     batch:Batch
 ): # (B,G), on the batch's device
     "The reward of each response"
-    return _scores(reward_model, batch.to(reward_model.device)).to(batch.device)
+    s = _scores(reward_model, batch.to(reward_model.device)).to(batch.device)
+    # a model that was given keeps its weights: what it says is put on a scale here
+    norm = getattr(reward_model.config, 'reward_norm', None)
+    return s if norm is None else (s-norm[0])/norm[1]
 
 def _scores(reward_model, batch):
     "The same where the model is"
@@ -323,10 +344,7 @@ def _scores(reward_model, batch):
     pad = c.get_text_config().pad_token_id
     if not ours and (is_padded(reward_model) or not hasattr(reward_model, 'score')):
         return _own_scores(reward_model, batch)
-    if not ours and pad is not None:                                  # where plain transformers reads
-        real = batch.mask & (batch.responses!=pad)
-        n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)    # (B,G)
-        last = last-(batch.lengths-n)
+    if not ours and pad is not None: last = _before_pad(l, batch, pad)
     return _score(reward_model, hidden(reward_model, l)[last])-getattr(c, 'reward_mean', 0.)
 
 def values(
@@ -335,7 +353,8 @@ def values(
 ): # (B,G,R), on the batch's device
     "The value of each response token, read where it is predicted"
     l = Layout(batch.to(value_model.device))
-    return l.per_token(_score(value_model, hidden(value_model, l)[l.read])).to(batch.device)
+    v = _score(value_model, hidden(value_model, l)[l.read])-getattr(value_model.config, 'reward_mean', 0.)
+    return l.per_token(v).to(batch.device)
 
 def _full(h):
     "Without autocast, on the device of `h`"
@@ -364,7 +383,7 @@ def check_scores(
         if not ours_too: return s
         # what comes next is worth what the score says so far
         after = Batch.from_tokens(rows[:1], [[rows[0][:1]]])
-        return torch.cat([s, values(model, after.to(s.device))[0,0]-mean])
+        return torch.cat([s, values(model, after.to(s.device))[0,0]])
     _say(model, lambda: _compare(model, plain, ours, tol))
 
 # %% ../nbs/10_models.ipynb #5260364e
@@ -476,10 +495,24 @@ def mk_reward_model(
     check_scores(rm)
     return rm
 
+def _check_value_start(policy, reward_model):
+    "A ValueError where a reward model is none that a value model can start from"
+    if isinstance(reward_model, LogProbReward):
+        raise ValueError("a value model cannot start from a reward model whose head is 'log_prob': it reads whole "
+                         'responses; train one with reward.head=last_token, or start from the reference')
+    def shapes(m): return {k:tuple(v.shape) for k,v in body(m).state_dict().items()}
+    if type(policy.config) is not type(reward_model.config) or shapes(policy)!=shapes(reward_model):
+        raise ValueError(f'a value model cannot start from this reward model: {type(reward_model).__name__} has '
+                         f'another body than the policy, {type(policy).__name__}; start from the reference')
+
 def mk_value_model(
-    policy # Causal LM to start from
+    policy,           # Causal LM to start from
+    reward_model=None # Start from this instead, with its head; its body is of the kind of the policy's
 ):
-    "A value model with the body of `policy` and a head of zeros"
+    "A value model with the body of `policy` and a head of zeros (or from the reward model: Ouyang et al. 2022, appendix C.4)"
+    if reward_model is not None:
+        _check_value_start(policy, reward_model)
+        return deepcopy(reward_model)
     vm = mk_reward_model(policy)
     vm.score.weight.data.zero_()                           # nothing is expected before something was seen
     return vm

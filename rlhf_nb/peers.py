@@ -25,6 +25,7 @@ from .load import *
 from .train import *
 from .reward import *
 from .sampling import *
+from .sources import *
 from .rollout import *
 from .ppo import *
 from .grpo import *

@@ -17,7 +17,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
-from .tokens import *
+from .template import *
 from .models import *
 from .load import *
 from .train import *

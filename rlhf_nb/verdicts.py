@@ -16,6 +16,7 @@ from .core import *
 from .run import *
 from .stats import *
 from .tokens import *
+from .template import *
 
 # %% ../nbs/23_verdicts.ipynb #f6e4d3f7
 def _higher(x, y):
