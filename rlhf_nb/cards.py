@@ -34,7 +34,7 @@ def _typed_turns(typed):
         turns = [Turn(role, text.strip()) for role,text in parse_turns(_role.sub(r'\n\n\1:', typed))]
         return turns[:-1] if turns[-1]==('assistant','') else turns
     turns = [Turn('user', typed)]
-    if len(parse_turns(to_hh(turns)))>1:
+    if HH.marker.search(typed):
         raise ValueError("A line 'Human:' or 'Assistant:' after an empty line begins a turn: "
             'put Human: before the first turn too, or take the empty line away')
     return turns
@@ -59,7 +59,7 @@ def pieces(
     **values       # Lists, one number per token (or None)
 )->list: # dict(text, one sum per name)
     "A response as pieces of text with their values"
-    from rlhf_nb.rollout import written
+    from rlhf_nb.sources import written
     out,start,done = [],0,''
     for i in range(1, len(ids)+1):
         s = tok.decode(written(ids[:i], tok))

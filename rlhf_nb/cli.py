@@ -19,7 +19,7 @@ from .config import *
 from .run import *
 from .world import *
 from .formats import *
-from .tokens import *
+from .template import *
 from .data import *
 from .forward import *
 from .load import *

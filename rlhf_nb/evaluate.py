@@ -19,7 +19,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
-from .tokens import *
+from .template import *
 from .data import *
 
 # %% ../nbs/21_evaluate.ipynb #0ec88fa9
@@ -167,7 +167,7 @@ def sample_records(
 
 def _as_records(samples, prompts, tok, score, gold):
     "The records of each prompt, from {model: batch (B,n,R)}"
-    from rlhf_nb.rollout import texts
+    from rlhf_nb.sources import texts
     b = side_by_side(list(samples.values()))
     kl = torch.cat([o.kl.sum(-1) for o in samples.values()], 1)
     values = dict(

@@ -19,7 +19,7 @@ from .load import *
 from .sft import *
 from .reward import *
 from .sampling import *
-from .rollout import *
+from .sources import *
 from .ppo import *
 from .grpo import *
 from .dpo import *
@@ -113,8 +113,9 @@ def dpo_stage(line:Line):
 def ppo_stage(line:Line):
     "PPO on the reward model"
     parts = line.rl_parts('ppo')
-    # it foresees rewards from what the reference knows of language
-    value = mk_value_model(parts['reference'])
+    # it foresees rewards from what the reference knows of language, or from what the reward model knows of rewards
+    reward_model = line.model('reward') if line.config.ppo.value_from=='reward' else None
+    value = mk_value_model(parts['reference'], reward_model)
     train_ppo(value=value, **parts)
     save_model(value, line.tok, line.run.value_model)
     line.save(parts['policy'], 'ppo')
