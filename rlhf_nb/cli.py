@@ -153,11 +153,11 @@ def _may_publish(
 ):
     "A FileExistsError where `--publish` would write over files that no `--publish` has made"
     shown = Places(folder)
-    # folder: files by which a `--publish` is known
-    made = {shown.results:(shown.seeds,shown.summary), shown.samples:(shown.samples_md,)}
+    # folder: the file by which a `--publish` is known
+    made = {shown.results:shown.summary, shown.samples:shown.samples_md}
     for o,ours in made.items():
         is_filled = o.is_file() or o.exists() and any(o.iterdir())
-        if is_filled and not replace and not any(f.is_file() for f in ours):
+        if is_filled and not replace and not ours.is_file():
             raise FileExistsError(f'--publish: {o} is there already and holds no results of a run; '
                                   'add --replace to write into it, or choose another folder')
 
