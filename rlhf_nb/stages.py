@@ -186,7 +186,6 @@ def evaluate_stage(line:Line):
         recs,
         summarise(recs, world_rates if line.world else None),
         line.command,
-        seeds=[c.seed],
         split=c.eval.split,
         config=asdict(c),
         reward_model=read_json(accuracies) if accuracies.exists() else None)
