@@ -249,9 +249,20 @@ def _check_data(line, left):
     # each is made when it is first asked for, and tells what is wrong
     line.acc,line.splits,line.tok
     if any(stage_table[s].held_out for s in left): line.held()
-    n,most = len(unique_prompts(line.splits.train)),line.config.ppo.mini_batches
-    if 'ppo' in left and n<most:
-        raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, got {most}')
+    if 'ppo' in left: _check_ppo(line, left)
+
+def _check_ppo(line, left):
+    "What PPO needs of the data and of the stages before it"
+    n,o = len(unique_prompts(line.splits.train)),line.config.ppo
+    if n<o.mini_batches:
+        raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, '
+                         f'got {o.mini_batches}')
+    total = n_rollouts(o, n)
+    if o.value_warmup>=total:
+        raise ValueError(f'ppo.value_warmup: expected fewer than the {total} updates that there are, '
+                         f'got {o.value_warmup}')
+    if o.value_from=='reward' and 'reward' not in left and not line.done('reward'):
+        raise ValueError("ppo.value_from: reward needs the run's own reward model, and this run has none")
 
 def check_room(
     line:Line,
