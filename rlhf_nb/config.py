@@ -84,6 +84,10 @@ class ModelConfig:
     "The model that everything starts from"
     name:str='scratch'      # `scratch`, a Hub name or a folder of a causal LM
     tokenizer:str|None=None # Hub name or folder (None: the model's own; the world's for the world)
+    # How it reads a dialogue: `chat`, the tokenizer's own template; `hh`, Human: and Assistant:; `plain`, a text alone;
+    # `auto`: `chat` where the tokenizer has one, else `hh`
+    template:Literal['auto','chat','hh','plain']='auto'
+    template_kwargs:Options|None=None # What a chat template is told, such as `{enable_thinking: true}` (false by default)
     n_layer:Pos=2           # Layers (`scratch` only, like the next three)
     n_embd:Pos=128          # Width
     n_head:Pos=4            # Attention heads

@@ -7,6 +7,7 @@ __all__ = ['Line', 'fingerprint', 'left_to_do', 'check_line', 'check_room', 'tra
 
 # %% ../nbs/39_line.ipynb #line0h03
 import hashlib
+from datetime import date
 from functools import cached_property
 
 import torch
@@ -65,6 +66,18 @@ class Line:
         raise ValueError("model.name is 'scratch' and the data are not the embedded world: "
                          'name a tokenizer with --tokenizer, or a model with --model')
 
+    @cached_property
+    def template(self)->Template:
+        "How the models read a dialogue"
+        m = self.config.model
+        return Template(self.tok, m.template, m.template_kwargs, self.date)
+    @cached_property
+    def date(self):
+        "What a template that prints the date takes for today: the day when the run began"
+        f = self.run.data_file
+        then = read_json(f, dict).get('date') if f.exists() else None
+        return date.fromisoformat(then) if then else date.today()
+
     # the data
 
     @cached_property
@@ -73,8 +86,9 @@ class Line:
         m = self.config.model
         # with a tokenizer, where there is one, what is too long is counted; in the world nothing is
         has_tok = not self.world and (self.done('sft') or m.tokenizer or m.name!='scratch')
-        s = load_splits(self.config, self.tok if has_tok else None)
+        s = load_splits(self.config, self.template if has_tok else None)
         self.data = dict(fingerprint(s), name=self.config.data.name)
+        if has_tok and self.template.dated: self.data['date'] = str(self.date)
         _check_same_data(self.run, self.data)
         return s
     def held(self)->list:
@@ -86,14 +100,14 @@ class Line:
     def pairs(self, rows)->Batch:
         "Preference pairs as tokens: groups of chosen, rejected"
         d = self.config.data
-        return tokenize_pairs(rows, self.tok, d.max_prompt, d.max_response)
+        return tokenize_pairs(rows, self.template, d.max_prompt, d.max_response)
     def answers(self, rows)->Batch:
         "Answers to imitate as tokens: groups of one"
         d = self.config.data
-        return tokenize_sft(rows, self.tok, d.max_prompt, d.max_response)
+        return tokenize_sft(rows, self.template, d.max_prompt, d.max_response)
     def prompts(self, rows)->list:
         "The prompts of the rows as tokens, each once"
-        return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
+        return tokenize_prompts(unique_prompts(rows), self.template, self.config.data.max_prompt)
     def dev(self, o:Optim):
         "What a stage with these settings looks at as it goes; None: nothing"
         if o.eval_every is None: return None
@@ -110,7 +124,7 @@ class Line:
         "The model that is to be fine-tuned"
         c = self.config
         if c.model.name=='scratch': m = mk_policy(c.model, self.tok, c.seed)
-        else: m = load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        else: m = load_policy(c.model.name, c.model.tokenizer, c.model.forward, template=c.model.template)[0]
         check_sampling(m)
         return m
     def forget_first(self):
@@ -131,7 +145,7 @@ class Line:
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
     def save(self, model, stage:str):
         "Leave the model where it says that the stage is done"
-        save_model(model, self.tok, self.run.made(stage))
+        save_model(model, self.template, self.run.made(stage))
     @cached_property
     def gold(self):
         "The scorer of the true reward, which only the world has"

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from .core import *
 from .config import *
 from .run import *
+from .tokens import *
+from .template import *
 from .forward import *
 from .models import *
 from .models import _first_line
@@ -177,15 +179,39 @@ def load_tokenizer(
     _check_guesses(tok, name, missing)
     if eos and tok.eos_token_id is None:
         raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
-    return _own_pad(tok, _ids(c.get('eos_token_id'))|_ids(g.get('eos_token_id')), name)
+    used = set().union(*(_ids(v) for k,v in g.items() if k.endswith('token_id')))
+    return _own_pad(tok, _ids(c.get('eos_token_id'))|used-_ids(g.get('pad_token_id')), name, c.get('vocab_size'))
 
-def _own_pad(tok, stops, name):
-    "Add a PAD where there is none, or where it ends responses"
+def _own_pad(tok, stops, name, n=None):
+    "Another PAD where there is none, or where it ends responses; a chat model of `n` embeddings gets no new token"
+    stops = {tok.eos_token_id,*stops,*_ends_of(tok)}
     # where PAD is EOS, padding and the end of an answer cannot be told apart
-    if tok.pad_token_id is None or tok.pad_token_id in {tok.eos_token_id,*stops}:
+    if tok.pad_token_id is not None and tok.pad_token_id not in stops: return tok
+    old = tok.pad_token
+    if template_kind(tok)!='chat':
         tok.add_special_tokens({'pad_token':'<|pad|>'})
         print(f'{name}: added the token <|pad|> (id {tok.pad_token_id}), because PAD was missing or the same as EOS')
+        return tok
+    spare = _spare(tok, stops, n)
+    tok.pad_token = spare or tok.eos_token
+    if tok.pad_token!=old:
+        why = 'PAD was missing' if old is None else f'{old} ends answers'
+        free = '' if spare else '; the vocabulary has no special token that nothing uses'
+        print(f'{name}: PAD is {tok.pad_token} (id {tok.pad_token_id}), because {why}{free}')
     return tok
+
+def _ends_of(tok):
+    "What ends an answer by a tokenizer's chat template; one that is of no use is refused where it is asked"
+    try: return as_template(tok).stops
+    except ValueError: return set()
+
+def _spare(tok, used, n):
+    "A special token that the vocabulary has and nobody uses, made for padding if possible; None where there is none"
+    used = {tok.bos_token_id,tok.eos_token_id,tok.unk_token_id,*used}
+    chat = str(tok.chat_template)
+    free = [(i,t) for i,t in special_ids(tok).items() if i not in used and t not in chat and (not n or i<n)]
+    def rank(o): return 'pad' in o[1].lower(),any(k in o[1].lower() for k in ('reserved','unused')),o[0]
+    return max(free, key=rank, default=(None,None))[1]
 
 def _not_found(name, what, e):
     "The error of what could not be loaded from a folder or the Hub"
@@ -213,18 +239,19 @@ def _grow(model, n, old):
 
 def fit_tokenizer(
     model,        # Any Hugging Face model
-    tok,          # Its tokenizer
+    tok,          # Its tokenizer, or a `Template`
     own:bool=True # Did it come with the model? If not, of the model's ids only its special tokens mean something
 ):
     "Make room for all tokens, and enter the special ones in the model's configuration"
-    n = len(model.get_input_embeddings().weight)
+    t = as_template(tok)
+    n,tok = len(model.get_input_embeddings().weight),t.tok
     # special tokens may be new, and get rows of their own; words without a row mean that this is another model's tokenizer
     words = max((i for i in tok.get_vocab().values() if i not in tok.added_tokens_decoder), default=-1)
     if words>=n:
         raise ValueError(f'the tokenizer has words up to id {words}, the model embeds {n}: this is not its tokenizer')
     if len(tok)>n:
         _grow(model, len(tok), n)
-    stops = _stops(model, tok, own)-{tok.pad_token_id}|{tok.eos_token_id}
+    stops = _stops(model, tok, own)-{tok.pad_token_id}|{tok.eos_token_id}|t.stops
     c = model.config
     g = getattr(model, 'generation_config', None)
     # the config keeps the form that it had, one id or a list
@@ -291,7 +318,8 @@ def load_policy(
     name:str,             # Hub name or folder of a causal LM
     tokenizer:str=None,   # Hub name or folder (None: the model's own)
     forward:str='grouped',# `padded` for models whose attention is not plain causal softmax
-    device='cpu'
+    device='cpu',
+    template:str='auto'   # Kind of a `Template`: its end of an answer is one of the model's stops
 ):                        # Model, tokenizer
     "A causal LM in float32 and its tokenizer"
     # what is wrong with it is said before what is wrong with its tokenizer
@@ -302,10 +330,10 @@ def load_policy(
     if missing: raise ValueError(f'{name}: the checkpoint lacks {", ".join(sorted(missing)[:3])}')
     # our own PAD has had its message
     more = len(tok)-len(m.get_input_embeddings().weight)-(tok.pad_token=='<|pad|>')
-    _own_pad(tok, _stops(m, tok, own), tokenizer or name)
+    _own_pad(tok, _stops(m, tok, own), tokenizer or name, len(m.get_input_embeddings().weight))
     if more>0: print(f'{name}: made room for {more} token{"s"*(more>1)} that the tokenizer has and the model lacks')
     with _named(name):
-        return _ready(fit_tokenizer(m, tok, own), forward).to(device),tok
+        return _ready(fit_tokenizer(m, Template(tok, template), own), forward).to(device),tok
 
 def _keep_memory():
     "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
@@ -379,14 +407,24 @@ def load_reward_model(
 
 def save_model(
     model, # Policy, reward or value model
-    tok,   # Its tokenizer
+    tok,   # Its tokenizer, or the `Template` that it was trained with: plain transformers asks it as we do
     path   # Folder; replaced as a whole when everything is written
 ):
     "Save as a Hugging Face folder"
+    t = as_template(tok)
+    if hasattr(model, 'score') and t.tok.pad_token_id in stop_tokens(model):
+        model.config.read_at = 'the last token, EOS too; plain transformers skips it where it is PAD'
     # all or nothing: a run that is killed here leaves the old folder
-    with replacing(path) as tmp:
+    with replacing(path) as tmp, _chat_template(t.tok, saved_template(t.tok, t.kind)):
         model.save_pretrained(tmp)
-        tok.save_pretrained(tmp)
+        t.tok.save_pretrained(tmp)
+
+@contextmanager
+def _chat_template(tok, chat):
+    "A tokenizer with another chat template"
+    own,tok.chat_template = tok.chat_template,chat
+    try: yield
+    finally: tok.chat_template = own
 
 # %% ../nbs/11_load.ipynb #loadst02
 def check_stages(

@@ -116,7 +116,7 @@ def ppo_stage(line:Line):
     # it foresees rewards from what the reference knows of language
     value = mk_value_model(parts['reference'])
     train_ppo(value=value, **parts)
-    save_model(value, line.tok, line.run.value_model)
+    save_model(value, line.template, line.run.value_model)
     line.save(parts['policy'], 'ppo')
 
 def grpo_stage(line:Line):
