@@ -398,9 +398,11 @@ def curves_html(
     from rlhf_nb.metrics import read_logs
     from rlhf_nb.plots import plot_frontier,plot_training
     run,logs,plots = Places(path),read_logs(path),[]
-    if run.summary.exists():
+    found = run.read_summary()['seeds'].values() if run.summary.exists() else []
+    models = [r['models'] for r in found if 'models' in r]
+    if models:
         frontier = read_json(run.frontier) if run.frontier.exists() else None
-        plots.append(plot_frontier([read_json(run.summary)['models']], [frontier] if frontier else [], [logs]))
+        plots.append(plot_frontier(models, [frontier] if frontier else [], [logs]))
     plots += [plot_training(rows, stage) for stage,rows in logs.items()]
     figures = ''.join(map(_figure, plots)) or '<p>This folder holds no training logs and no summary.</p>'
     return shield(f'<div class="figures">{figures}</div>')

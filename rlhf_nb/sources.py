@@ -64,7 +64,10 @@ def _in_words_of(reader, b, tok):
     ps,rs = texts(b, tok)
     # the dialogue as the data have it, where it is known
     if b.rows: ps = [o.get('prompt', p) for o,p in zip(b.rows, ps)]
-    return reader.batch(ps, rs, b.finished.tolist()).to(b.device)
+    before,b = reader.cut,reader.batch(ps, rs, b.finished.tolist()).to(b.device)
+    if reader.cut and not before:
+        print(f'the reward model takes {reader.room} tokens: of longer dialogues it does not see the oldest turns')
+    return b
 
 def written(
     ids:list,    # Token ids of a response
