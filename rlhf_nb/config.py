@@ -84,8 +84,7 @@ class ModelConfig:
     "The model that everything starts from"
     name:str='scratch'      # `scratch`, a Hub name or a folder of a causal LM
     tokenizer:str|None=None # Hub name or folder (None: the model's own; the world's for the world)
-    # How it reads a dialogue: `chat`, the tokenizer's own template; `hh`, Human: and Assistant:; `plain`, a text alone;
-    # `auto`: `chat` where the tokenizer has one, else `hh`
+    # How it reads a dialogue: its chat template, Human: and Assistant:, a text alone; `auto`: `chat` if it has one, else `hh`
     template:Literal['auto','chat','hh','plain']='auto'
     template_kwargs:Options|None=None # What a chat template is told, such as `{enable_thinking: true}` (false by default)
     n_layer:Pos=2           # Layers (`scratch` only, like the next three)
@@ -146,6 +145,7 @@ class RolloutConfig(Optim):
     max_kl:NonNeg|None=None
     passes:Above0=1.0         # Passes through the prompts, where `updates` is not given
     eval_n:Pos=64
+    eval_samples:Pos=1        # Answers to each dev prompt in a look
 
 @dataclass
 class PPOConfig(RolloutConfig):
@@ -164,6 +164,9 @@ class PPOConfig(RolloutConfig):
     clip:NonNeg=0.2       # Ratios beyond 1 +- clip give no gradient
     value_clip:NonNeg=0.2 # Values move at most this far from those of the rollout
     value_coef:NonNeg=0.1 # Weight of the value loss
+    # What the value model starts from; `reward`: a reward model with the same body as the policy, with its head
+    value_from:Literal['reference','reward']='reference'
+    value_warmup:From0=0  # So many updates at the beginning change the value model only
     epochs:Pos=2          # Passes over a rollout
     mini_batches:Pos=1    # Optimizer steps in a pass
 
@@ -177,8 +180,15 @@ class GRPOConfig(RolloutConfig):
     schedule:Schedule='constant'
     checkpoint_every:Pos=5
     group_size:From2=8            # Responses to each prompt
-    loss_type:Literal['grpo','dr_grpo','dapo']='grpo' # How token losses are averaged
+    # How token losses are averaged; `cispo`: as `dapo`, and the ratio is a clipped weight that no gradient goes through
+    loss_type:Literal['grpo','dr_grpo','dapo','cispo']='grpo'
+    # Whose ratio is clipped: each token's, or the geometric mean of the response (GSPO)
+    ratio:Literal['token','sequence']='token'
+    baseline:Literal['mean','leave_one_out']='mean' # Of the group, or of its other responses (RLOO)
     scale_rewards:Literal['group','batch','none']='group' # Whose standard deviation divides the advantages
+    normalise_each:bool=False     # Several reward sources: divide each by its own deviation before they are added up
+    # Groups of further prompts, at most, that an update draws in the place of groups whose scores are all equal
+    resample_silent:From0=0
     epsilon:NonNeg=0.2            # Lower clip: ratios below 1 - epsilon
     epsilon_high:NonNeg|None=None # Upper clip (None: epsilon); DAPO uses 0.28
     inner:Pos=1                   # Optimizer steps on one rollout
@@ -244,10 +254,11 @@ def _trained(**values)->dict:
     "These values for each section that trains"
     return {f.name:values for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
 
-# passes instead of the demo's numbers of updates, and ten looks at dev data
-_counted = dict(updates=None, eval_every=.1)
+# Passes instead of the demo's numbers of updates, and ten looks at dev data. In GRPO each token counts the same, and
+# the KL in its loss is corrected; the demo keeps the original's averages and KL, which its dev split prefers
+_elsewhere = _merge(_trained(updates=None, eval_every=.1), dict(grpo=dict(loss_type='dapo', kl_in='loss_corrected')))
 
-_hh = _merge(_trained(**_counted, micro_tokens=4096, beta2=.999), {
+_hh = _merge(_merge(_elsewhere, _trained(micro_tokens=4096, beta2=.999)), {
     'jobs': 1,
     'data': dict(name='Anthropic/hh-rlhf', data_dir='harmless-base',
         max_prompt=256, max_response=128),  # 90% of prompts and 90% of responses are shorter (278 and 111 tokens)
@@ -272,7 +283,7 @@ presets = {'demo': {}, 'prototype': _on_pairs(1000, 3), 'full': _on_pairs(10000,
 
 # The demo's numbers of updates are those of the world's 20,000 documents. With other data it counts passes, as the
 # other presets do, and looks at dev data, because few data are soon known by heart
-_demo_elsewhere = _merge(_trained(**_counted), {
+_demo_elsewhere = _merge(_elsewhere, {
     'data': dict(n_pairs=2000),  # minutes
     'sft': dict(epochs=10),
     'reward': dict(epochs=5, head='last_token'),

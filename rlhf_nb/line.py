@@ -261,7 +261,7 @@ def check_line(line:Line, todo:list):
 def _check_data(line, left):
     "Read the data, in the tokens and on the device that the stages use"
     # each is made when it is first asked for, and tells what is wrong
-    line.acc,line.splits,line.tok
+    line.acc,line.splits,line.template
     if any(stage_table[s].held_out for s in left): line.held()
     n,most = len(unique_prompts(line.splits.train)),line.config.ppo.mini_batches
     if 'ppo' in left and n<most:

@@ -113,8 +113,9 @@ def dpo_stage(line:Line):
 def ppo_stage(line:Line):
     "PPO on the reward model"
     parts = line.rl_parts('ppo')
-    # it foresees rewards from what the reference knows of language
-    value = mk_value_model(parts['reference'])
+    # it foresees rewards from what the reference knows of language, or from what the reward model knows of rewards
+    reward_model = line.model('reward') if line.config.ppo.value_from=='reward' else None
+    value = mk_value_model(parts['reference'], reward_model)
     train_ppo(value=value, **parts)
     save_model(value, line.template, line.run.value_model)
     line.save(parts['policy'], 'ppo')
@@ -185,7 +186,6 @@ def evaluate_stage(line:Line):
         recs,
         summarise(recs, world_rates if line.world else None),
         line.command,
-        seeds=[c.seed],
         split=c.eval.split,
         config=asdict(c),
         reward_model=read_json(accuracies) if accuracies.exists() else None)

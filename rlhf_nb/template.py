@@ -174,7 +174,7 @@ def _spoken(dialogue):
 
 class _ChatForm:
     "A dialogue as the tokenizer's own template writes it"
-    def __init__(self, tok, kwargs=None, date=None):
+    def __init__(self, tok, kwargs=None, date=None, ends=True):
         if not getattr(tok, 'chat_template', None):
             raise ValueError('model.template is chat, and the tokenizer has no chat template: take hh or plain')
         source = tok.get_chat_template()
@@ -187,7 +187,8 @@ class _ChatForm:
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
         self.system = True
-        self.end = self._probe()
+        # who only reads finished answers, as a reward model does, needs no end
+        self.end = self._probe() if ends else []
         self.system = self._has_system()
     def _probe(self):
         "The ids that end an answer; a ValueError where the template is of no use"
@@ -266,9 +267,11 @@ class _ChatForm:
         "Are the ids of a prompt and its answer those of the whole dialogue's rendering?"
         turns,begun = _spoken(dialogue)
         said = Turn('assistant', begun+self.own(text, begun))
-        try: whole, = self._encode([self._rendering([*turns,said], answer=True)])
+        try: return self.whole([*turns,said])[:len(ids)]==ids
         except BadPair: return False
-        return whole[:len(ids)]==ids
+    def whole(self, turns):
+        "Ids of a dialogue whose last turn is an answer, rendered once"
+        return self._encode([self._rendering(turns, answer=True)])[0]
     def cuts(self, dialogues, most=None, refused=None):
         "A `Cut` of each prompt; `refused` as in `Template.prompts`"
         room = float('inf') if most is None else most
