@@ -138,6 +138,9 @@ class RewardConfig(Optim):
     head:Literal['last_token','log_prob']='log_prob'
     center:NonNeg=0.0     # Weight of the squared sum of a pair's scores (Eisenstein et al. 2023); 0.01 where used
     n_normalise:From2=256 # Reference samples that set the reward's mean to 0 and its std to 1
+    # Hub name or folder of a finished reward model, which is used as it is (None: one is trained)
+    model:str|None=None
+    normalise:bool|None=None # Are mean and std set? (None: those of a model that is trained here)
     data:DataSource|None=None # Other pairs: a name, or its keys (None: those of `data`)
 
 @dataclass

@@ -133,11 +133,14 @@ class Line:
         vars(self).pop('first', None)
     def model(self, stage:str):
         "The model that a stage has trained"
+        return self._loaded(stage)[0]
+    def _loaded(self, stage):
+        "The model of a stage and its tokenizer"
         made,load = self.run.made(stage),load_reward_model if stage=='reward' else load_policy
         if not self.done(stage):
             raise FileNotFoundError(f"{made}: no such folder; run the stage '{stage}' first "
                                     f'(rlhf_nb train {stage} --out {self.run.path})')
-        return load(str(made), forward=self.config.model.forward, device=self.acc.device)[0]
+        return load(str(made), forward=self.config.model.forward, device=self.acc.device)
     @property
     def models(self)->dict:
         "All policies there are, the reference first"
@@ -156,7 +159,8 @@ class Line:
         return dict(gold=self.gold) if self.world else {}
     def scorer(self, **how):
         "The run's reward model as a scorer"
-        return mk_scorer((self.model('reward'),self.tok), self.tok, **how)
+        # one that was given has a tokenizer of its own
+        return mk_scorer(self._loaded('reward'), self.tok, **how)
 
     # what a stage that trains is called with
 
@@ -252,11 +256,19 @@ def check_line(line:Line, todo:list):
     c,left = line.config,left_to_do(line, todo)
     # the model that training begins with, or has begun with
     name = str(line.run.made('sft')) if line.done('sft') else c.model.name
-    if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
+    # a reward model that is given needs no head on this one
+    head = 'log_prob' if c.reward.model else c.reward.head
+    if name!='scratch': check_stages(name, left, head)              # not when PPO begins
+    if c.reward.model and 'reward' in left: _check_given(c)
     if not line.world or not all(stage_table[s].light for s in left): _check_data(line, left)
     if 'sft' in left:
         room = c.model.n_positions if c.model.name=='scratch' else max_tokens(line.first)
         check_room(line, room)
+
+def _check_given(config):
+    "Raise where the reward model that is named can't be used: it is loaded once, before anything is trained"
+    try: load_reward_model(config.reward.model, config.model.forward)
+    except (ValueError,OSError) as e: raise type(e)(f'reward.model: {e}') from e
 
 def _check_data(line, left):
     "Read the data, in the tokens and on the device that the stages use"
@@ -282,7 +294,8 @@ def check_room(
 
 def training_plan(line:Line)->dict:
     "How long each stage trains on these data, in words: what was tuned for the world shows here"
-    skipped = {'sft'} if line.config.sft.skip else set()
+    c = line.config
+    skipped = {s for s,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
     return {s:_planned(line, s) for s in trained if s not in skipped}
 
 def _n_items(line, o)->int:
