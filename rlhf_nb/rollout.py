@@ -19,6 +19,7 @@ from .run import *
 from .models import *
 from .train import *
 from .sampling import *
+from .sources import *
 
 # %% ../nbs/16_rollout.ipynb #afd0d00d
 def kl_estimates(
@@ -147,15 +148,26 @@ def _with_log_probs(policy, reference, b, cut, o, precision, low):
     return b.plus(ref_log_probs=_read(reference, b, parts, o, precision)),row
 
 def _rewards(score, b, i):
-    "What `score` says about the answers of update `i`, (B,G)"
-    raw = score(b)
+    "The batch of update `i`, and what `score` says about its answers, (B,G)"
+    b,raw = scored(score, b)
     got = tuple(raw.shape) if torch.is_tensor(raw) else type(raw).__name__
     if got!=b.shape[:2]:
         raise ValueError('score(batch) must return a tensor with one number for each response, '
                          f'{b.shape[:2]}, got {got}')
     if raw.isinf().any():
         raise FloatingPointError(f'update {i}: {raw.isinf().sum()} of {raw.numel()} rewards are infinite')
-    return raw.to(b.device)
+    return b,raw.to(b.device)
+
+def _begin(score, i, total, epoch):
+    "Tell reward functions where training is"
+    if isinstance(score, Scorer): score.begin(Progress(i, total, epoch))
+
+def _of_sources(score, drawn, row):
+    "Metrics of the reward's sources, for this row; a ValueError where a function calls one as we call another"
+    said = score.metrics(drawn) if isinstance(score, Scorer) else {}
+    twice = [k for k in said if k in row]
+    if twice: raise ValueError(f"log_metric: '{twice[0]}' is a metric of training; choose another name")
+    return said
 
 def _about(b, drawn, watch):
     "Metrics of a rollout, and of all that was drawn for it"
@@ -196,7 +208,7 @@ def _answered(policy, score, prompts, rows, n, o, seed, i, at, *draw):
     b = sample(policy, [prompts[j] for j in at], n, o.max_new_tokens, o.temperature, noise)
     seconds = time.perf_counter()-began
     b = b.plus(rows=rows and [rows[j] for j in at])
-    raw = _rewards(score, b, i)
+    b,raw = _rewards(score, b, i)
     return b.plus(raw=raw, scores=_penalised(raw, b, o)),seconds
 
 def _drawn(answer, at, others, silent, most):
@@ -248,17 +260,21 @@ def rollouts(
 ): # (mini-batches, metrics row)
     "Rollouts of `policy` as it is at each update"
     size = check_rollouts(policy, prompts, o, n, mini_batches, rows)
+    if isinstance(score, Scorer): score.check(rows)
+    total = n_rollouts(o, len(prompts))
     answered = partial(_answered, policy, score, prompts, rows, n, o, seed)
     precision,low = (nullcontext,False) if acc is None else (acc.autocast,acc.mixed_precision!='no')
     low = low or policy.dtype!=torch.float32
-    for i in range(start, n_rollouts(o, len(prompts))):
+    for i in range(start, total):
         began = time.perf_counter()
+        _begin(score, i, total, i*size/len(prompts))
         b,drawn,sampling = _draw_update(answered, len(prompts), size, seed, i, silent, resample)
         orders = (torch.randperm(len(b), generator=generator(seed, 'mini', i, e)) for e in range(epochs))
         cuts = [order.tensor_split(mini_batches) for order in orders]
         b,row = _with_log_probs(policy, reference, b, cuts[0], o, precision, low)
         if resample: row['redrawn'] = len(drawn)-size
         row.update(_about(b, b if len(drawn)==size else drawn, watch))
+        row.update(_of_sources(score, drawn, row))
         with precision(): b = prepare(b)                      # a value model is read there
         now = time.perf_counter()
         scoring = now-began-sampling
