@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['length_stats', 'DataReport', 'Preferences', 'load_preferences', 'prompt_key', 'split_by_prompt', 'Splits',
-           'answers_of', 'unique_prompts', 'tokenize_pairs', 'load_splits', 'n_updates', 'batches']
+           'unique_prompts', 'tokenize_pairs', 'load_splits', 'n_updates', 'batches']
 
 # %% ../nbs/08_data.ipynb #7ae80b09
 import math,re,unicodedata
@@ -22,7 +22,7 @@ from .world import *
 from .shapes import *
 from .tokens import *
 from .text import _names_of
-from .shapes import _cols
+from .shapes import _check_doubled,_cols
 from .formats import _no_columns,_open
 from .template import _tokenize
 
@@ -143,21 +143,6 @@ class Preferences:
     def __len__(self): return len(self.pairs)
     def __repr__(self): return f'Preferences({len(self)} pairs from {self.report.name})'
 
-def _doubled(pair):
-    "Do both answers begin with the question that they answer?"
-    *_,asked,_ = parse_turns(pair['prompt'])
-    asked = asked.text.strip()
-    return asked and all(pair[k].strip().startswith(asked) for k in ('chosen','rejected'))
-
-def _check_doubled(pairs, name):
-    "Where nearly every answer begins with its prompt, it was written in front of it"
-    again,n = list(filter(_doubled, pairs)),len(pairs)
-    if len(again)<8 or len(again)<=.9*n: return
-    said = 'every answer begins with its prompt'
-    if len(again)<n: said = f'{len(again)} of {n} pairs have answers that begin with their prompt'
-    raise ValueError(f"{name}: {said} ({again[0]['source']} and {len(again)-1} more); "
-                     'leave the prompt out of chosen and rejected')
-
 def _rows(rows, report, reading, what):
     "Usable rows of (place, row); the others are counted in `report`"
     out,seen,keys,start = [],set(),{},report.read
@@ -270,18 +255,14 @@ class Splits:
         return self.parts.get(stage, self)
     def serves(self, stage:str)->bool:
         "Do the rows hold what a stage that trains learns from?"
-        return _needs[stage] in serves[self.of(stage).gives]
+        return needs_of[stage] in serves[self.gives]
+    @property
+    def learned(self)->list:
+        "Each prompt that any stage learns from, once"
+        own = unique_prompts(self.train+self.sft)
+        return list(dict.fromkeys(p for o in (own, *(s.learned for s in self.parts.values())) for p in o))
     def __repr__(self):
         return 'Splits('+', '.join(f'{len(v)} {k}' for k,v in vars(self).items() if isinstance(v, list))+')'
-
-# what each stage that trains learns from
-_needs = dict(sft='answer', reward='pair', dpo='pair', ppo='prompt', grpo='prompt')
-
-def answers_of(rows, gives)->list: # dict(prompt, response), or a text
-    "The answers to imitate in rows that hold `gives`; prompts alone hold none"
-    if gives=='text': return [p['text'] for p in rows]
-    key = dict(pair='chosen', answer='response').get(gives)
-    return [dict(prompt=p['prompt'], response=p[key]) for p in rows] if key else []
 
 def unique_prompts(pairs)->list[str]:
     "Each prompt of `pairs` once, in order"
@@ -412,13 +393,13 @@ def _fit_others(rows, gives, tokenizer, c, report):
         for i in b.index[cut].tolist(): count(what, i)
     return b
 
-def _read_splits(src, names, c, seed, tokenizer):
+def _read_splits(src, names, c, seed, tokenizer, need='pair'):
     "Rows of train, dev, test and ood, how they were read, the report, and {id of a row: its lengths}"
     report,reading,s = DataReport(src.name, src.remarks),None,{k:[] for k in _own}
     for k in _own: # in this order: the report names the first place of each reason
         if k not in names: continue
         rows = src.splits[names[k]]()
-        if reading is None: reading,rows = begin_reading(rows, src.name, c.format)
+        if reading is None: reading,rows = begin_reading(rows, src.name, c.format, need)
         s[k] = _rows(rows, report, reading, f"split '{names[k]}'")
     what = said_of[reading.gives]
     held = [p for k in _own[1:] for p in s[k]]
@@ -477,8 +458,9 @@ def _read_own(key, own, config, tokenizer):
     stage = key.partition('.')[0]
     if stage!='reward': names = {k:v for k,v in names.items() if k in ('train','dev')}
     src = src._replace(name=f'{src.name} ({key})')
-    s,reading,*rest = _read_splits(src, names, c, config.seed, tokenizer)
-    check_serves(reading, _needs[stage], src.name, key)
+    need = needs_of[stage]
+    s,reading,*rest = _read_splits(src, names, c, config.seed, tokenizer, need)
+    check_serves(reading, need, src.name, key)
     if stage!='reward':
         # nobody is tested on these: only what lies where the run's own test prompts lie could be a leak
         dev = set(map(id, s['dev']))

@@ -38,7 +38,8 @@ def sft_stage(line:Line):
     check_room(line, max_tokens(model))
     # skipped: the model that was given is the reference as it is
     if not line.config.sft.skip:
-        rows = line.splits.sft+line.splits.documents
+        s = line.splits.of('sft')
+        rows = s.sft+s.documents
         train_sft(model, line.answers(rows), **line.how('sft'))
     line.save(model, 'sft')
 
@@ -57,7 +58,7 @@ def _mk_reward(
     # it begins with the reference's weights
     ref = line.model('sft')
     rm = mk_reward_model(ref, head, line.config.seed)
-    train_reward(rm, line.pairs(line.splits.train), **{**line.how('reward'), 'run':run})
+    train_reward(rm, line.pairs(line.learned('reward')), **{**line.how('reward'), 'run':run})
     # a reward then counts from what the reference gets, in its spread
     normalise(rm, _reference_samples(line, ref).to(line.acc.device))
     return rm,_reward_accuracies(line, rm, head)
@@ -79,11 +80,12 @@ def _reference_samples(line, ref)->Batch:
 def _reward_accuracies(line, rm, head:str)->dict:
     "How often the reward model is right on held-out pairs, beside a rule about length"
     c = line.config
-    held = line.held()[:c.eval.n_pairs]
+    # of the data that it has learned from
+    held = line.held('reward')[:c.eval.n_pairs]
     pairs = line.pairs(held).to(line.acc.device)
     scores,longer = pair_scores(rm, pairs),pairs.lengths.float()     # (B,2) both
     # the rule's direction is chosen on the training pairs
-    shorter = accuracy(line.pairs(line.splits.train).lengths.float())['accuracy']<.5
+    shorter = accuracy(line.pairs(line.learned('reward')).lengths.float())['accuracy']<.5
     out = dict(
         head=head,
         split=c.eval.split,
@@ -106,7 +108,7 @@ def _possible(held, reached:float)->dict:
 def dpo_stage(line:Line):
     "DPO on the preferences"
     policy,reference = line.model('sft'),line.model('sft')   # two copies: one of them learns
-    pairs = line.pairs(line.splits.train[:line.config.dpo.n_pairs])
+    pairs = line.pairs(line.learned('dpo')[:line.config.dpo.n_pairs])
     train_dpo(policy, reference, pairs.to(line.acc.device), **line.how('dpo'))
     line.save(policy, 'dpo')
 
@@ -160,10 +162,10 @@ def overoptimise_stage(
     c = line.config
     policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
-    few = line.pairs(line.splits.train[:n_pairs])
+    few = line.pairs(line.learned('reward')[:n_pairs])
     # few pairs and few updates: a reward model that is easily misled
     train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
-    prompts = line.prompts(line.splits.train)
+    prompts = line.prompts(line.learned('grpo'))
     some = prompts[:c.reward.n_normalise]
     normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
     # no KL, a high learning rate, and nothing for answers that never end
@@ -180,7 +182,7 @@ def evaluate_stage(line:Line):
     c,s,accuracies = line.config,line.splits,line.run.reward_accuracy
     prompts = unique_prompts(line.held())[:c.eval.n_prompts]
     # a held-out prompt that a model learned from would be an error here
-    recs = line.records(prompts, train=unique_prompts(s.train+s.sft))
+    recs = line.records(prompts, train=s.learned)
     write_results(
         line.run,
         recs,
