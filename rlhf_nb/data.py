@@ -21,6 +21,7 @@ from .stats import *
 from .world import *
 from .shapes import *
 from .tokens import *
+from .template import *
 from .text import _names_of
 from .shapes import _check_doubled,_cols
 from .formats import _no_columns,_open
@@ -66,7 +67,7 @@ class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
     dropped = ('malformed','mismatched prompt','empty response','identical pair',
                'too long','train/test leak','not needed')
-    noted = 'duplicate prompt','prompt cut','response cut','special token as text'
+    noted = 'duplicate prompt','prompt cut','response cut','special token as text','border'
     def __init__(self, name, remarks=()):
         self.name,self.read,self.remarks = name,0,list(remarks)
         # everything that is counted has its first place, so that somebody can look
@@ -271,13 +272,14 @@ def unique_prompts(pairs)->list[str]:
 # %% ../nbs/08_data.ipynb #987a6096
 def tokenize_pairs(
     pairs:list[dict],       # Pairs
-    tokenizer,
+    tokenizer,              # Tokenizer or `Template`
     max_prompt:int,         # Longest prompt, in tokens
     max_response:int,       # Longest response, EOS included
-    report:DataReport=None  # Counts what is cut or dropped
+    report:DataReport=None  # Counts what is cut or dropped, and where the model's own template writes an answer otherwise
 )->Batch: # G=2: chosen, rejected
     "All pairs as one batch; `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)"
-    report,n = report or DataReport('these pairs'),len(pairs)
+    t,n,looks = as_template(tokenizer),len(pairs),report is not None
+    report = report or DataReport('these pairs')
     report.read = report.read or n
     def count(what, i, detail=''):
         where = pairs[i].get('source', f'pair {i+1}')
@@ -291,14 +293,18 @@ def tokenize_pairs(
     if pairs:
         texts = [(p['chosen'],p['rejected']) for p in pairs]
         def refused(i, why): count(why.reason, i, why.detail)
-        b = _tokenize([p['prompt'] for p in pairs], texts, tokenizer, max_prompt, max_response, refused, keep)
+        b = _tokenize([p['prompt'] for p in pairs], texts, t, max_prompt, max_response, refused, keep)
     _need(b, report)
     for what,cut in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
         for i in b.index[cut].tolist(): count(what, i)
-    special = re.compile('|'.join(map(re.escape, special_ids(tokenizer).values())))
+    special = re.compile('|'.join(map(re.escape, special_ids(t.tok).values())))
     for i in b.index.tolist():
         found = [m[0] for k in _cols if (m := special.search(pairs[i][k]))]
         if found: count('special token as text', i, found[0])
+    # a look at some of them: each is one more rendering
+    for i in b.index.tolist()[:1000] if looks and t.kind=='chat' else ():
+        if not all(t.agrees(pairs[i]['prompt'], pairs[i][k]) for k in ('chosen','rejected')):
+            count('border', i, "the chat template writes an answer otherwise than the model is taught it (blanks, a thought)")
     return b
 
 # %% ../nbs/08_data.ipynb #fd4c1c20

@@ -7,6 +7,7 @@ __all__ = ['Line', 'fingerprint', 'left_to_do', 'check_line', 'check_room', 'tra
 
 # %% ../nbs/39_line.ipynb #line0h03
 import hashlib
+from datetime import date
 from functools import cached_property
 
 import torch
@@ -66,6 +67,18 @@ class Line:
         raise ValueError("model.name is 'scratch' and the data are not the embedded world: "
                          'name a tokenizer with --tokenizer, or a model with --model')
 
+    @cached_property
+    def template(self)->Template:
+        "How the models read a dialogue"
+        m = self.config.model
+        return Template(self.tok, m.template, m.template_kwargs, self.date)
+    @cached_property
+    def date(self):
+        "What a template that prints the date takes for today: the day when the run began"
+        f = self.run.data_file
+        then = read_json(f, dict).get('date') if f.exists() else None
+        return date.fromisoformat(then) if then else date.today()
+
     # the data
 
     @cached_property
@@ -74,8 +87,9 @@ class Line:
         m = self.config.model
         # with a tokenizer, where there is one, what is too long is counted; in the world nothing is
         has_tok = not self.world and (self.done('sft') or m.tokenizer or m.name!='scratch')
-        s = load_splits(self.config, self.tok if has_tok else None)
+        s = load_splits(self.config, self.template if has_tok else None)
         self.data = dict(fingerprint(s), name=self.config.data.name)
+        if has_tok and self.template.dated: self.data['date'] = str(self.date)
         _check_same_data(self.run, self.data)
         return s
     def held(self, stage:str=None)->list:
@@ -87,14 +101,14 @@ class Line:
     def pairs(self, rows)->Batch:
         "Preference pairs as tokens: groups of chosen, rejected"
         d = self.config.data
-        return tokenize_pairs(rows, self.tok, d.max_prompt, d.max_response)
+        return tokenize_pairs(rows, self.template, d.max_prompt, d.max_response)
     def answers(self, rows)->Batch:
         "Answers to imitate as tokens: groups of one"
         d = self.config.data
-        return tokenize_sft(rows, self.tok, d.max_prompt, d.max_response)
+        return tokenize_sft(rows, self.template, d.max_prompt, d.max_response)
     def prompts(self, rows)->list:
         "The prompts of the rows as tokens, each once"
-        return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
+        return tokenize_prompts(unique_prompts(rows), self.template, self.config.data.max_prompt)
     def learned(self, stage:str)->list:
         "The rows that a stage learns from; SFT learns from their answers"
         return self.splits.of(stage).train
@@ -114,7 +128,7 @@ class Line:
         "The model that is to be fine-tuned"
         c = self.config
         if c.model.name=='scratch': m = mk_policy(c.model, self.tok, c.seed)
-        else: m = load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        else: m = load_policy(c.model.name, c.model.tokenizer, c.model.forward, template=c.model.template)[0]
         check_sampling(m)
         return m
     def forget_first(self):
@@ -123,11 +137,14 @@ class Line:
         vars(self).pop('first', None)
     def model(self, stage:str):
         "The model that a stage has trained"
+        return self._loaded(stage)[0]
+    def _loaded(self, stage):
+        "The model of a stage and its tokenizer"
         made,load = self.run.made(stage),load_reward_model if stage=='reward' else load_policy
         if not self.done(stage):
             raise FileNotFoundError(f"{made}: no such folder; run the stage '{stage}' first "
                                     f'(rlhf_nb train {stage} --out {self.run.path})')
-        return load(str(made), forward=self.config.model.forward, device=self.acc.device)[0]
+        return load(str(made), forward=self.config.model.forward, device=self.acc.device)
     @property
     def models(self)->dict:
         "All policies there are, the reference first"
@@ -135,7 +152,7 @@ class Line:
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
     def save(self, model, stage:str):
         "Leave the model where it says that the stage is done"
-        save_model(model, self.tok, self.run.made(stage))
+        save_model(model, self.template, self.run.made(stage))
     @cached_property
     def gold(self):
         "The scorer of the true reward, which only the world has"
@@ -146,7 +163,8 @@ class Line:
         return dict(gold=self.gold) if self.world else {}
     def scorer(self, **how):
         "The run's reward model as a scorer"
-        return mk_scorer((self.model('reward'),self.tok), self.tok, **how)
+        # one that was given has a tokenizer of its own
+        return mk_scorer(self._loaded('reward'), self.tok, **how)
 
     # what a stage that trains is called with
 
@@ -250,16 +268,24 @@ def check_line(line:Line, todo:list):
     c,left = line.config,left_to_do(line, todo)
     # the model that training begins with, or has begun with
     name = str(line.run.made('sft')) if line.done('sft') else c.model.name
-    if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
+    # a reward model that is given needs no head on this one
+    head = 'log_prob' if c.reward.model else c.reward.head
+    if name!='scratch': check_stages(name, left, head)              # not when PPO begins
+    if c.reward.model and 'reward' in left: _check_given(c)
     if not line.world or not all(stage_table[s].light for s in left): _check_data(line, left)
     if 'sft' in left:
         room = c.model.n_positions if c.model.name=='scratch' else max_tokens(line.first)
         check_room(line, room)
 
+def _check_given(config):
+    "Raise where the reward model that is named can't be used: it is loaded once, before anything is trained"
+    try: load_reward_model(config.reward.model, config.model.forward)
+    except (ValueError,OSError) as e: raise type(e)(f'reward.model: {e}') from e
+
 def _check_data(line, left):
     "Read the data, in the tokens and on the device that the stages use"
     # each is made when it is first asked for, and tells what is wrong
-    line.acc,line.splits,line.tok
+    line.acc,line.splits,line.template
     if any(stage_table[s].held_out for s in left): line.held()
     _check_serves(line, left)
     n,most = len(unique_prompts(line.learned('ppo'))),line.config.ppo.mini_batches
@@ -268,7 +294,9 @@ def _check_data(line, left):
 
 def _check_serves(line, left):
     "A ValueError for a stage that would learn from rows that do not hold what it needs"
-    skipped = {'sft'} if line.config.sft.skip else set()
+    c = line.config
+    # these models are given
+    skipped = {k for k,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
     for stage in left:
         s = line.splits.of(stage)
         if stage not in trained or stage in skipped or s.serves(stage): continue
@@ -292,7 +320,8 @@ def check_room(
 
 def training_plan(line:Line)->dict:
     "How long each stage trains on these data, in words: what was tuned for the world shows here"
-    skipped = {'sft'} if line.config.sft.skip else set()
+    c = line.config
+    skipped = {s for s,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
     return {s:_planned(line, s) for s in trained if s not in skipped}
 
 def _n_items(line, stage)->int:
