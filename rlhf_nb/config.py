@@ -90,6 +90,9 @@ class ModelConfig:
     "The model that everything starts from"
     name:str='scratch'      # `scratch`, a Hub name or a folder of a causal LM
     tokenizer:str|None=None # Hub name or folder (None: the model's own; the world's for the world)
+    # How it reads a dialogue: its chat template, Human: and Assistant:, a text alone; `auto`: `chat` if it has one, else `hh`
+    template:Literal['auto','chat','hh','plain']='auto'
+    template_kwargs:Options|None=None # What a chat template is told, such as `{enable_thinking: true}` (false by default)
     n_layer:Pos=2           # Layers (`scratch` only, like the next three)
     n_embd:Pos=128          # Width
     n_head:Pos=4            # Attention heads
@@ -136,6 +139,9 @@ class RewardConfig(Optim):
     head:Literal['last_token','log_prob']='log_prob'
     center:NonNeg=0.0     # Weight of the squared sum of a pair's scores (Eisenstein et al. 2023); 0.01 where used
     n_normalise:From2=256 # Reference samples that set the reward's mean to 0 and its std to 1
+    # Hub name or folder of a finished reward model, which is used as it is (None: one is trained)
+    model:str|None=None
+    normalise:bool|None=None # Are mean and std set? (None: those of a model that is trained here)
     data:DataSource|None=None # Other pairs: a name, or its keys (None: those of `data`)
 
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['length_stats', 'DataReport', 'Preferences', 'Row', 'load_preferences', 'prompt_key', 'split_by_prompt', 'Splits',
-           'answers_of', 'unique_prompts', 'tokenize_pairs', 'load_splits', 'n_updates', 'batches']
+           'unique_prompts', 'tokenize_pairs', 'load_splits', 'n_updates', 'batches']
 
 # %% ../nbs/08_data.ipynb #7ae80b09
 import math,re,unicodedata
@@ -21,8 +21,9 @@ from .stats import *
 from .world import *
 from .shapes import *
 from .tokens import *
+from .template import *
 from .text import _names_of
-from .shapes import _cols
+from .shapes import _check_doubled,_cols
 from .formats import _no_columns,_open
 from .template import _tokenize
 
@@ -66,7 +67,7 @@ class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
     dropped = ('malformed','mismatched prompt','empty response','identical pair',
                'too long','train/test leak','not needed')
-    noted = 'duplicate prompt','prompt cut','response cut','special token as text'
+    noted = 'duplicate prompt','prompt cut','response cut','special token as text','border'
     def __init__(self, name, remarks=()):
         self.name,self.read,self.remarks = name,0,list(remarks)
         # everything that is counted has its first place, so that somebody can look
@@ -142,21 +143,6 @@ class Preferences:
     report:DataReport
     def __len__(self): return len(self.pairs)
     def __repr__(self): return f'Preferences({len(self)} pairs from {self.report.name})'
-
-def _doubled(pair):
-    "Do both answers begin with the question that they answer?"
-    *_,asked,_ = parse_turns(pair['prompt'])
-    asked = asked.text.strip()
-    return asked and all(pair[k].strip().startswith(asked) for k in ('chosen','rejected'))
-
-def _check_doubled(pairs, name):
-    "Where nearly every answer begins with its prompt, it was written in front of it"
-    again,n = list(filter(_doubled, pairs)),len(pairs)
-    if len(again)<8 or len(again)<=.9*n: return
-    said = 'every answer begins with its prompt'
-    if len(again)<n: said = f'{len(again)} of {n} pairs have answers that begin with their prompt'
-    raise ValueError(f"{name}: {said} ({again[0]['source']} and {len(again)-1} more); "
-                     'leave the prompt out of chosen and rejected')
 
 class Row(dict):
     "A row of ours; `given` is the row as the data have it, which reward functions see"
@@ -276,18 +262,14 @@ class Splits:
         return self.parts.get(stage, self)
     def serves(self, stage:str)->bool:
         "Do the rows hold what a stage that trains learns from?"
-        return _needs[stage] in serves[self.of(stage).gives]
+        return needs_of[stage] in serves[self.gives]
+    @property
+    def learned(self)->list:
+        "Each prompt that any stage learns from, once"
+        own = unique_prompts(self.train+self.sft)
+        return list(dict.fromkeys(p for o in (own, *(s.learned for s in self.parts.values())) for p in o))
     def __repr__(self):
         return 'Splits('+', '.join(f'{len(v)} {k}' for k,v in vars(self).items() if isinstance(v, list))+')'
-
-# what each stage that trains learns from
-_needs = dict(sft='answer', reward='pair', dpo='pair', ppo='prompt', grpo='prompt')
-
-def answers_of(rows, gives)->list: # dict(prompt, response), or a text
-    "The answers to imitate in rows that hold `gives`; prompts alone hold none"
-    if gives=='text': return [p['text'] for p in rows]
-    key = dict(pair='chosen', answer='response').get(gives)
-    return [dict(prompt=p['prompt'], response=p[key]) for p in rows] if key else []
 
 def unique_prompts(pairs)->list[str]:
     "Each prompt of `pairs` once, in order"
@@ -296,13 +278,14 @@ def unique_prompts(pairs)->list[str]:
 # %% ../nbs/08_data.ipynb #987a6096
 def tokenize_pairs(
     pairs:list[dict],       # Pairs
-    tokenizer,
+    tokenizer,              # Tokenizer or `Template`
     max_prompt:int,         # Longest prompt, in tokens
     max_response:int,       # Longest response, EOS included
-    report:DataReport=None  # Counts what is cut or dropped
+    report:DataReport=None  # Counts what is cut or dropped, and where the model's own template writes an answer otherwise
 )->Batch: # G=2: chosen, rejected
     "All pairs as one batch; `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)"
-    report,n = report or DataReport('these pairs'),len(pairs)
+    t,n,looks = as_template(tokenizer),len(pairs),report is not None
+    report = report or DataReport('these pairs')
     report.read = report.read or n
     def count(what, i, detail=''):
         where = pairs[i].get('source', f'pair {i+1}')
@@ -316,14 +299,18 @@ def tokenize_pairs(
     if pairs:
         texts = [(p['chosen'],p['rejected']) for p in pairs]
         def refused(i, why): count(why.reason, i, why.detail)
-        b = _tokenize([p['prompt'] for p in pairs], texts, tokenizer, max_prompt, max_response, refused, keep)
+        b = _tokenize([p['prompt'] for p in pairs], texts, t, max_prompt, max_response, refused, keep)
     _need(b, report)
     for what,cut in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
         for i in b.index[cut].tolist(): count(what, i)
-    special = re.compile('|'.join(map(re.escape, special_ids(tokenizer).values())))
+    special = re.compile('|'.join(map(re.escape, special_ids(t.tok).values())))
     for i in b.index.tolist():
         found = [m[0] for k in _cols if (m := special.search(pairs[i][k]))]
         if found: count('special token as text', i, found[0])
+    # a look at some of them: each is one more rendering
+    for i in b.index.tolist()[:1000] if looks and t.kind=='chat' else ():
+        if not all(t.agrees(pairs[i]['prompt'], pairs[i][k]) for k in ('chosen','rejected')):
+            count('border', i, "the chat template writes an answer otherwise than the model is taught it (blanks, a thought)")
     return b
 
 # %% ../nbs/08_data.ipynb #fd4c1c20
@@ -418,13 +405,13 @@ def _fit_others(rows, gives, tokenizer, c, report):
         for i in b.index[cut].tolist(): count(what, i)
     return b
 
-def _read_splits(src, names, c, seed, tokenizer):
+def _read_splits(src, names, c, seed, tokenizer, need='pair'):
     "Rows of train, dev, test and ood, how they were read, the report, and {id of a row: its lengths}"
     report,reading,s = DataReport(src.name, src.remarks),None,{k:[] for k in _own}
     for k in _own: # in this order: the report names the first place of each reason
         if k not in names: continue
         rows = src.splits[names[k]]()
-        if reading is None: reading,rows = begin_reading(rows, src.name, c.format)
+        if reading is None: reading,rows = begin_reading(rows, src.name, c.format, need)
         s[k] = _rows(rows, report, reading, f"split '{names[k]}'")
     what = said_of[reading.gives]
     held = [p for k in _own[1:] for p in s[k]]
@@ -483,8 +470,9 @@ def _read_own(key, own, config, tokenizer):
     stage = key.partition('.')[0]
     if stage!='reward': names = {k:v for k,v in names.items() if k in ('train','dev')}
     src = src._replace(name=f'{src.name} ({key})')
-    s,reading,*rest = _read_splits(src, names, c, config.seed, tokenizer)
-    check_serves(reading, _needs[stage], src.name, key)
+    need = needs_of[stage]
+    s,reading,*rest = _read_splits(src, names, c, config.seed, tokenizer, need)
+    check_serves(reading, need, src.name, key)
     if stage!='reward':
         # nobody is tested on these: only what lies where the run's own test prompts lie could be a leak
         dev = set(map(id, s['dev']))

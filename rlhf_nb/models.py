@@ -330,8 +330,11 @@ def scores(
 ): # (B,G), on the batch's device
     "The reward of each response"
     s = _scores(reward_model, batch.to(reward_model.device)).to(batch.device)
-    # a model that was given keeps its weights: what it says is put on a scale here
-    norm = getattr(reward_model.config, 'reward_norm', None)
+    return _scaled(s, reward_model.config)
+
+def _scaled(s, config):
+    "Scores of a model that was given keep its weights, and are put on a scale behind it"
+    norm = getattr(config, 'reward_norm', None)             # mean and standard deviation
     return s if norm is None else (s-norm[0])/norm[1]
 
 def _scores(reward_model, batch):
@@ -376,7 +379,7 @@ def check_scores(
         z = [model(input_ids=torch.tensor([r], device=model.device)).logits[0].double() for r in rows]
         if len(z[0])!=1:
             raise ValueError(f'one label expected, it has {len(z[0])}')
-        return torch.cat([*z, *z[:ours_too]])-mean
+        return _scaled(torch.cat([*z, *z[:ours_too]])-mean, model.config)
     def ours():
         "What we read in the place of each"
         s = scores(model, b).flatten()
