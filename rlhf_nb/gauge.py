@@ -13,6 +13,7 @@ import torch
 from .core import *
 from .text import *
 from .stats import *
+from .shapes import *
 from .data import *
 from .load import *
 from .train import *
