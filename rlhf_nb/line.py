@@ -16,6 +16,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .shapes import *
 from .template import *
 from .data import *
 from .forward import *
@@ -91,10 +92,10 @@ class Line:
         if has_tok and self.template.dated: self.data['date'] = str(self.date)
         _check_same_data(self.run, self.data)
         return s
-    def held(self)->list:
-        "The held-out pairs, whose prompts the comparison uses"
+    def held(self, stage:str=None)->list:
+        "The held-out rows, whose prompts the comparison uses; with `stage` those of the data that it learns from"
         name = self.config.eval.split
-        rows = getattr(self.splits, name)
+        rows = getattr(self.splits.of(stage), name)
         if not rows: raise ValueError(f"eval.split: the data have no split '{name}'")
         return rows
     def pairs(self, rows)->Batch:
@@ -108,14 +109,17 @@ class Line:
     def prompts(self, rows)->list:
         "The prompts of the rows as tokens, each once"
         return tokenize_prompts(unique_prompts(rows), self.template, self.config.data.max_prompt)
-    def dev(self, o:Optim):
-        "What a stage with these settings looks at as it goes; None: nothing"
+    def learned(self, stage:str)->list:
+        "The rows that a stage learns from; SFT learns from their answers"
+        return self.splits.of(stage).train
+    def dev(self, stage:str):
+        "What a stage looks at as it goes; None: nothing"
+        o,s = self.settings(stage),self.splits.of(stage)
         if o.eval_every is None: return None
-        rows = self.splits.dev
         # as the stage itself reads: prompts, pairs, or answers
-        if isinstance(o, RolloutConfig): return self.prompts(rows)
-        if not isinstance(o, SFTConfig): return self.pairs(rows)
-        return self.answers([dict(prompt=p['prompt'], response=p['chosen']) for p in rows])
+        if isinstance(o, RolloutConfig): return self.prompts(s.dev)
+        if not isinstance(o, SFTConfig): return self.pairs(s.dev)
+        return self.answers(answers_of(s.dev, s.gives))
 
     # the models
 
@@ -169,13 +173,12 @@ class Line:
         return getattr(self.config, stage_table[stage].settings)
     def how(self, stage:str)->dict:
         "Settings, seed, run folder, accelerator and dev data, as every function that trains takes them"
-        o = self.settings(stage)
         return dict(
-            o=o,
+            o=self.settings(stage),
             seed=self.config.seed,
             run=self.run,
             acc=self.acc,
-            dev=self.dev(o))
+            dev=self.dev(stage))
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"
         # as many tokens at once as a batch of the evaluation has
@@ -184,7 +187,7 @@ class Line:
             policy=self.model('sft'),
             reference=self.model('sft'),
             score=score,
-            prompts=self.prompts(self.splits.train),
+            prompts=self.prompts(self.learned(stage)),
             watch=self.watch,
             **self.how(stage))
 
@@ -217,15 +220,24 @@ class Line:
 def fingerprint(splits:Splits)->dict:
     "What the rows are, whatever their file is called and whenever it was written"
     h,n = hashlib.blake2b(digest_size=16),{}
-    for part,rows in vars(splits).items():
-        # a split that the data lack is None; the report is no list either
-        if not isinstance(rows, list): continue
+    for part,rows in _named_rows(splits):
         n[part] = len(rows)
-        for r in rows:
-            is_row = isinstance(r, dict)
-            said = [r.get(k) for k in ('prompt','chosen','rejected','response')] if is_row else [r]
-            h.update(repr([part,*said]).encode())
+        for r in rows: h.update(repr([part,*_said(r)]).encode())
     return dict(sha=h.hexdigest(), rows=n)
+
+def _named_rows(splits, stage=''):
+    "(name, rows) of each split, and of the data that a stage has of its own"
+    for k,rows in vars(splits).items():
+        # a split that the data lack is None; the report is no list either
+        if isinstance(rows, list): yield stage+k,rows
+    for k,o in splits.parts.items(): yield from _named_rows(o, f'{k}.')
+
+def _said(row)->list:
+    "What counts in a row: the texts of a pair or an answer; of a prompt alone every column, since a reward may read it"
+    if not isinstance(row, dict): return [row]
+    texts = [row.get(k) for k in ('prompt','chosen','rejected','response')]
+    if any(o is not None for o in texts[1:]): return texts
+    return texts+[(k,row[k]) for k in sorted(row) if k not in ('prompt','source')]
 
 def _counted(data:dict)->str:
     "How many rows of each split, in words"
@@ -275,9 +287,23 @@ def _check_data(line, left):
     # each is made when it is first asked for, and tells what is wrong
     line.acc,line.splits,line.template
     if any(stage_table[s].held_out for s in left): line.held()
-    n,most = len(unique_prompts(line.splits.train)),line.config.ppo.mini_batches
+    _check_serves(line, left)
+    n,most = len(unique_prompts(line.learned('ppo'))),line.config.ppo.mini_batches
     if 'ppo' in left and n<most:
         raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, got {most}')
+
+def _check_serves(line, left):
+    "A ValueError for a stage that would learn from rows that do not hold what it needs"
+    c = line.config
+    # these models are given
+    skipped = {k for k,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
+    for stage in left:
+        s = line.splits.of(stage)
+        if stage not in trained or stage in skipped or s.serves(stage): continue
+        key = f'{stage}.prompts' if isinstance(line.settings(stage), RolloutConfig) else f'{stage}.data'
+        hint = ', or skip it (sft.skip=true)' if stage=='sft' else ', or leave the stage out (--stages)'
+        raise ValueError(f"stage '{stage}' learns from {said_of[needs_of[stage]]}, and {s.report.name} holds "
+                         f'{said_of[s.gives]}: give other data with {key}{hint}')
 
 def check_room(
     line:Line,
@@ -298,9 +324,9 @@ def training_plan(line:Line)->dict:
     skipped = {s for s,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
     return {s:_planned(line, s) for s in trained if s not in skipped}
 
-def _n_items(line, o)->int:
-    "How many prompts, answers or pairs a stage with these settings learns from"
-    s = line.splits
+def _n_items(line, stage)->int:
+    "How many prompts, answers or pairs a stage learns from"
+    o,s = line.settings(stage),line.splits.of(stage)
     if isinstance(o, RolloutConfig): return len(unique_prompts(s.train))
     if isinstance(o, SFTConfig): return len(s.sft)+len(s.documents)
     return len(s.train[:getattr(o, 'n_pairs', None)])
@@ -308,7 +334,7 @@ def _n_items(line, o)->int:
 def _planned(line, stage)->str:
     "How long a stage trains"
     o,key = line.settings(stage),stage_table[stage].settings
-    n = _n_items(line, o)
+    n = _n_items(line, stage)
     # fewer rows than a batch make one batch of all of them
     size = min(o.batch_size, n)
     # rollouts count prompts, all else counts rows
