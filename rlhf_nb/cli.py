@@ -176,7 +176,8 @@ def cmd_explore(a):
     named,tok = c.model.tokenizer or c.model.name,None
     if named!='scratch': tok = load_tokenizer(named)
     elif c.data.name=='world': tok = world_tokenizer(make_world(c.world, c.seed))
-    report = load_splits(c, tok).report
+    m = c.model
+    report = load_splits(c, tok and Template(tok, m.template, m.template_kwargs)).report
     # as a person reads it; --json for a program
     print(report)
     if a.json: write_json(a.json, report.as_dict())
@@ -225,7 +226,7 @@ def _generate(
                          f'and {o.max_new_tokens} new ones, the model takes {room}')
     # each prompt once
     prompts = list(dict.fromkeys(prompts or unique_prompts(line.held())[:o.n_prompts]))
-    cut = [p for p in prompts if encode_prompt(p, line.tok, most)[1]]
+    cut = [p for p in prompts if encode_prompt(p, line.template, most)[1]]
     if cut:
         print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={most} tokens '
               f'and lost their oldest turns; the first: {cut[0][:80]!r}')
