@@ -451,21 +451,24 @@ def _chat_template(tok, chat):
     finally: tok.chat_template = own
 
 # %% ../nbs/11_load.ipynb #loadst02
+def _needs_classifier(stage:str, head:str)->str:
+    "What of a stage needs a classifier with this head of the reward model; empty: nothing"
+    why = stage_table[stage].classifier
+    return '' if why.startswith('reward.head=') and why!=f'reward.head={head}' else why
+
 def check_stages(
     name,                  # Hub name or folder of the model, or its config
     stages:list,           # Names of stages
     head:str='last_token'  # Of the reward model
 ):
     "Raise where a stage needs a classifier that the model's architecture lacks; say which stages work"
-    needy = dict(ppo='its value model', last_token='the plain head', overoptimise='the plain head')
-    if head=='last_token': needy['reward'] = 'reward.head=last_token'
-    bad = [f'{s} ({needy[s]})' for s in stages if s in needy]
+    bad = [f'{s} ({why})' for s in stages if (why := _needs_classifier(s, head))]
     if not bad: return
     is_config = isinstance(name, PretrainedConfig)
     why = no_classifier(name if is_config else _config(name))
     if not why: return
-    works = [s for s in trained if s not in needy and s!='reward']
-    left = [s for s in stages if s not in needy or s=='reward'] or ['sft']
+    works = [s for s in trained if not stage_table[s].classifier]
+    left = [s for s in stages if not _needs_classifier(s, 'log_prob')] or ['sft']
     raise ValueError(f"{'the model' if is_config else name}: {why}, which {', '.join(bad)} needs. "
                      f"What works: {', '.join(works)}, and reward with "
                      f"reward.head=log_prob (--set reward.head=log_prob --stages {' '.join(left)})")
