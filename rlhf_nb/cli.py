@@ -100,7 +100,7 @@ _judge_flags = {
 _template_help = 'how the model is told a dialogue: its chat template, a pair of texts, or plain text (default: what suits it)'
 # which reward model is measured, and on what
 _gauge_flags = {
-    'model': _flag('Hub name or folder of a reward model, ours or any sequence classifier with one label'),
+    'model': _flag('Hub name or folder of a reward model (any classifier with one label), or FILE.py:function'),
     'data': _flag('Hub name, file or folder of pairs: chosen, rejected and perhaps prompt'),
     '--by': _flag('column whose values are reported apart, such as subset', metavar='COLUMN'),
     '--split': _flag('split of the data (default: the only one, or test)'),
@@ -234,7 +234,7 @@ def _generate(
                          f'and {o.max_new_tokens} new ones, the model takes {room}')
     # each prompt once
     prompts = list(dict.fromkeys(prompts or unique_prompts(line.held())[:o.n_prompts]))
-    cut = [p for p in prompts if encode_prompt(p, line.tok, most)[1]]
+    cut = [p for p in prompts if encode_prompt(p, line.template, most)[1]]
     if cut:
         print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={most} tokens '
               f'and lost their oldest turns; the first: {cut[0][:80]!r}')
