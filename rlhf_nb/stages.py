@@ -14,7 +14,7 @@ import torch
 from .core import *
 from .run import *
 from .world import *
-from .data import *
+from .shapes import *
 from .forward import *
 from .models import *
 from .load import *
@@ -41,7 +41,8 @@ def sft_stage(line:Line):
     check_room(line, max_tokens(model))
     # skipped: the model that was given is the reference as it is
     if not line.config.sft.skip:
-        rows = line.splits.sft+line.splits.documents
+        s = line.splits.of('sft')
+        rows = s.sft+s.documents
         train_sft(model, line.answers(rows), **line.how('sft'))
     line.save(model, 'sft')
 
@@ -60,13 +61,13 @@ def _given_reward(line):
     norm = None
     if c.reward.normalise:
         b = _reference_samples(line, line.model('sft'))
-        norm = mean_and_std(mk_scorer((rm,tok), line.tok)(b.to(line.acc.device)))
+        norm = mean_and_std(mk_scorer((rm,tok), line.template)(b.to(line.acc.device)))
     save_pointer(c.reward.model, line.run.made('reward'), norm)
 
 def _given_accuracies(line, rm, tok)->dict:
     "How often a reward model that was given is right on held-out pairs; empty where there are none"
-    held = [o for o in line.held()[:line.config.eval.n_pairs] if 'chosen' in o]
-    if not held: return {}
+    if not line.splits.of('reward').serves('reward'): return {}
+    held = line.held('reward')[:line.config.eval.n_pairs]
     pairs = line.pairs(held)
     # in its own words, whole: what it can't be given is left out
     s,_,refused = pair_rewards(rm, tok, [held[i] for i in pairs.index.tolist()])
@@ -84,7 +85,7 @@ def _mk_reward(
     # it begins with the reference's weights
     ref = line.model('sft')
     rm = mk_reward_model(ref, head, line.config.seed)
-    train_reward(rm, line.pairs(line.splits.train), **{**line.how('reward'), 'run':run})
+    train_reward(rm, line.pairs(line.learned('reward')), **{**line.how('reward'), 'run':run})
     # a reward then counts from what the reference gets, in its spread
     if line.config.reward.normalise is not False: normalise(rm, _reference_samples(line, ref).to(line.acc.device))
     return rm,_reward_accuracies(line, rm, head)
@@ -108,7 +109,8 @@ def _reference_samples(line, ref)->Batch:
 def _reward_accuracies(line, rm, head:str)->dict:
     "How often the reward model is right on held-out pairs, beside a rule about length"
     c = line.config
-    held = line.held()[:c.eval.n_pairs]
+    # of the data that it has learned from
+    held = line.held('reward')[:c.eval.n_pairs]
     pairs = line.pairs(held).to(line.acc.device)
     out = _accuracies(line, pair_scores(rm, pairs), pairs, head)
     # where it is known who is right, so is what can be reached
@@ -123,7 +125,7 @@ def _accuracies(
     "How often scores are right, beside a rule about length"
     longer = pairs.lengths.float()                       # (B,2)
     # the rule's direction is chosen on the training pairs
-    shorter = accuracy(line.pairs(line.splits.train).lengths.float())['accuracy']<.5
+    shorter = accuracy(line.pairs(line.learned('reward')).lengths.float())['accuracy']<.5
     return dict(
         head=head,
         split=line.config.eval.split,
@@ -144,7 +146,7 @@ def _possible(held, reached:float)->dict:
 def dpo_stage(line:Line):
     "DPO on the preferences"
     policy,reference = line.model('sft'),line.model('sft')   # two copies: one of them learns
-    pairs = line.pairs(line.splits.train[:line.config.dpo.n_pairs])
+    pairs = line.pairs(line.learned('dpo')[:line.config.dpo.n_pairs])
     train_dpo(policy, reference, pairs.to(line.acc.device), **line.how('dpo'))
     line.save(policy, 'dpo')
 
@@ -198,15 +200,15 @@ def overoptimise_stage(
     c = line.config
     policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
-    few = line.pairs(line.splits.train[:n_pairs])
+    few = line.pairs(line.learned('reward')[:n_pairs])
     # few pairs and few updates: a reward model that is easily misled
     train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
-    prompts = line.prompts(line.splits.train)
+    prompts = line.prompts(line.learned('grpo'))
     some = prompts[:c.reward.n_normalise]
     normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
     # no KL, a high learning rate, and nothing for answers that never end
     unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
-    score,watch = mk_scorer((rm,line.tok), line.tok),line.watch
+    score,watch = mk_scorer((rm,line.tok), line.template),line.watch
     rows = train_grpo(policy, ref, score, prompts, unbraked, c.seed, watch=watch, acc=line.acc)
     # a log without what the report does not draw
     keys = 'update','reward','gold','kl','length'
@@ -218,7 +220,7 @@ def evaluate_stage(line:Line):
     c,s,accuracies = line.config,line.splits,line.run.reward_accuracy
     prompts = unique_prompts(line.held())[:c.eval.n_prompts]
     # a held-out prompt that a model learned from would be an error here
-    recs = line.records(prompts, train=unique_prompts(s.train+s.sft))
+    recs = line.records(prompts, train=s.learned)
     write_results(
         line.run,
         recs,
@@ -255,7 +257,7 @@ def failures_stage(line:Line):
     failures_run(
         line.run.path,
         line.models,
-        line.tok,
+        line.template,
         prompts=dict(ood=ood) if line.world else None,
         samples={src['name']:recs},
         held=line.held()[:c.eval.n_prompts],
