@@ -17,16 +17,11 @@ from .core import *
 from .run import *
 from .text import *
 from .ballots import *
+from .core import _shown
 
 # %% ../nbs/38_cards.ipynb #88c5211f
 # A turn within what was typed. Blanks of its own line only: a pattern that runs over empty lines takes their square
 _role = re.compile(rf'^[^\S\n]*({"|".join(HH.names.values())}):', re.M)
-
-def _quoted(v):
-    "A value in a message"
-    try: s = repr(v)
-    except ValueError: s = 'a number of thousands of digits'
-    return s if len(s)<=80 else s[:77]+'...'
 
 def _typed_turns(typed):
     "A question is one turn; a dialogue has a name before each of its own"
@@ -44,7 +39,7 @@ def mk_prompt(
     history=()  # (role, text) of the turns before it
 )->str: # In HH form, ending in "\n\nAssistant:"
     "The prompt that the models see"
-    if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_quoted(text)}')
+    if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_shown(text)}')
     text = whole_text(text).replace('\r\n', '\n').replace('\0', '')
     if not history and text.startswith(HH.mark('user')) and text.endswith(HH.mark('assistant')): return text
     turns = [*(Turn(*o) for o in history),*_typed_turns(text.strip())]
@@ -55,14 +50,15 @@ def mk_prompt(
 # %% ../nbs/38_cards.ipynb #6661c2b7
 def pieces(
     ids:list,      # Token ids of a response
-    tok,           # Tokenizer
+    tok,           # Tokenizer or `Template`
     **values       # Lists, one number per token (or None)
 )->list: # dict(text, one sum per name)
     "A response as pieces of text with their values"
-    from rlhf_nb.sources import written
+    from rlhf_nb.template import as_template
+    t = as_template(tok)
     out,start,done = [],0,''
     for i in range(1, len(ids)+1):
-        s = tok.decode(written(ids[:i], tok))
+        s = t.text(ids[:i])
         if s.endswith('\ufffd') and i<len(ids): continue     # half a character: the next tokens complete it
         sums = {k:v and sum(v[start:i]) for k,v in values.items()}
         out.append(dict(text=s[len(done):], **sums))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['claim', 'with_interval', 'each_run', 'spread_of', 'p_text', 'model_lines', 'between_lines', 'judge_lines',
-           'reward_model_lines', 'Beside', 'best_at', 'best_of_n_lines', 'turn_lines', 'failure_lines', 'memory_lines',
-           'caveats']
+           'reward_model_lines', 'AgainstBestOfN', 'best_at', 'best_of_n_lines', 'turn_lines', 'failure_lines',
+           'memory_lines', 'caveats']
 
 # %% ../nbs/35_claims.ipynb #cla0h003
-import math,re
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,22 +21,36 @@ from .plots import *
 from .diagnose import *
 
 # %% ../nbs/35_claims.ipynb #6874c405
-def claim(
+def _sides(
     intervals:list, # dict(mean or rate, low, high) of each run
-    null=.5
-)->str:
-    "`better`, `worse` or `no difference shown`, and in how many runs"
-    # of a handful of prompts the interval alone promises too much: its p, where there is one, must agree
+    null:float
+)->tuple:           # In how many runs the interval lies above the null, and below it
+    "Of a handful of prompts the interval alone promises too much: its p, where there is one, must agree"
     sure = [(d.get('p') or 0.)<=.05 for d in intervals]
     up = sum(d['low']>null and ok for d,ok in zip(intervals, sure))
     down = sum(d['high']<null and ok for d,ok in zip(intervals, sure))
-    n = len(intervals)
-    if n==1:
-        return 'better' if up else 'worse' if down else 'no difference shown'
-    if n in (up,down):
-        return f"{'better' if up else 'worse'} in each of {n} seeds"
-    if up or down:
-        return f'no difference shown in all seeds: better in {up}, worse in {down} of {n}'
+    return up,down
+
+def _agreed(intervals:list, null:float=.5)->int:
+    "1 where every run lies above the null, -1 where every run lies below, else 0"
+    up,down = _sides(intervals, null)
+    return (up==len(intervals))-(down==len(intervals))
+
+def claim(
+    intervals:list,  # dict(mean or rate, low, high) of each run
+    null:float=.5,
+    up:str='better', # What is said of a run above the null,
+    down:str='worse' # and of one below
+)->str:
+    "`better`, `worse` or `no difference shown`, and in how many runs"
+    n,agreed = len(intervals),_agreed(intervals, null)
+    if agreed:
+        word = up if agreed>0 else down
+        return word if n==1 else f'{word} in each of {n} seeds'
+    if n==1: return 'no difference shown'
+    above,below = _sides(intervals, null)
+    if above or below:
+        return f'no difference shown in all seeds: {up} in {above}, {down} in {below} of {n}'
     return f'no difference shown in any of {n} seeds'
 
 def with_interval(
@@ -129,9 +143,8 @@ def _shown(
     "Which of two models is higher; where Holm's p is .05 or more, an interval counts as one that holds 0"
     held = [dict(d, low=min(d['low'], 0.), high=max(d['high'], 0.))
             if d.get('p_holm', 0.)>=.05 else d for d in ds]
-    # `claim` speaks of better and worse; between two methods neither is the yardstick, so the higher is named
-    return re.sub('better|worse', lambda o: f"{md_name(a if o[0]=='better' else b)} higher",
-                  claim(held, 0.))
+    # between two methods neither is the yardstick, so the higher is named
+    return claim(held, 0., f'{md_name(a)} higher', f'{md_name(b)} higher')
 
 def between_lines(
     runs:dict # {seed: `RunResults`}
@@ -179,21 +192,21 @@ def judge_lines(
     known = {k for w in judged for models in w.values() for d in models.values() for k in d}
     extra = [k for k in ('flips','failed','slot_bias') if k in known]
     rows = [['judge','model','win rate','n','shown',*map(_spaced, extra)]]
-    said = {}                                                      # (judge, model) -> claim
+    agreed = {}                                                    # (judge, model) -> better, worse or neither
     for j in judges:
         for m in dict.fromkeys(m for w in judged for m in w.get(j, {})):
             ds = [w[j][m] for w in judged if m in w.get(j, {})]
-            said[j,m] = claim(ds)
+            agreed[j,m] = _agreed(ds)
             rows.append([md_inline(j),md_name(m),with_interval(pool_runs(ds)),
-                         ds[0].get('n'),said[j,m],
+                         ds[0].get('n'),claim(ds),
                          *(_cells([d.get(k) for d in ds]) for k in extra)])
     def differs(judge, m):
-        "Is its claim another than gold's? The first word decides, not in how many seeds"
-        return ('gold',m) in said and said[judge,m].split(' ')[0]!=said['gold',m].split(' ')[0]
+        "Is its claim another than gold's? Not in how many seeds"
+        return ('gold',m) in agreed and agreed[judge,m]!=agreed['gold',m]
     out = []
     for judge in judges if 'gold' in judges else ():
         if judge=='gold': continue                                 # it agrees with itself
-        off = [md_name(m) for j,m in said if j==judge and differs(judge, m)]
+        off = [md_name(m) for j,m in agreed if j==judge and differs(judge, m)]
         found = 'says the same as gold of every model'
         if off:
             found = 'disagrees with gold about '+', '.join(off)
@@ -270,10 +283,10 @@ def reward_model_lines(
                      rule,best,short(d.get('ece'))])
     return [md_table(rows)]
 
-class Beside(NamedTuple):
-    "What a method reaches in one run, beside best-of-n at no more KL"
+class AgainstBestOfN(NamedTuple):
+    "What a method reaches in one run, against best-of-n at no more KL"
     seed:str
-    mine:dict   # Reward, with interval
+    reward:dict # Of the method, with interval
     kl:float    # Of the method, nats per response
     best:dict   # Reward of best-of-n
     point:dict  # The point of the frontier
@@ -287,10 +300,10 @@ def best_at(
     allowed = [p for p in points if p['kl']<=kl and key in p]
     return allowed[-1] if allowed else None
 
-def _beside_best_of_n(
+def _against_best_of_n(
     runs:dict # {seed: `RunResults`}
 )->dict:
-    "{(model, metric): a `Beside` for each run}"
+    "{(model, metric): a `AgainstBestOfN` for each run}"
     out = {}
     for s,r in runs.items():
         if 'frontier' not in r or 'models' not in r: continue
@@ -299,38 +312,38 @@ def _beside_best_of_n(
             for metric,key in (('gold_reward','gold'),('reward','reward')):
                 point = best_at(r['frontier']['best_of_n'], m['kl']['mean'], key)
                 if metric in m and point:
-                    beside = Beside(s, m[metric], m['kl']['mean'], point[key], point)
-                    out.setdefault((name,metric), []).append(beside)
+                    pair = AgainstBestOfN(s, m[metric], m['kl']['mean'], point[key], point)
+                    out.setdefault((name,metric), []).append(pair)
     return out
 
 def _place(found:list)->str:
     "above or below best-of-n in every run; else nothing"
     # of fewer prompts no interval is to be believed
-    enough = all(min(o.mine.get('n') or 0, o.best.get('n') or 0)>=fewest for o in found)
-    if enough and all(o.mine['low']>o.best['high'] for o in found):
+    enough = all(min(o.reward.get('n') or 0, o.best.get('n') or 0)>=fewest for o in found)
+    if enough and all(o.reward['low']>o.best['high'] for o in found):
         return 'above'
-    if enough and all(o.mine['high']<o.best['low'] for o in found):
+    if enough and all(o.reward['high']<o.best['low'] for o in found):
         return 'below'
     return ''
 
-def _beside_text(o:Beside)->str:
+def _against_text(o:AgainstBestOfN)->str:
     "One run"
     seed = f'seed {o.seed}: ' if o.seed else ''
     best = f"best of {o.point['n']} {with_interval(o.best)} (n = {o.best['n']}) at KL at most {o.point['kl']:.2f}"
-    return f'{seed}{with_interval(o.mine)} at KL {o.kl:.2f}, {best}'
+    return f'{seed}{with_interval(o.reward)} at KL {o.kl:.2f}, {best}'
 
-def _beside_line(
+def _against_line(
     name:str,
     metric:str,
-    found:list # A `Beside` of each run
+    found:list # A `AgainstBestOfN` of each run
 )->str:
     "All runs: each of them where they agree on a place, else their means"
     n,place = len(found),_place(found)
     what = f'- {md_name(name)}, {_spaced(metric)}'
     if place:
-        each = '; '.join(map(_beside_text, found))
+        each = '; '.join(map(_against_text, found))
         return f'{what}: {place} best-of-n at no more KL in {n} of {n} runs ({each}).'
-    mine = with_interval(pool_runs([o.mine for o in found]))
+    mine = with_interval(pool_runs([o.reward for o in found]))
     best = with_interval(pool_runs([o.best for o in found]))
     kl = np.mean([o.kl for o in found])
     first = found[0]
@@ -341,8 +354,8 @@ def best_of_n_lines(
     runs:dict # {seed: `RunResults`}
 )->list:      # Empty where no run has a frontier
     "What the methods reach at their KL, beside best-of-n at no more KL"
-    return [_beside_line(name, metric, found)
-            for (name,metric),found in _beside_best_of_n(runs).items()]
+    return [_against_line(name, metric, found)
+            for (name,metric),found in _against_best_of_n(runs).items()]
 
 # %% ../nbs/35_claims.ipynb #cla0rest
 def turn_lines(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD_TYPE', 'logits_of', 'log_probs', 'check_forward', 'exact_kl', 'scores', 'values', 'check_scores',
-           'LogProbReward', 'no_classifier', 'mk_reward_model', 'mk_value_model']
+           'LogProbReward', 'no_classifier', 'mk_reward_model', 'check_value_start', 'mk_value_model']
 
 # %% ../nbs/10_models.ipynb #ffb4c918
 import math
@@ -330,8 +330,11 @@ def scores(
 ): # (B,G), on the batch's device
     "The reward of each response"
     s = _scores(reward_model, batch.to(reward_model.device)).to(batch.device)
-    # a model that was given keeps its weights: what it says is put on a scale here
-    norm = getattr(reward_model.config, 'reward_norm', None)
+    return _scaled(s, reward_model.config)
+
+def _scaled(s, config):
+    "Scores of a model that was given keep its weights, and are put on a scale behind it"
+    norm = getattr(config, 'reward_norm', None)             # mean and standard deviation
     return s if norm is None else (s-norm[0])/norm[1]
 
 def _scores(reward_model, batch):
@@ -353,7 +356,9 @@ def values(
 ): # (B,G,R), on the batch's device
     "The value of each response token, read where it is predicted"
     l = Layout(batch.to(value_model.device))
-    v = _score(value_model, hidden(value_model, l)[l.read])-getattr(value_model.config, 'reward_mean', 0.)
+    c = value_model.config
+    # a start from a reward model has its scale
+    v = _scaled(_score(value_model, hidden(value_model, l)[l.read])-getattr(c, 'reward_mean', 0.), c)
     return l.per_token(v).to(batch.device)
 
 def _full(h):
@@ -376,7 +381,7 @@ def check_scores(
         z = [model(input_ids=torch.tensor([r], device=model.device)).logits[0].double() for r in rows]
         if len(z[0])!=1:
             raise ValueError(f'one label expected, it has {len(z[0])}')
-        return torch.cat([*z, *z[:ours_too]])-mean
+        return _scaled(torch.cat([*z, *z[:ours_too]])-mean, model.config)
     def ours():
         "What we read in the place of each"
         s = scores(model, b).flatten()
@@ -495,15 +500,15 @@ def mk_reward_model(
     check_scores(rm)
     return rm
 
-def _check_value_start(policy, reward_model):
+def check_value_start(policy, reward_model):
     "A ValueError where a reward model is none that a value model can start from"
     if isinstance(reward_model, LogProbReward):
         raise ValueError("a value model cannot start from a reward model whose head is 'log_prob': it reads whole "
-                         'responses; train one with reward.head=last_token, or start from the reference')
+                         'responses; train one with reward.head=last_token, or set ppo.value_from=reference')
     def shapes(m): return {k:tuple(v.shape) for k,v in body(m).state_dict().items()}
     if type(policy.config) is not type(reward_model.config) or shapes(policy)!=shapes(reward_model):
         raise ValueError(f'a value model cannot start from this reward model: {type(reward_model).__name__} has '
-                         f'another body than the policy, {type(policy).__name__}; start from the reference')
+                         f'another body than the policy, {type(policy).__name__}; set ppo.value_from=reference')
 
 def mk_value_model(
     policy,           # Causal LM to start from
@@ -511,7 +516,7 @@ def mk_value_model(
 ):
     "A value model with the body of `policy` and a head of zeros (or from the reward model: Ouyang et al. 2022, appendix C.4)"
     if reward_model is not None:
-        _check_value_start(policy, reward_model)
+        check_value_start(policy, reward_model)
         return deepcopy(reward_model)
     vm = mk_reward_model(policy)
     vm.score.weight.data.zero_()                           # nothing is expected before something was seen

@@ -163,13 +163,13 @@ class Reader:
             raise ValueError(f"a reward model reads {', '.join(reward_forms)}; got {form!r}")
         added = self.tok.num_special_tokens_to_add
         pairs = added(pair=True)>added(pair=False)
-        if form=='chat' and not self.tok.chat_template:
+        if form=='chat' and template_kind(self.tok)!='chat':
             raise ValueError("form chat: the reward model's tokenizer has no chat template; take pair or text")
         if form=='pair' and not pairs:
             raise ValueError("form pair: the reward model's tokenizer puts nothing between two texts; take text")
         if form!='auto': return form
         if self.ours: return 'text'
-        if self.tok.chat_template: return 'chat'
+        if template_kind(self.tok)=='chat': return 'chat'
         return 'pair' if self.encoder and pairs else 'text'
 
     def batch(self,

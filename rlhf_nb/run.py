@@ -118,6 +118,7 @@ class Stage(NamedTuple):
     usual:bool=True    # Part of a run where no stages are named
     held_out:bool=False # It reads the held-out prompts or pairs
     part:str=''        # Of `RunResults`: what summary.json must have when it is done, since the report writes there too
+    classifier:str=''  # What of it needs a sequence classifier of the model's architecture; a setting, where that decides
     light:bool=False   # In the embedded world it needs neither data nor models: it reads what others have left
     @property
     def trains(self)->bool: return bool(self.settings)
@@ -130,20 +131,23 @@ class Stage(NamedTuple):
 _training = [
     Stage('sft', 'reference', 'stages:sft_stage', settings='sft',
           policy='reference', label='reference', colour='#949494'),
-    Stage('reward', 'reward_model', 'stages:reward_stage', ('sft',), settings='reward', held_out=True),
+    Stage('reward', 'reward_model', 'stages:reward_stage', ('sft',), settings='reward', held_out=True,
+          classifier='reward.head=last_token'),
     Stage('dpo', 'dpo_model', 'stages:dpo_stage', ('sft',), settings='dpo',
           policy='dpo', label='DPO', colour='#029e73'),
     Stage('ppo', 'ppo_model', 'stages:ppo_stage', ('reward',), settings='ppo',
-          policy='ppo', label='PPO', colour='#0173b2'),
+          policy='ppo', label='PPO', colour='#0173b2', classifier='its value model'),
     Stage('grpo', 'grpo_model', 'stages:grpo_stage', ('reward',), settings='grpo',
           policy='grpo', label='GRPO', colour='#de8f05'),
 ]
 trained = tuple(s.name for s in _training)
 # stages that measure
 _measuring = [
-    Stage('last_token', 'results/last_token.json', 'stages:last_token_stage', ('sft',), usual=False, held_out=True),
+    Stage('last_token', 'results/last_token.json', 'stages:last_token_stage', ('sft',), usual=False, held_out=True,
+          classifier='the plain head'),
     Stage('frontier', 'results/frontier.json', 'stages:frontier_stage', ('reward',), held_out=True),
-    Stage('overoptimise', 'results/overoptimise.json', 'stages:overoptimise_stage', ('sft',), usual=False),
+    Stage('overoptimise', 'results/overoptimise.json', 'stages:overoptimise_stage', ('sft',), usual=False,
+          classifier='the plain head'),
     Stage('evaluate', 'results/summary.json', 'stages:evaluate_stage', after=trained, part='models', held_out=True),
     Stage('judge', 'results/WIN_RATES.md', 'stages:judge_stage', ('evaluate',), light=True),
     Stage('failures', 'results/failure_analysis/failures.json', 'stages:failures_stage', ('evaluate',), held_out=True),
