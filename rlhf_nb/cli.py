@@ -19,6 +19,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .shapes import *
 from .formats import *
 from .template import *
 from .data import *
