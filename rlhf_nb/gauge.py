@@ -14,6 +14,7 @@ import torch
 from .core import *
 from .text import *
 from .stats import *
+from .shapes import *
 from .tokens import *
 from .data import *
 from .load import *
