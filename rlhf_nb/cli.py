@@ -19,6 +19,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .shapes import *
 from .formats import *
 from .template import *
 from .data import *
@@ -99,7 +100,7 @@ _judge_flags = {
 _template_help = 'how the model is told a dialogue: its chat template, a pair of texts, or plain text (default: what suits it)'
 # which reward model is measured, and on what
 _gauge_flags = {
-    'model': _flag('Hub name or folder of a reward model, ours or any sequence classifier with one label'),
+    'model': _flag('Hub name or folder of a reward model (any classifier with one label), or FILE.py:function'),
     'data': _flag('Hub name, file or folder of pairs: chosen, rejected and perhaps prompt'),
     '--by': _flag('column whose values are reported apart, such as subset', metavar='COLUMN'),
     '--split': _flag('split of the data (default: the only one, or test)'),

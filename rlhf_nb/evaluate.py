@@ -19,8 +19,8 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
+from .shapes import *
 from .template import *
-from .data import *
 
 # %% ../nbs/21_evaluate.ipynb #0ec88fa9
 def side_by_side(

@@ -14,7 +14,7 @@ import torch
 from .core import *
 from .run import *
 from .world import *
-from .data import *
+from .shapes import *
 from .forward import *
 from .models import *
 from .load import *
