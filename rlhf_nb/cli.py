@@ -10,6 +10,7 @@ __all__ = ['cmd_demo', 'cmd_run', 'cmd_train', 'cmd_explore', 'cmd_generate', 'c
 import argparse,json,re,shlex,sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 from . import __version__
@@ -18,6 +19,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .shapes import *
 from .formats import *
 from .template import *
 from .data import *
@@ -98,7 +100,7 @@ _judge_flags = {
 _template_help = 'how the model is told a dialogue: its chat template, a pair of texts, or plain text (default: what suits it)'
 # which reward model is measured, and on what
 _gauge_flags = {
-    'model': _flag('Hub name or folder of a reward model, ours or any sequence classifier with one label'),
+    'model': _flag('Hub name or folder of a reward model (any classifier with one label), or FILE.py:function'),
     'data': _flag('Hub name, file or folder of pairs: chosen, rejected and perhaps prompt'),
     '--by': _flag('column whose values are reported apart, such as subset', metavar='COLUMN'),
     '--split': _flag('split of the data (default: the only one, or test)'),
@@ -176,10 +178,17 @@ def cmd_explore(a):
     named,tok = c.model.tokenizer or c.model.name,None
     if named!='scratch': tok = load_tokenizer(named)
     elif c.data.name=='world': tok = world_tokenizer(make_world(c.world, c.seed))
-    report = load_splits(c, tok).report
+    template = tok and Template(tok, c.model.template, c.model.template_kwargs, date.today())
+    splits = load_splits(c, template)
     # as a person reads it; --json for a program
-    print(report)
-    if a.json: write_json(a.json, report.as_dict())
+    said = []
+    for o in (splits, *splits.parts.values()):
+        said += [str(o.report)]+([first_row(o, template, c.data)] if template else [])
+    if not template: said.append('Lengths are in words; with --model or --tokenizer they are in tokens, and the first '
+                                 'row is shown as the model is given it.')
+    print('\n\n'.join(said))
+    own = {k:o.report.as_dict() for k,o in splits.parts.items()}
+    if a.json: write_json(a.json, splits.report.as_dict() | (dict(own=own) if own else {}))
 
 def cmd_generate(a):
     "Samples of all models of a run with reward and KL"
@@ -225,7 +234,7 @@ def _generate(
                          f'and {o.max_new_tokens} new ones, the model takes {room}')
     # each prompt once
     prompts = list(dict.fromkeys(prompts or unique_prompts(line.held())[:o.n_prompts]))
-    cut = [p for p in prompts if encode_prompt(p, line.tok, most)[1]]
+    cut = [p for p in prompts if encode_prompt(p, line.template, most)[1]]
     if cut:
         print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={most} tokens '
               f'and lost their oldest turns; the first: {cut[0][:80]!r}')

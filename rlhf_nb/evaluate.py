@@ -19,8 +19,8 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
+from .shapes import *
 from .template import *
-from .data import *
 
 # %% ../nbs/21_evaluate.ipynb #0ec88fa9
 def side_by_side(
@@ -175,7 +175,7 @@ def _noted(score, n)->list:
 def _as_records(samples, prompts, tok, score, gold, rows):
     "The records of each prompt, from {model: batch (B,n,R)}"
     from rlhf_nb.sources import texts
-    b = side_by_side(list(samples.values())).plus(rows=rows)
+    b = side_by_side(list(samples.values())).plus(rows=rows or [dict(prompt=p) for p in prompts])
     if hasattr(score, 'begin'): score.begin()                    # what functions note is of this batch
     kl = torch.cat([o.kl.sum(-1) for o in samples.values()], 1)
     values = dict(

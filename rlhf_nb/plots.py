@@ -21,6 +21,7 @@ from .core import *
 from .run import *
 from .text import *
 from .stats import *
+from .template import *
 from .metrics import *
 
 # %% ../nbs/33_plots.ipynb #e265d58d
@@ -278,6 +279,7 @@ def token_views(
 )->str:
     "All that is known of the tokens of one response, one coloured copy for each, as HTML"
     n = int(batch.lengths[i,g])
+    tok = as_template(tok).tok
     texts = [tok.decode([t]) for t in batch.responses[i,g,:n].tolist()]
     # (R,), or one number for all
     fields = {k:v[i,g] for k,v in batch.fields.items() if v.shape[:2]==batch.shape[:2]}

@@ -14,7 +14,7 @@ import torch
 from .core import *
 from .run import *
 from .world import *
-from .data import *
+from .shapes import *
 from .forward import *
 from .models import *
 from .load import *
@@ -61,7 +61,7 @@ def _given_reward(line):
     norm = None
     if c.reward.normalise:
         b = _reference_samples(line, line.model('sft'))
-        norm = mean_and_std(mk_scorer((rm,tok), line.tok)(b.to(line.acc.device)))
+        norm = mean_and_std(mk_scorer((rm,tok), line.template)(b.to(line.acc.device)))
     save_pointer(c.reward.model, line.run.made('reward'), norm)
 
 def _given_accuracies(line, rm, tok)->dict:
@@ -213,7 +213,7 @@ def overoptimise_stage(
     normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
     # no KL, a high learning rate, and nothing for answers that never end
     unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
-    score,watch = mk_scorer((rm,line.tok), line.tok),line.watch
+    score,watch = mk_scorer((rm,line.tok), line.template),line.watch
     rows = train_grpo(policy, ref, score, prompts, unbraked, c.seed, watch=watch, acc=line.acc)
     # a log without what the report does not draw
     keys = 'update','reward','gold','kl','length'
@@ -262,7 +262,7 @@ def failures_stage(line:Line):
     failures_run(
         line.run.path,
         line.models,
-        line.tok,
+        line.template,
         prompts=dict(ood=ood) if line.world else None,
         samples={src['name']:recs},
         held=line.held()[:c.eval.n_prompts],

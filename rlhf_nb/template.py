@@ -57,8 +57,8 @@ class _TextForm:
         self.tok,self.notation = tok,Notation(kind)
     @property
     def end(self):
-        "The ids that end an answer"
-        return [_eos(self.tok)]
+        "The ids that end an answer; none where the tokenizer has no EOS, as an encoder's"
+        return [] if self.tok.eos_token_id is None else [self.tok.eos_token_id]
     def own(self, text, begun):
         "What the model itself writes of an answer: all, since the blank behind the marker is the answer's"
         return text
@@ -339,7 +339,7 @@ class Template:
     @property
     def stops(self)->set:
         "The ids that end an answer, as far as template and tokenizer know"
-        return {self.form.end[-1],self.tok.eos_token_id}-{None}
+        return {*self.form.end[-1:],self.tok.eos_token_id}-{None}
     def prompts(self,
         dialogues,      # Each in the notation, or a list of turns or messages
         most:int=None,  # Longest, in tokens
@@ -367,7 +367,7 @@ class Template:
         begun=None      # Of each: has the prompt begun it?
     )->list: # A `Cut` of each
         "Answers as tokens; what is not cut ends with the end token, which its size does not count"
-        tok,end = self.tok,self.form.end
+        tok,end = self.tok,self.form.end or [_eos(self.tok)]
         texts = [self.form.own(*o) for o in zip(texts, begun or [False]*len(texts))]
         most = float('inf') if most is None else most
         def one(text, ids):
@@ -388,7 +388,7 @@ class Template:
         "The ids that make a response's text: without the stop at the end, and without PAD; special tokens within it stay"
         pad = self.tok.pad_token_id if self.tok.pad_token_id!=self.tok.unk_token_id else None
         end = self.form.end
-        if ids[-len(end):]==end: ids = ids[:-len(end)]
+        if end and ids[-len(end):]==end: ids = ids[:-len(end)]
         elif ended or ids and ids[-1] in self.stops: ids = ids[:-1]
         return [i for i in ids if i!=pad]
     def text(self, ids:list, ended=False)->str:
