@@ -464,6 +464,9 @@ def _together(c:Config)->Config:
     if c.ppo.mini_batches>c.ppo.batch_size:
         raise ValueError(f'ppo.mini_batches: expected at most ppo.batch_size ({c.ppo.batch_size} prompts), '
                          f'got {c.ppo.mini_batches}')
+    if c.ppo.value_from=='reward' and not c.reward.model and c.reward.head!='last_token':
+        raise ValueError('ppo.value_from: reward needs a reward model with the plain head (reward.head: last_token), '
+                         f'got reward.head: {c.reward.head}')
     if c.dpo.loss_type=='ipo' and not c.dpo.beta:
         raise ValueError('dpo.beta: expected a number above 0 with dpo.loss_type ipo, '
                          'whose margin is 1/(2 beta), got 0')

@@ -23,6 +23,7 @@ from .tokens import *
 from .template import *
 from .data import *
 from .forward import *
+from .models import *
 from .load import *
 from .train import *
 from .sampling import *
@@ -350,15 +351,23 @@ def check_line(line:Line, todo:list):
     # a reward model that is given needs no head on this one
     head = 'log_prob' if c.reward.model else c.reward.head
     if name!='scratch': check_stages(name, left, head)              # not when PPO begins
-    if c.reward.model and 'reward' in left: _check_given(c)
+    if c.reward.model and 'reward' in left: _check_given(line, left)
     if not line.world or not all(stage_table[s].light for s in left): _check_data(line, left)
     if 'sft' in left:
         room = c.model.n_positions if c.model.name=='scratch' else max_tokens(line.first)
         check_room(line, room)
 
-def _check_given(config):
+def _check_given(line, left):
     "Raise where the reward model that is named can't be used: it is loaded once, before anything is trained"
-    try: load_reward_model(config.reward.model, config.model.forward)
+    c = line.config
+    try:
+        rm,tok = load_reward_model(c.reward.model, c.model.forward)
+        if 'ppo' not in left or c.ppo.value_from!='reward': return
+        # the value model will start from it
+        check_value_start(line.model('sft') if line.done('sft') else line.first, rm)
+        if tok.get_vocab()!=line.tok.get_vocab():
+            raise ValueError('a value model reads the ids of the policy, and this tokenizer has others; '
+                             'set ppo.value_from=reference')
     except (ValueError,OSError) as e: raise type(e)(f'reward.model: {e}') from e
 
 def _check_data(line, left):
@@ -368,9 +377,20 @@ def _check_data(line, left):
     if any(stage_table[s].held_out for s in left): line.held()
     _check_serves(line, left)
     _check_functions(line, left)
-    n,most = len(unique_prompts(line.learned('ppo'))),line.config.ppo.mini_batches
-    if 'ppo' in left and n<most:
-        raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, got {most}')
+    if 'ppo' in left: _check_ppo(line, left)
+
+def _check_ppo(line, left):
+    "What PPO needs of the data and of the stages before it"
+    n,o = len(unique_prompts(line.learned('ppo'))),line.config.ppo
+    if n<o.mini_batches:
+        raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, '
+                         f'got {o.mini_batches}')
+    total = n_rollouts(o, n)
+    if o.value_warmup>=total:
+        raise ValueError(f'ppo.value_warmup: expected fewer than the {total} updates that there are, '
+                         f'got {o.value_warmup}')
+    if o.value_from=='reward' and 'reward' not in left and not line.done('reward'):
+        raise ValueError("ppo.value_from: reward needs the run's own reward model, and this run has none")
 
 def _check_functions(line, left):
     "Find the functions that give rewards, and call each once, before anything is trained"

@@ -478,7 +478,7 @@ def check_serves(
     gives = reading.gives
     if need in serves[gives]: return
     raise ValueError(f'{name}: {said_of[gives]} (the shape {reading.shape.name}), where {said_of[need]} are needed; '
-                     f'{_taken.get(gives, "")}. {key}.format and {key}.columns say otherwise')
+                     f'{_taken.get(gives, "")}. If it is another shape, {key}.format or {key}.columns says which')
 
 def _doubled(pair):
     "Do both answers begin with the question that they answer?"
