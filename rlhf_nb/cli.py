@@ -152,7 +152,7 @@ def cmd_run(a):
     "The whole line for any configuration"
     c = _config(a)
     # both `--stages sft dpo` and `--stages sft,dpo`
-    todo = ','.join(a.stages).split(',') if a.stages else list(usual_stages)
+    todo = ','.join(a.stages).split(',') if a.stages else None
     # two runs would write in one folder
     twice = [s for s in a.seeds or () if a.seeds.count(s)>1]
     if twice: raise ValueError(f'--seeds: {twice[0]} stands twice')
