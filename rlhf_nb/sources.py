@@ -360,12 +360,12 @@ class Scorer:
         "Call the functions once, before anything is trained, with the answer of the first row, or with a number"
         self.check(rows)
         if not self.functions: return
-        row,tok = rows[0],getattr(self.tok, 'tok', self.tok)
+        row,t = rows[0],as_template(self.tok)
         told = [row.get(k) for k in ('chosen','response') if isinstance(row.get(k), str)]
-        prompt,answer = encode([row['prompt'],(told or [' 1'])[0]], tok)
+        prompt,answer = t.prompt(row['prompt']),t.response((told or [' 1'])[0])
         alone = Scorer(self.functions, [1.]*len(self.functions), self.tok)
         alone.columns = self.columns
-        alone.each(Batch.from_tokens([prompt or answer], [[answer]*2], rows=[row], finished=torch.zeros(1, 2).bool()))
+        alone.each(Batch.from_tokens([prompt], [[answer]*2], rows=[row], finished=torch.ones(1, 2).bool()))
 
 def _lacking(f, k, columns):
     "Why a function can't be called"
@@ -402,7 +402,7 @@ def scored(
     "The rewards of a batch. Of several sources it gets what each says, `source_scores` (B,G,S), and `source_weights` (B,S)"
     if not isinstance(score, Scorer) or len(score.parts)<2: return b,score(b)
     each = score.each(b)
-    weights = each.new_tensor(score.weights).expand(len(b), -1)
+    weights = torch.tensor(score.weights, dtype=each.dtype, device=each.device).expand(len(b), -1)
     return b.plus(source_scores=each, source_weights=weights),score.together(each)
 
 

@@ -40,7 +40,7 @@ def sft_stage(line:Line):
     line.forget_first()                                  # so that its memory is free once it is saved
     check_room(line, max_tokens(model))
     # skipped: the model that was given is the reference as it is
-    if not line.config.sft.skip:
+    if not skips_sft(line):
         s = line.splits.of('sft')
         rows = s.sft+s.documents
         train_sft(model, line.answers(rows), **line.how('sft'))
@@ -180,11 +180,16 @@ def frontier_stage(
     "What best-of-n and the Gibbs policy reach from the reference's samples"
     c = line.config
     ref,score = line.model('sft'),line.scorer()
-    prompts = line.prompts(line.held())[:min(n_prompts, c.eval.n_prompts)]
+    prompts,rows = line.asked(line.held(), line.reward_of())
+    most = min(n_prompts, c.eval.n_prompts)
     seed = child_seed(c.seed, 'frontier')
     # all `n` of a prompt stand beside one another: (B,n)
-    b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=seed)
+    b = sample(ref, prompts[:most], n, c.eval.max_new_tokens, seed=seed).plus(rows=rows[:most])
     proxy = score(b)                                     # (B,n)
+    # the best of answers is known where all have a reward
+    has = ~proxy.isnan().any(1)
+    if not has.any(): raise ValueError('frontier: there is no prompt all of whose answers have a reward')
+    b,proxy = b[has.nonzero()[:,0]],proxy[has]
     gold = line.gold(b) if line.gold else None
     out = dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold))
     # the best that any policy could do at each KL
