@@ -346,6 +346,10 @@ class Template:
         "Does its template print today's date?"
         return self.kind=='chat' and self.form.dated
     @property
+    def end(self)->int:
+        "The id that ends an answer; None where there is none"
+        return self.form.end[-1] if self.form.end else None
+    @property
     def stops(self)->set:
         "The ids that end an answer, as far as template and tokenizer know"
         return {*self.form.end[-1:],self.tok.eos_token_id}-{None}
