@@ -427,7 +427,7 @@ def scored(
     "The rewards of a batch. Of several sources it gets what each says, `source_scores` (B,G,S), and `source_weights` (B,S)"
     if not isinstance(score, Scorer) or len(score.parts)<2: return b,score(b)
     each = score.each(b)
-    weights = each.new_tensor(score.weights).expand(len(b), -1)
+    weights = torch.tensor(score.weights, dtype=each.dtype, device=each.device).expand(len(b), -1)
     return b.plus(source_scores=each, source_weights=weights),score.together(each)
 
 
