@@ -10,11 +10,11 @@ from rlhf_nb import cli
 from rlhf_nb.cards import mk_prompt
 from rlhf_nb.desk import Desk
 from rlhf_nb.line import Line
-from rlhf_nb.load import load_policy, load_reward_model, stop_tokens
-from rlhf_nb.run import Run, read_samples
+from rlhf_nb.load import load_policy,load_reward_model,stop_tokens
+from rlhf_nb.run import Run,read_samples
 from rlhf_nb.sampling import sample
-from rlhf_nb.template import Template, as_template
-from rlhf_nb.text import HH, parse_turns, to_messages
+from rlhf_nb.template import Template,as_template
+from rlhf_nb.text import HH,parse_turns,to_messages
 
 torch.set_num_threads(1)
 chat = ("{% if messages[0]['role']!='system' %}{{'<|im_start|>system\nYou are Tiny.<|im_end|>\n'}}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
