@@ -190,8 +190,9 @@ class _ChatForm:
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
         self.system = True
-        self.kwargs = {k:False for k in _off if k in asked and self._matters(k)}|self.kwargs
-        # who only reads finished answers, as a reward model does, needs no end
+        # who only reads finished answers, as a reward model does, needs no end, and nobody has told it not to think
+        off = [k for k in _off if ends and k in asked and self._matters(k)]
+        self.kwargs = dict.fromkeys(off, False)|self.kwargs
         self.end = self._probe() if ends else []
         self.system = self._has_system()
     def _matters(self, k):
