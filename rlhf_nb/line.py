@@ -424,7 +424,7 @@ def _check_serves(line, left):
     for stage in left:
         s = line.splits.of(stage)
         if stage not in trained or stage in skipped or s.serves(kind_of(stage)): continue
-        key = f'{stage}.prompts' if isinstance(line.settings(stage), RolloutConfig) else f'{stage}.data'
+        key = f'{stage}.{own_data[kind_of(stage)]}'
         hint = ', or skip it (sft.skip=true)' if stage=='sft' else ', or leave the stage out (--stages)'
         raise ValueError(f"stage '{stage}' learns from {said_of[needs_of[kind_of(stage)]]}, and {s.report.name} holds "
                          f'{said_of[s.gives]}: give other data with {key}{hint}')
