@@ -301,7 +301,7 @@ def _llm(a)->LLMJudge:
 def cmd_check(a):
     "What can be known of a model before anybody trains it, on one page"
     from rlhf_nb.train import pick_device
-    print(preflight_page(a.model, preflight(a.model, a.tokenizer, a.template, None, pick_device(a.device), a.question)))
+    print(check_page(a.model, check_model(a.model, a.tokenizer, a.template, None, pick_device(a.device), a.question)))
 
 def cmd_eval_reward(a):
     "How right any reward model is on any pairs"
