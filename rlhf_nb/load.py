@@ -333,8 +333,9 @@ def load_policy(
     more = len(tok)-len(m.get_input_embeddings().weight)-(tok.pad_token=='<|pad|>')
     _own_pad(tok, _stops(m, tok, own), tokenizer or name, len(m.get_input_embeddings().weight))
     if more>0: print(f'{name}: made room for {more} token{"s"*(more>1)} that the tokenizer has and the model lacks')
+    t = Template(tok, template)
     with _named(name):
-        return _ready(fit_tokenizer(m, Template(tok, template), own), forward).to(device),tok
+        return _ready(fit_tokenizer(m, t, own), forward).to(device),tok
 
 def _keep_memory():
     "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
