@@ -7,7 +7,8 @@ import torch
 from rlhf_nb import cli
 from rlhf_nb.config import load_config,mk_config
 from rlhf_nb.data import load_splits
-from rlhf_nb.run import Places,usual_stages
+from rlhf_nb.line import Line
+from rlhf_nb.run import Places,Run,usual_stages
 
 from rlhf_nb.world import make_world,world_tokenizer
 
@@ -71,3 +72,31 @@ def test_names_are_names(name, tmp_path):
     for source in {f, f.parent} - {tmp_path/"here"}:
         s = load_splits(load_config("demo"), source=str(source))
         assert s.report.read == 12 and all(str(f) in p["source"] for p in s.train)
+
+
+def test_each_stage_may_have_data_of_its_own(tok, tmp_path, capsys):
+    sure = lambda i: f"What is the colour of thing {i}?"
+    chats = [dict(conversations=[{"from": "human", "value": sure(i)}, {"from": "gpt", "value": f"It is red {i}."}]) for i in range(100, 130)]
+    asks = [dict(question=sure(i), colour="red") for i in range(200, 230)]
+    ranked = [dict(instruction=sure(i), input="", chosen=f"It is red {i}.", rejected="No.") for i in range(300, 330)]
+    own = [f"sft.data={write(tmp_path/'chats.jsonl', chats)}", f"reward.data={write(tmp_path/'ranked.jsonl', ranked)}",
+           f"grpo.prompts={{name: {write(tmp_path/'asks.jsonl', asks)}, columns: {{prompt: question}}}}"]
+    more = [o for s in own for o in ("--set", s)]
+    run(write(tmp_path/"pairs.jsonl", votes(30)), tok, tmp_path/"out", *more)
+    places = Places(tmp_path/"out")
+    assert all(map(places.done, usual_stages))
+    rows = json.loads(places.data_file.read_text())["rows"]
+    assert rows["sft.train"]+rows["sft.dev"] == 30 == rows["grpo.train"]+rows["grpo.dev"] and rows["train"]+rows["dev"]+rows["test"] == 30
+    assert rows["reward.train"]+rows["reward.dev"]+rows["reward.test"] == 30 and rows["reward.test"] > 0
+    write(tmp_path/"ranked.jsonl", ranked[1:])                   # other pairs than the run began with
+    with pytest.raises(ValueError, match="was begun with other data"):
+        Line(Run(tmp_path/"out")).splits
+
+
+def test_data_that_do_not_serve_a_stage_are_refused_before_anything_is_trained(tok, tmp_path, capsys):
+    asks = write(tmp_path/"asks.jsonl", [dict(prompt=f"What is the colour of thing {i}?", colour="red") for i in range(30)])
+    for stages, said in ((["sft"], "stage 'sft' learns from prompts with an answer each, and "+str(asks)+" holds prompts: give other data with sft.data, or skip it"),
+                         (["sft", "reward"], "learns from"), (["sft", "dpo"], "learns from")):
+        with pytest.raises(SystemExit):
+            run(asks, tok, tmp_path/"out", "--stages", *stages)
+        assert said in capsys.readouterr().err and not (tmp_path/"out"/"reference").exists()

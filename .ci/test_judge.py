@@ -16,7 +16,8 @@ import pytest
 
 from endpoint import Endpoint, completion, longer, shown, verdict
 from tiny import fork
-from rlhf_nb.core import read_json,read_rows,write_json
+from rlhf_nb.core import read_rows,write_json
+from rlhf_nb.run import Places
 from rlhf_nb.cli import main
 from rlhf_nb.verdicts import JudgeError,judge_pairs,judge_samples
 from rlhf_nb.endpoint import Address
@@ -353,7 +354,7 @@ def test_kill(tmp_path):
     assert len(asked) == 200 and sum(asked.values()) - 200 <= flying
     ledger = LLMJudge("planted", url, cache=path).journal.ledger()
     assert ledger["verdicts"] == 200 and ledger["billed"] == 200 and ledger["in_flight"] == flying >= sum(asked.values()) - 200
-    w = read_json(tmp_path/"results"/"win_rates.json")["planted"]["ppo"]
+    w = Places(tmp_path).read_win_rates()[""]["planted"]["ppo"]
     assert w["failed"] == 0 and w["judge"]["possibly_billed"] == flying
     assert f"{flying} more possibly billed" in (tmp_path/"results"/"WIN_RATES.md").read_text()
 
@@ -393,7 +394,7 @@ def test_partial_results(tmp_path):
         with pytest.raises(JudgeError, match="could not be judged") as err:
             judge_run(tmp_path, ["reward", judge(e)])
         assert "planted.journal.jsonl" in str(err.value) and err.value.results["ppo"]["partial"]
-        rates = read_json(tmp_path/"results"/"win_rates.json")
+        rates = Places(tmp_path).read_win_rates()[""]
         assert "partial" not in rates["reward"]["ppo"] and rates["planted"]["ppo"]["partial"] and rates["planted"]["ppo"]["failed"] >= 20
         assert "**Partial: " in (tmp_path/"results"/"WIN_RATES.md").read_text()
         down, before = 0, len(e.seen)
@@ -408,7 +409,7 @@ def test_no_key(tmp_path, monkeypatch):
     assert judge_run(tmp_path, LLMJudge(), dry_run=True)["gpt-4o-mini"]["requests"] == 80
     with pytest.raises(JudgeError, match="set the environment variable OPENAI_API_KEY"):
         judge_run(tmp_path, ["reward", LLMJudge()])
-    assert list(read_json(tmp_path/"results"/"win_rates.json")) == ["reward"]
+    assert list(Places(tmp_path).read_win_rates()[""]) == ["reward"]
     with pytest.raises(JudgeError, match="no API key"):
         judge_run(tmp_path/"output_samples", LLMJudge())
 

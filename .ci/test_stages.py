@@ -63,7 +63,8 @@ def test_new_stage(package):
     assert "rloo" in said
     read = lambda name: json.loads((run/name).read_text("utf-8"))
     assert len(read("output_samples/rloo_samples.json")) == 8
-    assert list(read("results/summary.json")["models"]) == ["reference", "dpo", "rloo"]
-    for judge, rates in read("results/win_rates.json").items():
+    (found,) = read("results/summary.json")["seeds"].values()
+    assert list(found["models"]) == ["reference", "dpo", "rloo"]
+    for judge, rates in read("results/win_rates.json")["seeds"]["0"].items():
         assert set(rates) >= {"dpo", "rloo"}, judge
     assert "rloo" in (run/"results"/"ANALYSIS.md").read_text("utf-8").lower()

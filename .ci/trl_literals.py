@@ -179,6 +179,10 @@ def grpo():
         without = mask.clone()
         without[0, 2] = False                                             # as TRL masks a truncated completion
         case(f"{kind}_truncated", mask=without, loss_type=kind, epsilon=0.2, beta=0.1, use_bias_correction_kl=False)
+    for beta in (0.0, 0.1):
+        plain = dict(beta=beta, use_bias_correction_kl=False)
+        case(f"cispo_beta{beta}", loss_type="cispo", epsilon_high=1.28, **plain)  # TRL's is the bound itself, and the only one
+        case(f"sequence_beta{beta}", loss_type="grpo", importance_sampling_level="sequence", epsilon=0.05, epsilon_high=0.1, **plain)
 
     rewards = [[1.0, 0.25, -0.5], [2.0, 2.0, 3.5]]
     out["rewards"] = rewards
@@ -188,6 +192,12 @@ def grpo():
         tr._generate = lambda prompts: ([[2, 3]]*n, [[4, 1]]*n, None, ["w2"]*n, None, {}, None, None)
         a = tr._generate_and_score_completions([dict(prompt="w1 w2")]*n)["advantages"]
         out["advantage_cases"][scale] = a.view(2, 3).tolist()
+    other = [10.0, 30.0, 20.0, 0.0, None, 50.0]                           # a second source, which says nothing about one answer
+    tr = trainer([lambda completions, **kw: flat, lambda completions, **kw: other], reward_weights=[2.0, 0.5],
+                           multi_objective_aggregation="normalize_then_sum", beta=0.0)
+    tr._generate = lambda prompts: ([[2, 3]]*n, [[4, 1]]*n, None, ["w2"]*n, None, {}, None, None)
+    a = tr._generate_and_score_completions([dict(prompt="w1 w2")]*n)["advantages"]
+    out["advantage_cases"]["normalise_each"] = a.view(2, 3).tolist()
     return out
 
 

@@ -17,16 +17,11 @@ from .core import *
 from .run import *
 from .text import *
 from .ballots import *
+from .core import _shown
 
 # %% ../nbs/38_cards.ipynb #88c5211f
 # A turn within what was typed. Blanks of its own line only: a pattern that runs over empty lines takes their square
 _role = re.compile(rf'^[^\S\n]*({"|".join(HH.names.values())}):', re.M)
-
-def _quoted(v):
-    "A value in a message"
-    try: s = repr(v)
-    except ValueError: s = 'a number of thousands of digits'
-    return s if len(s)<=80 else s[:77]+'...'
 
 def _typed_turns(typed):
     "A question is one turn; a dialogue has a name before each of its own"
@@ -44,7 +39,7 @@ def mk_prompt(
     history=()  # (role, text) of the turns before it
 )->str: # In HH form, ending in "\n\nAssistant:"
     "The prompt that the models see"
-    if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_quoted(text)}')
+    if not isinstance(text, str): raise ValueError(f'prompt: expected text, got {_shown(text)}')
     text = whole_text(text).replace('\r\n', '\n').replace('\0', '')
     if not history and text.startswith(HH.mark('user')) and text.endswith(HH.mark('assistant')): return text
     turns = [*(Turn(*o) for o in history),*_typed_turns(text.strip())]
@@ -398,9 +393,11 @@ def curves_html(
     from rlhf_nb.metrics import read_logs
     from rlhf_nb.plots import plot_frontier,plot_training
     run,logs,plots = Places(path),read_logs(path),[]
-    if run.summary.exists():
+    found = run.read_summary()['seeds'].values() if run.summary.exists() else []
+    models = [r['models'] for r in found if 'models' in r]
+    if models:
         frontier = read_json(run.frontier) if run.frontier.exists() else None
-        plots.append(plot_frontier([read_json(run.summary)['models']], [frontier] if frontier else [], [logs]))
+        plots.append(plot_frontier(models, [frontier] if frontier else [], [logs]))
     plots += [plot_training(rows, stage) for stage,rows in logs.items()]
     figures = ''.join(map(_figure, plots)) or '<p>This folder holds no training logs and no summary.</p>'
     return shield(f'<div class="figures">{figures}</div>')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Below1', 'BelowHalf', 'From0', 'From2', 'Seed', 'Share', 'Heat', 'Schedule',
-           'Names', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataConfig', 'ModelConfig', 'Optim',
-           'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config',
-           'mk_config', 'nested', 'load_config', 'config_yaml']
+           'Names', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataSource', 'DataConfig', 'ModelConfig',
+           'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig', 'EvalConfig',
+           'Config', 'mk_config', 'nested', 'load_config', 'config_yaml']
 
 # %% ../nbs/01_config.ipynb #confh003
 import difflib,json,math,re
@@ -63,9 +63,9 @@ class WorldConfig:
     n_ood:Pos=192      # Out-of-distribution prompts
 
 @dataclass
-class DataConfig:
-    "Where preferences come from"
-    name:str='world'         # `world`, a Hub name, a file, or a folder
+class DataSource:
+    "Rows from somewhere"
+    name:str                 # A Hub name, a file, or a folder
     data_dir:str|None=None   # Subset of a Hub data set, such as `harmless-base`
     config:str|None=None     # Configuration of a Hub data set, such as `main`, where it has several
     # What the rows are: `auto` sees it, or the name of a shape, such as `sharegpt`
@@ -73,6 +73,11 @@ class DataConfig:
     columns:Names|None=None  # What a column is called there, such as `{prompt: question}`
     split:str='train'        # The split to learn from, such as `train_prefs`
     test_split:str|None=None # The split to test on, such as `test_prefs` (None: `test`, where there is one)
+
+@dataclass
+class DataConfig(DataSource):
+    "What a run learns from, where a stage has no data of its own"
+    name:str='world'         # `world`, a Hub name, a file, or a folder
     n_pairs:Pos|None=None    # Use so many pairs (None: all)
     # Share of prompts held out for testing (and as much again for dev), where the data has no such split
     test_size:BelowHalf=0.1
@@ -84,6 +89,9 @@ class ModelConfig:
     "The model that everything starts from"
     name:str='scratch'      # `scratch`, a Hub name or a folder of a causal LM
     tokenizer:str|None=None # Hub name or folder (None: the model's own; the world's for the world)
+    # How it reads a dialogue: its chat template, Human: and Assistant:, a text alone; `auto`: `chat` if it has one, else `hh`
+    template:Literal['auto','chat','hh','plain']='auto'
+    template_kwargs:Options|None=None # What a chat template is told, such as `{enable_thinking: true}` (false by default)
     n_layer:Pos=2           # Layers (`scratch` only, like the next three)
     n_embd:Pos=128          # Width
     n_head:Pos=4            # Attention heads
@@ -119,6 +127,7 @@ class SFTConfig(Optim):
     lr:NonNeg=4e-3
     updates:Pos|None=800
     skip:bool=False # True: the model is already fine-tuned; use it as the reference
+    data:DataSource|None=None # Other answers to imitate: a name, or its keys (None: those of `data`)
 
 @dataclass
 class RewardConfig(Optim):
@@ -129,6 +138,10 @@ class RewardConfig(Optim):
     head:Literal['last_token','log_prob']='log_prob'
     center:NonNeg=0.0     # Weight of the squared sum of a pair's scores (Eisenstein et al. 2023); 0.01 where used
     n_normalise:From2=256 # Reference samples that set the reward's mean to 0 and its std to 1
+    # Hub name or folder of a finished reward model, which is used as it is (None: one is trained)
+    model:str|None=None
+    normalise:bool|None=None # Are mean and std set? (None: those of a model that is trained here)
+    data:DataSource|None=None # Other pairs: a name, or its keys (None: those of `data`)
 
 @dataclass
 class RolloutConfig(Optim):
@@ -141,7 +154,9 @@ class RolloutConfig(Optim):
     # Stop training when KL to the reference per response passes this (nats), on training or on dev prompts
     max_kl:NonNeg|None=None
     passes:Above0=1.0         # Passes through the prompts, where `updates` is not given
+    prompts:DataSource|None=None # Other prompts: a name, or its keys (None: those of `data`)
     eval_n:Pos=64
+    eval_samples:Pos=1        # Answers to each dev prompt in a look
 
 @dataclass
 class PPOConfig(RolloutConfig):
@@ -160,6 +175,9 @@ class PPOConfig(RolloutConfig):
     clip:NonNeg=0.2       # Ratios beyond 1 +- clip give no gradient
     value_clip:NonNeg=0.2 # Values move at most this far from those of the rollout
     value_coef:NonNeg=0.1 # Weight of the value loss
+    # What the value model starts from; `reward`: a reward model with the same body as the policy, with its head
+    value_from:Literal['reference','reward']='reference'
+    value_warmup:From0=0  # So many updates at the beginning change the value model only
     epochs:Pos=2          # Passes over a rollout
     mini_batches:Pos=1    # Optimizer steps in a pass
 
@@ -173,8 +191,15 @@ class GRPOConfig(RolloutConfig):
     schedule:Schedule='constant'
     checkpoint_every:Pos=5
     group_size:From2=8            # Responses to each prompt
-    loss_type:Literal['grpo','dr_grpo','dapo']='grpo' # How token losses are averaged
+    # How token losses are averaged; `cispo`: as `dapo`, and the ratio is a clipped weight that no gradient goes through
+    loss_type:Literal['grpo','dr_grpo','dapo','cispo']='grpo'
+    # Whose ratio is clipped: each token's, or the geometric mean of the response (GSPO)
+    ratio:Literal['token','sequence']='token'
+    baseline:Literal['mean','leave_one_out']='mean' # Of the group, or of its other responses (RLOO)
     scale_rewards:Literal['group','batch','none']='group' # Whose standard deviation divides the advantages
+    normalise_each:bool=False     # Several reward sources: divide each by its own deviation before they are added up
+    # Groups of further prompts, at most, that an update draws in the place of groups whose scores are all equal
+    resample_silent:From0=0
     epsilon:NonNeg=0.2            # Lower clip: ratios below 1 - epsilon
     epsilon_high:NonNeg|None=None # Upper clip (None: epsilon); DAPO uses 0.28
     inner:Pos=1                   # Optimizer steps on one rollout
@@ -189,6 +214,7 @@ class DPOConfig(Optim):
     lr:NonNeg=2e-4
     updates:Pos|None=250
     n_pairs:Pos|None=8000         # Use so many of the training pairs (None: all)
+    data:DataSource|None=None     # Other pairs: a name, or its keys (None: those of `data`)
     loss_type:Literal['sigmoid','ipo','robust','cdpo','simpo']='sigmoid' # Which member of the family
     beta:NonNeg=0.4               # Inverse temperature of the implicit reward
     label_smoothing:BelowHalf=0.0 # Share of flipped labels, for `robust` and `cdpo`
@@ -240,10 +266,11 @@ def _trained(**values)->dict:
     "These values for each section that trains"
     return {f.name:values for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
 
-# passes instead of the demo's numbers of updates, and ten looks at dev data
-_counted = dict(updates=None, eval_every=.1)
+# Passes instead of the demo's numbers of updates, and ten looks at dev data. In GRPO each token counts the same, and
+# the KL in its loss is corrected; the demo keeps the original's averages and KL, which its dev split prefers
+_elsewhere = _merge(_trained(updates=None, eval_every=.1), dict(grpo=dict(loss_type='dapo', kl_in='loss_corrected')))
 
-_hh = _merge(_trained(**_counted, micro_tokens=4096, beta2=.999), {
+_hh = _merge(_merge(_elsewhere, _trained(micro_tokens=4096, beta2=.999)), {
     'jobs': 1,
     'data': dict(name='Anthropic/hh-rlhf', data_dir='harmless-base',
         max_prompt=256, max_response=128),  # 90% of prompts and 90% of responses are shorter (278 and 111 tokens)
@@ -268,7 +295,7 @@ presets = {'demo': {}, 'prototype': _on_pairs(1000, 3), 'full': _on_pairs(10000,
 
 # The demo's numbers of updates are those of the world's 20,000 documents. With other data it counts passes, as the
 # other presets do, and looks at dev data, because few data are soon known by heart
-_demo_elsewhere = _merge(_trained(**_counted), {
+_demo_elsewhere = _merge(_elsewhere, {
     'data': dict(n_pairs=2000),  # minutes
     'sft': dict(epochs=10),
     'reward': dict(epochs=5, head='last_token'),
@@ -370,6 +397,17 @@ def _mapping(v, entry, key:str):
         raise ValueError(f'{key}: expected names and values, got the name {_shown(k)}')
     return {named(k):_value(o, _kinds(entry), f'{key}.{k}') for k,o in v.items()}
 
+def _part(t):
+    "The dataclass that an annotation allows, beside null perhaps; None where it allows none"
+    found = [o for o in (t, *get_args(t)) if isinstance(o, type) and is_dataclass(o)]
+    return found[0] if found else None
+
+def _source(v, cls, key:str):
+    "Keys and values of a section that may be null, or a name alone"
+    if v is None or isinstance(v, _Plain) and v in _null: return None
+    if isinstance(v, str): v = {'name':v}
+    return _checked(v, cls, f'{key}.')
+
 def _section(where:str)->str:
     "What a path such as `ppo.` is called"
     return where.rstrip('.') or 'the configuration'
@@ -383,6 +421,7 @@ def _checked(d, cls, where='')->dict:
         if k not in known: raise ValueError(f"unknown key '{where}{str(k)[:100]}'{_meant(k, known, where)}")
         t,key = known[k],f'{where}{k}'
         if is_dataclass(t): out[str(k)] = _checked(v, t, f'{key}.')
+        elif _part(t): out[str(k)] = _source(v, _part(t), key)
         elif _entries(t): out[str(k)] = _mapping(v, _entries(t), key)
         else: out[str(k)] = _value(v, _kinds(t), key)
     return out
@@ -425,7 +464,7 @@ def mk_config(
 
 def _type_below(t, k:str):
     "The type of what `k` names in a section or a mapping; None where there is no such thing"
-    return {f.name:f.type for f in fields(t)}.get(k) if is_dataclass(t) else _entries(t)
+    return {f.name:f.type for f in fields(_part(t))}.get(k) if _part(t) else _entries(t)
 
 def _set(s)->dict:
     "The nested dictionary that an override stands for"
@@ -434,10 +473,12 @@ def _set(s)->dict:
     if not eq: raise ValueError(f'--set {s}: expected key=value, such as ppo.kl_coef=0.05')
     path,kind = k.strip().split('.'),Config
     for o in path: kind = _type_below(kind, o)
-    if not _kinds(kind)<={str,type(None)}: v = v.strip()           # a name keeps its spaces
+    # a name keeps its spaces
+    if _part(kind) or not _kinds(kind)<={str,type(None)}: v = v.strip()
     is_section,is_quoted = is_dataclass(kind),re.fullmatch('"(.*)"|\'(.*)\'', v, re.S)
     if not v and not is_section: raise ValueError(f'--set {s}: no value behind the =; null means none')
-    v = _load_yaml(v, f'--set {s}') if is_section or is_quoted or _entries(kind) else _Plain(v)
+    is_yaml = is_section or is_quoted or _entries(kind) or _part(kind) and v.startswith('{')
+    v = _load_yaml(v, f'--set {s}') if is_yaml else _Plain(v)
     return _checked(nested(path, v), Config)
 
 def nested(

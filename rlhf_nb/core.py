@@ -175,9 +175,15 @@ def _has_halves(text:str)->bool:
     "Is there half a character, which no file can hold?"
     return any('\ud800'<=c<'\ue000' for c in text)
 
+class _Short(reprlib.Repr):
+    "Values cut where they are long"
+    def repr_int(self, x, level):
+        try: return super().repr_int(x, level)
+        except ValueError: return 'a number of thousands of digits'     # which Python does not write
+
 def _shown(v)->str:
     "A value as an error shows it: cut, where it is long"
-    r = reprlib.Repr()
+    r = _Short()
     r.maxstring = r.maxother = 100
     if not isinstance(v, str): return r.repr(v)
     return str.__repr__(v) if len(v)<100 else r.repr(str(v))

@@ -8,8 +8,9 @@ __all__ = ['length_stats', 'DataReport', 'Preferences', 'load_preferences', 'pro
 
 # %% ../nbs/08_data.ipynb #7ae80b09
 import math,re,unicodedata
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass,field,replace
+from itertools import chain,islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,17 +21,27 @@ from .stats import *
 from .world import *
 from .shapes import *
 from .tokens import *
+from .template import *
 from .text import _names_of
-from .shapes import _cols
+from .shapes import _check_doubled,_cols
 from .formats import _no_columns,_open
 from .template import _tokenize
 
 # %% ../nbs/08_data.ipynb #5a7d51c7
-def _sizes(pairs, tokenizer=None):
-    "Lengths of prompt, chosen and rejected, (n,3): tokens, or words without a tokenizer"
+def _sizes(rows, tokenizer=None, names=_cols):
+    "Lengths of the texts in some columns, (n,columns): tokens, or words without a tokenizer"
     def units(texts): return [o.split() for o in texts] if tokenizer is None else encode(texts, tokenizer)
-    columns = ([p[k] for p in pairs] for k in _cols)
+    columns = ([p[k] for p in rows] for k in names)
     return np.array([list(map(len, units(o))) for o in columns]).T
+
+def _lengths(sizes, names, unit='tokens'):
+    "Lengths of the texts in some columns, from (n,columns) sizes"
+    out = dict(unit=unit, n=len(sizes))
+    for k,v in zip(names, sizes.T):
+        p90,p99 = np.percentile(v, (90,99))
+        numbers = dict(mean=v.mean(), median=np.median(v), p90=p90, p99=p99)
+        out[k] = {name:float(x) for name,x in numbers.items()}
+    return out
 
 def length_stats(
     sizes,            # (n,3) lengths of prompt, chosen, rejected
@@ -38,11 +49,7 @@ def length_stats(
 )->dict:
     "Lengths of prompts and responses, and how well length alone tells the chosen response"
     n,extra = len(sizes),sizes[:,1]-sizes[:,2]
-    out = dict(unit=unit, n=n)
-    for k,v in zip(_cols, sizes.T):
-        p90,p99 = np.percentile(v, (90,99))
-        numbers = dict(mean=v.mean(), median=np.median(v), p90=p90, p99=p99)
-        out[k] = {name:float(x) for name,x in numbers.items()}
+    out = _lengths(sizes, _cols, unit)
     more,same,less = (int(o.sum()) for o in (extra>0,extra==0,extra<0))
     out |= dict(chosen_longer=more/n, same_length=same/n, chosen_shorter=less/n)
     for k,wins in (('longer_wins',more),('shorter_wins',less)):
@@ -60,7 +67,7 @@ class DataReport:
     "What was read, kept and dropped, and what the kept pairs look like"
     dropped = ('malformed','mismatched prompt','empty response','identical pair',
                'too long','train/test leak','not needed')
-    noted = 'duplicate prompt','prompt cut','response cut','special token as text'
+    noted = 'duplicate prompt','prompt cut','response cut','special token as text','border'
     def __init__(self, name, remarks=()):
         self.name,self.read,self.remarks = name,0,list(remarks)
         # everything that is counted has its first place, so that somebody can look
@@ -114,7 +121,8 @@ class DataReport:
         l = self.lengths
         if not l: return []
         sizes = [(f"length in {l['unit']}",'mean','median','90% under','99% under'),
-                 *((k,*(f'{v:.0f}' for v in l[k].values())) for k in _cols)]
+                 *((k,*(f'{v:.0f}' for v in o.values())) for k,o in l.items() if isinstance(o, dict) and 'p99' in o)]
+        if 'longer_wins' not in l: return [md_table(sizes, 'lrrrr')]    # no pairs, no rule
         rules = [('rule','accuracy','95% interval','n')]
         for k in ('longer_wins','shorter_wins'):
             o = l[k]
@@ -136,46 +144,31 @@ class Preferences:
     def __len__(self): return len(self.pairs)
     def __repr__(self): return f'Preferences({len(self)} pairs from {self.report.name})'
 
-def _doubled(pair):
-    "Do both answers begin with the question that they answer?"
-    *_,asked,_ = parse_turns(pair['prompt'])
-    asked = asked.text.strip()
-    return asked and all(pair[k].strip().startswith(asked) for k in ('chosen','rejected'))
-
-def _check_doubled(pairs, name):
-    "Where nearly every answer begins with its prompt, it was written in front of it"
-    again,n = list(filter(_doubled, pairs)),len(pairs)
-    if len(again)<8 or len(again)<=.9*n: return
-    said = 'every answer begins with its prompt'
-    if len(again)<n: said = f'{len(again)} of {n} pairs have answers that begin with their prompt'
-    raise ValueError(f"{name}: {said} ({again[0]['source']} and {len(again)-1} more); "
-                     'leave the prompt out of chosen and rejected')
-
-def _pairs(rows, report, what='pairs'):
-    "Usable pairs of (place, row); the others are counted in `report`"
-    pairs,seen,keys,start = [],set(),{},report.read
+def _rows(rows, report, reading, what):
+    "Usable rows of (place, row); the others are counted in `report`"
+    out,seen,keys,start = [],set(),{},report.read
     for where,row in rows:
         report.read += 1
         if isinstance(row, dict): keys.update(dict.fromkeys(row))
-        try: p = split_pair(row)
+        try: p = reading.row(row)
         except BadPair as e:
             report.count(e.reason, where, e.detail)
             continue
         if p['prompt'] in seen: report.count('duplicate prompt', where)
         seen.add(p['prompt'])
         # other columns stay, such as the world's family; `source` is where the row stands
-        pairs.append({**row, **p, 'source':where})
+        out.append({**row, **p, 'source':where})
     # what a file lacks shows only when all its rows are seen
     if report.read==start: raise ValueError(f'{report.name}: no rows in it ({what})')
-    lack = [k for k in ('chosen','rejected') if k not in keys]
-    if keys and lack: raise _no_columns(report.name, keys, lack)
-    _check_doubled(pairs, report.name)
-    return pairs
+    lack = [k for k in reading.shape.columns if k not in keys]
+    if keys and lack: raise _no_columns(report.name, keys, lack, reading.shape)
+    if reading.gives=='pair': _check_doubled(out, report.name)
+    return out
 
-def _need(pairs, report, what='pairs'):
-    "`pairs`, or an error that says where they went"
-    if not pairs: raise ValueError(f'{report.name}: no {what} left of {report.read} rows: {report.reasons()}')
-    return pairs
+def _need(rows, report, what='pairs'):
+    "`rows`, or an error that says where they went"
+    if not rows: raise ValueError(f'{report.name}: no {what} left of {report.read} rows: {report.reasons()}')
+    return rows
 
 def _split(splits, k, name, key='split=NAME'):
     "One of the splits, or an error that says how to choose"
@@ -183,17 +176,22 @@ def _split(splits, k, name, key='split=NAME'):
     return splits[k]
 
 def load_preferences(
-    source,              # Hub name, file, folder, `Dataset`, or list of rows
+    source,              # Hub name, file, folder, or rows in memory: list, columns, generator, DataFrame, `Dataset`
     data_dir:str=None,   # Subset of a Hub data set or folder, such as `harmless-base`
     split:str='train',   # Which split
     n:int=None,          # Read the first n rows only
-    tokenizer=None       # Lengths in the report are in its tokens (None: in words)
+    tokenizer=None,      # Lengths in the report are in its tokens (None: in words)
+    format:str='auto',   # Name of a shape, where it is not to be seen
+    columns:dict=None,   # What a column is called there, such as `dict(prompt='question')`
+    config:str=None      # Configuration of a Hub data set
 )->Preferences:
     "Pairs from anywhere, with a report"
-    src = _open(source, data_dir)
+    src = _open(source, data_dir, config, columns, n)
     report = DataReport(f'{src.name} {split}', src.remarks)
-    rows = _split(src.splits, split, src.name)()
-    pairs = _need(_pairs(islice(rows, n), report), report)
+    rows = islice(_split(src.splits, split, src.name)(), n)
+    reading,rows = begin_reading(rows, report.name, format)
+    check_serves(reading, 'pair', report.name)
+    pairs = _need(_rows(rows, report, reading, 'pairs'), report)
     report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
 
@@ -244,15 +242,28 @@ def split_by_prompt(
 @dataclass
 class Splits:
     "Everything that a run learns from and is measured on"
-    train:list     # Pairs: dict(prompt, chosen, rejected, ...)
-    dev:list       # Pairs to choose settings on
-    test:list      # Pairs to report on, read once
-    ood:list       # Out-of-distribution pairs (the world has some, other data none)
+    train:list     # Rows: dict(prompt, ...), with chosen and rejected, or response, or the data's own columns alone
+    dev:list       # Rows to choose settings on
+    test:list      # Rows to report on, read once
+    ood:list       # Out-of-distribution rows (the world has some, other data none)
     sft:list       # dict(prompt, response): what the reference policy learns from
     documents:list # Plain texts that it learns from beside them (the world's facts)
     report:DataReport
+    gives:str='pair' # What a row holds: `pair`, `answer`, `prompt` or `text`
+    parts:dict=field(default_factory=dict) # {stage: `Splits` of its own data}
+    def of(self, stage:str):
+        "What a stage learns from and looks at"
+        return self.parts.get(stage, self)
+    def serves(self, stage:str)->bool:
+        "Do the rows hold what a stage that trains learns from?"
+        return needs_of[stage] in serves[self.gives]
+    @property
+    def learned(self)->list:
+        "Each prompt that any stage learns from, once"
+        own = unique_prompts(self.train+self.sft)
+        return list(dict.fromkeys(p for o in (own, *(s.learned for s in self.parts.values())) for p in o))
     def __repr__(self):
-        return 'Splits('+', '.join(f'{len(v)} {k}' for k,v in vars(self).items() if k!='report')+')'
+        return 'Splits('+', '.join(f'{len(v)} {k}' for k,v in vars(self).items() if isinstance(v, list))+')'
 
 def unique_prompts(pairs)->list[str]:
     "Each prompt of `pairs` once, in order"
@@ -261,13 +272,14 @@ def unique_prompts(pairs)->list[str]:
 # %% ../nbs/08_data.ipynb #987a6096
 def tokenize_pairs(
     pairs:list[dict],       # Pairs
-    tokenizer,
+    tokenizer,              # Tokenizer or `Template`
     max_prompt:int,         # Longest prompt, in tokens
     max_response:int,       # Longest response, EOS included
-    report:DataReport=None  # Counts what is cut or dropped
+    report:DataReport=None  # Counts what is cut or dropped, and where the model's own template writes an answer otherwise
 )->Batch: # G=2: chosen, rejected
     "All pairs as one batch; `index` (B,) into `pairs`, `cut` (B,2), `prompt_cut` (B,), `sizes_before` cutting (B,3)"
-    report,n = report or DataReport('these pairs'),len(pairs)
+    t,n,looks = as_template(tokenizer),len(pairs),report is not None
+    report = report or DataReport('these pairs')
     report.read = report.read or n
     def count(what, i, detail=''):
         where = pairs[i].get('source', f'pair {i+1}')
@@ -281,36 +293,49 @@ def tokenize_pairs(
     if pairs:
         texts = [(p['chosen'],p['rejected']) for p in pairs]
         def refused(i, why): count(why.reason, i, why.detail)
-        b = _tokenize([p['prompt'] for p in pairs], texts, tokenizer, max_prompt, max_response, refused, keep)
+        b = _tokenize([p['prompt'] for p in pairs], texts, t, max_prompt, max_response, refused, keep)
     _need(b, report)
     for what,cut in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
         for i in b.index[cut].tolist(): count(what, i)
-    special = re.compile('|'.join(map(re.escape, special_ids(tokenizer).values())))
+    special = re.compile('|'.join(map(re.escape, special_ids(t.tok).values())))
     for i in b.index.tolist():
         found = [m[0] for k in _cols if (m := special.search(pairs[i][k]))]
         if found: count('special token as text', i, found[0])
+    # a look at some of them: each is one more rendering
+    for i in b.index.tolist()[:1000] if looks and t.kind=='chat' else ():
+        if not all(t.agrees(pairs[i]['prompt'], pairs[i][k]) for k in ('chosen','rejected')):
+            count('border', i, "the chat template writes an answer otherwise than the model is taught it (blanks, a thought)")
     return b
 
 # %% ../nbs/08_data.ipynb #fd4c1c20
 _own = 'train','dev','test','ood'   # the splits of pairs
 
-def _split_names(splits, c, name):
+def _split_names(splits, c, name, key='data'):
     "Which of `splits` is which of ours, {ours: its name}"
-    _split(splits, c.split, name, '--set data.split=NAME')
-    if c.test_split is not None: _split(splits, c.test_split, name, '--set data.test_split=NAME')
-    if c.test_split==c.split: raise ValueError(f'data.test_split: {c.test_split} is what data.split learns from')
+    _split(splits, c.split, name, f'--set {key}.split=NAME')
+    if c.test_split is not None: _split(splits, c.test_split, name, f'--set {key}.test_split=NAME')
+    if c.test_split==c.split: raise ValueError(f'{key}.test_split: {c.test_split} is what {key}.split learns from')
     out = dict(train=c.split)
     usual = dict(test=c.test_split or 'test', dev='dev' if 'dev' in splits else 'validation', ood='ood')
     for k,v in usual.items():
         if v in splits and v not in out.values(): out[k] = v
     return out
 
+def _opened(c, source=None):
+    "The `Source` that a section says, or of rows in memory"
+    n = getattr(c, 'n_pairs', None)
+    if source is not None: return _open(source, columns=c.columns, n=n)
+    return _open(c.name, c.data_dir, c.config, c.columns, n)
+
 def _rows_of(config, source):
     "Where a run's rows come from, which split is which, and the world (None for other data)"
     c = config.data
     if source is not None or c.name!='world':
-        src = _open(c.name if source is None else source, c.data_dir)
+        src = _opened(c, source)
         return src,_split_names(src.splits, c, src.name),None
+    if c.format!='auto' or c.columns or c.config:
+        raise ValueError('data.format, data.columns and data.config say how a data set is read; '
+                         'the embedded world (data.name) needs none of them')
     if c.split!='train' or c.test_split:
         raise ValueError('data.split and data.test_split choose among the splits of a data set; '
                          'the embedded world (data.name) has its own')
@@ -335,9 +360,9 @@ def _subset(pairs, n, seed, report):
     for i in sorted(order[n:]): report.count('not needed', pairs[i]['source'])
     return [pairs[i] for i in sorted(order[:n])]
 
-def _take_from_train(s, lack, c, seed, report):
+def _take_from_train(s, lack, c, seed, report, what):
     "The splits that the data do not have, as parts of train"
-    train = _need(s['train'], report, 'pairs for train')
+    train = _need(s['train'], report, f'{what} for train')
     if not c.test_size:
         raise ValueError(f"data.test_size is 0, and {c.name} has no split for {' and '.join(lack)}: "
                          'nothing to test on')
@@ -348,41 +373,110 @@ def _take_from_train(s, lack, c, seed, report):
                          f'which are parts of it (data.test_size); {report.reasons()}')
     return s|new
 
+def _fit(rows, gives, tokenizer, c, report):
+    "The rows that are usable once they are cut to what there is room for, and their (n,columns) lengths before"
+    if gives=='pair': b = tokenize_pairs(rows, tokenizer, c.max_prompt, c.max_response, report)
+    else: b = _fit_others(rows, gives, tokenizer, c, report)
+    _need(b, report, said_of[gives])
+    # a prompt alone and a text alone have one length
+    sizes = b.sizes_before[:,{'prompt':slice(0, 1), 'text':slice(1, 2)}.get(gives, slice(None))]
+    return [rows[i] for i in b.index.tolist()],sizes.numpy()
+
+def _fit_others(rows, gives, tokenizer, c, report):
+    "As `tokenize_pairs`, for rows that are no pairs; a prompt alone is dropped where it is too long"
+    def count(what, i, detail=''): report.count(what, rows[i]['source'], detail)
+    def refused(i, why): count(why.reason, i, why.detail)
+    prompts = ['' if gives=='text' else p['prompt'] for p in rows]
+    answers = [(p.get(dict(answer='response', text='text').get(gives), ''),) for p in rows]
+    b = _tokenize(prompts, answers, tokenizer, c.max_prompt, c.max_response, refused)
+    if b is None: return None
+    if gives=='prompt':
+        # what would be cut has lost a part of the question, which a reward asks about
+        why = f'a prompt of more than {c.max_prompt} tokens (data.max_prompt)'
+        for i in b.index[b.prompt_cut].tolist(): count('too long', i, why)
+        return b[~b.prompt_cut] if not b.prompt_cut.all() else None
+    for what,cut in (('prompt cut',b.prompt_cut),('response cut',b.cut.any(1))):
+        for i in b.index[cut].tolist(): count(what, i)
+    return b
+
+def _read_splits(src, names, c, seed, tokenizer, need='pair'):
+    "Rows of train, dev, test and ood, how they were read, the report, and {id of a row: its lengths}"
+    report,reading,s = DataReport(src.name, src.remarks),None,{k:[] for k in _own}
+    for k in _own: # in this order: the report names the first place of each reason
+        if k not in names: continue
+        rows = src.splits[names[k]]()
+        if reading is None: reading,rows = begin_reading(rows, src.name, c.format, need)
+        s[k] = _rows(rows, report, reading, f"split '{names[k]}'")
+    what = said_of[reading.gives]
+    held = [p for k in _own[1:] for p in s[k]]
+    train = _without_leaks(s['train'], held, report)
+    s['train'] = _subset(train, c.n_pairs, seed, report)
+    # cut once, before splitting: a pair that cutting makes equal must not decide which prompts lie where
+    sizes = {}                                                 # {id of a row: lengths before cutting}
+    for k,rows in s.items():
+        if not rows or tokenizer is None: continue
+        s[k],before = _fit(rows, reading.gives, tokenizer, c, report)
+        sizes.update(zip(map(id, s[k]), before))
+    lack = [k for k in ('test','dev') if k not in names]
+    if lack: s = _take_from_train(s, lack, c, seed, report, what)
+    return s,reading,report,sizes
+
+def _mk_splits(s, reading, report, sizes):
+    "`Splits` of one data set, once it is known what is learned from"
+    gives = reading.gives
+    for k in _own[:3]:
+        if k not in s: continue
+        n = len(_by_key(_need(s[k], report, f'{said_of[gives]} for {k}')))
+        if n<20: report.remarks.append(f'{k} has {n} prompt{"s"*(n>1)}: too few to conclude anything from.')
+    unit = 'tokens' if sizes else 'words'
+    before = np.stack([sizes[id(p)] for p in s['train']]) if sizes else _sizes(s['train'], names=texts_of[gives])
+    report.lengths = length_stats(before, unit) if gives=='pair' else _lengths(before, texts_of[gives], unit)
+    report.splits = {k:len(v) for k,v in s.items() if v}
+    learned = answers_of(s['train'], gives)
+    parts = dict(sft=[], documents=learned) if gives=='text' else dict(sft=learned, documents=[])
+    return Splits(**{k:s.get(k, []) for k in _own}, **parts, report=report, gives=gives)
+
 def load_splits(
-    config:Config,   # Its `data`, `world` and `seed` are used
+    config:Config,   # Its `data`, `world` and `seed` are used, and the data that a stage has of its own
     tokenizer=None,  # With it, lengths are in tokens, cuts are counted, pairs that cutting makes equal are dropped
     source=None      # Rows in memory, a list or {split: rows}, instead of `config.data.name`
 )->Splits:
     "The splits of a run"
-    c = config.data
     src,names,world = _rows_of(config, source)
-    report = DataReport(src.name, src.remarks)
-    def read(k): # in this order: the report names the first place of each reason
-        if k not in names: return []
-        rows = src.splits[names[k]]()
-        return _pairs(rows, report, f"split '{names[k]}'")
-    s = {k:read(k) for k in _own}
-    held = [p for k in _own[1:] for p in s[k]]
-    train = _without_leaks(s['train'], held, report)
-    s['train'] = _subset(train, c.n_pairs, config.seed, report)
-    # cut once, before splitting: a pair that cutting makes equal must not decide which prompts lie where
-    sizes = {}                                                 # {id of a pair: (3,) lengths before cutting}
-    for k,pairs in s.items():
-        if not pairs or tokenizer is None: continue
-        b = tokenize_pairs(pairs, tokenizer, c.max_prompt, c.max_response, report)
-        s[k] = [pairs[i] for i in b.index.tolist()]
-        sizes.update(zip(map(id, s[k]), b.sizes_before.numpy()))
-    lack = [k for k in ('test','dev') if k not in names]
-    if lack: s = _take_from_train(s, lack, c, config.seed, report)
-    for k in _own[:3]:
-        n = len(_by_key(_need(s[k], report, f'pairs for {k}')))
-        if n<20: report.remarks.append(f'{k} has {n} prompt{"s"*(n>1)}: too few to conclude anything from.')
-    if tokenizer is None: report.lengths = length_stats(_sizes(s['train']), 'words')
-    else: report.lengths = length_stats(np.stack([sizes[id(p)] for p in s['train']]))
-    report.splits = {k:len(v) for k,v in s.items() if v}
-    if world: return Splits(**s, sft=world.corpus, documents=world.facts, report=report)
-    chosen = [dict(prompt=p['prompt'], response=p['chosen']) for p in s['train']]
-    return Splits(**s, sft=chosen, documents=[], report=report)
+    read = {'data':_read_splits(src, names, config.data, config.seed, tokenizer)}
+    for key,own in _own_data(config).items(): read[key] = _read_own(key, own, config, tokenizer)
+    if len(read)>1: _keep_apart(read)
+    main,*parts = [_mk_splits(*o) for o in read.values()]
+    main.parts = dict(zip((k.partition('.')[0] for k in list(read)[1:]), parts))
+    return main if world is None else replace(main, sft=world.corpus, documents=world.facts)
+
+def _own_data(config):
+    "{key: its section}, of the stages that have data of their own"
+    keys = dict(sft='data', reward='data', dpo='data', ppo='prompts', grpo='prompts')
+    found = {f'{k}.{v}':getattr(getattr(config, k), v) for k,v in keys.items()}
+    return {k:v for k,v in found.items() if v is not None}
+
+def _read_own(key, own, config, tokenizer):
+    "The rows that a stage has of its own; it is tested on the run's, but for the reward model"
+    c = replace(config.data, **vars(own), n_pairs=None)
+    src = _opened(c)
+    names = _split_names(src.splits, c, src.name, key)
+    stage = key.partition('.')[0]
+    if stage!='reward': names = {k:v for k,v in names.items() if k in ('train','dev')}
+    src = src._replace(name=f'{src.name} ({key})')
+    need = needs_of[stage]
+    s,reading,*rest = _read_splits(src, names, c, config.seed, tokenizer, need)
+    check_serves(reading, need, src.name, key)
+    if stage!='reward':
+        # nobody is tested on these: only what lies where the run's own test prompts lie could be a leak
+        dev = set(map(id, s['dev']))
+        s = dict(train=[p for p in s['train']+s['test'] if id(p) not in dev], dev=s['dev'])
+    return s,reading,*rest
+
+def _keep_apart(read):
+    "What is held out anywhere is learned from nowhere"
+    held = [p for s,*_ in read.values() for k in _own[1:] for p in s.get(k, ())]
+    for s,_,report,_ in read.values(): s['train'] = _without_leaks(s['train'], held, report)
 
 # %% ../nbs/08_data.ipynb #fcaf35aa
 def n_updates(

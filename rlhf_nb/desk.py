@@ -19,7 +19,7 @@ from .core import *
 from .run import *
 from .ballots import *
 from .cards import *
-from .cards import _quoted
+from .core import _shown
 
 # %% ../nbs/42_desk.ipynb #8fdb29ac
 def shipped_samples()->Path:
@@ -199,8 +199,8 @@ def _number(name, v, default, lo, hi, whole=True):
     "`v` as it came, if it is such a number; the default where a field is empty"
     if v is None: return default
     if type(v) is not int and (whole or type(v) is not float):
-        raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number, got {_quoted(v)}")
-    if not lo<=v<=hi: raise ValueError(f'{name}: expected {lo} to {hi}, got {_quoted(v)}')
+        raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number, got {_shown(v)}")
+    if not lo<=v<=hi: raise ValueError(f'{name}: expected {lo} to {hi}, got {_shown(v)}')
     return v
 
 @patch
@@ -210,9 +210,9 @@ def _chosen(self:Desk, models):
     if models is None: return here[:4]
     some = f"some of {', '.join(here)}"
     if not isinstance(models, (list,tuple)):
-        raise ValueError(f'models: expected a list of names, {some}, got {_quoted(models)}')
+        raise ValueError(f'models: expected a list of names, {some}, got {_shown(models)}')
     for k in models:
-        if k not in here: raise ValueError(f'no model {_quoted(k)} here, expected {some}')
+        if k not in here: raise ValueError(f'no model {_shown(k)} here, expected {some}')
     if not 1<=len(models)<=4: raise ValueError(f'Choose one to four models, not {len(models)}')
     for k in models:
         if models.count(k)>1: raise ValueError(f"models: '{k}' is named twice")
@@ -240,7 +240,7 @@ def ask(self:Desk,
         raise ValueError(f'{len(models)} models, {n} samples and {max_new_tokens} tokens make {tokens} tokens, '
             f'the limit is {self.max_tokens}: ask for fewer samples or shorter answers')
     # a prompt is refused and not cut: an answer to half a question says nothing
-    if not isinstance(prompt, str): raise ValueError(f'prompt: expected text, got {_quoted(prompt)}')
+    if not isinstance(prompt, str): raise ValueError(f'prompt: expected text, got {_shown(prompt)}')
     if len(prompt)>self.max_chars:
         raise ValueError(f'The prompt is too long: {len(prompt)} characters, the limit is {self.max_chars}')
     return dict(id=uuid.uuid4().hex, prompt=prompt, models=models, temperature=temperature,
@@ -420,7 +420,7 @@ def _check_vote(self:Desk, c, choice):
     if not c: raise ValueError('This comparison is gone: compare again, then vote')
     if c['state']!='done' or len(c['models'])<2: raise ValueError('A vote needs at least two finished answers')
     if choice not in (*c['models'],*no_winner):
-        raise ValueError(f"a vote is one of {', '.join(c['models'])}, tie, bad; got {_quoted(choice)}")
+        raise ValueError(f"a vote is one of {', '.join(c['models'])}, tie, bad; got {_shown(choice)}")
     if c.get('vote'): raise ValueError('There is a vote on this comparison already')
     if not self.shipped and not self.path.is_dir():
         raise FileNotFoundError(f'{self.path}: this folder is gone, and the vote with it')

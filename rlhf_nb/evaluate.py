@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['side_by_side', 'sample_with_kl', 'Step', 'sample_records', 'plain_values', 'check_disjoint', 'column', 'complete',
-           'partly', 'compare', 'comparison_table', 'signs_agree', 'summarise', 'at_equal_length', 'summary_table']
+           'partly', 'compare', 'comparison_table', 'signs_agree', 'summarise', 'stored_rates', 'at_equal_length',
+           'summary_table']
 
 # %% ../nbs/21_evaluate.ipynb #56e66376
 import math
@@ -338,6 +339,15 @@ def summarise(
     for k,p in holm({k:w['p'] for k,w in wins.items()}).items():
         wins[k]['p_holm'] = p
     return out
+
+def stored_rates(
+    models:dict # From `summarise`
+)->dict:        # {judge: {model: win rate}}; empty where nobody is compared with the reference
+    "The win rates by the stored rewards, under the name of their judge"
+    rates = {k:v['win_rate'] for k,v in models.items() if isinstance(v.get('win_rate'), dict)}
+    if not rates: return {}
+    judge = next(iter(rates.values())).get('by', 'reward')   # the same for all
+    return {judge.removesuffix('_reward'):rates}
 
 def _against(records, reference, judge, lengths):
     "Win rate and gain of a model over the reference by the scores `judge`"

@@ -9,15 +9,16 @@ __all__ = ['Twice', 'parse_json', 'read_rows_of', 'Source', 'read_prompts']
 import codecs,csv,glob,gzip,io,json,logging,re,zlib
 from collections import Counter
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain,islice
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from .text import *
+from .shapes import *
 from .text import _malformed,_names_of,_what
-from .shapes import _cols
+from .shapes import _cols,_is_list
 
 # %% ../nbs/06_formats.ipynb #de87ad27
 _kinds = {'.json':'json', '.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv',
@@ -120,21 +121,23 @@ def _csv_rows(path):
             if len(row)<2 and not ''.join(row).strip(): continue
             if head is None:
                 head = row
-                twice = [k for k in _cols if head.count(k)>1]
-                if twice: raise ValueError(f'{path}:{line}: the column {twice[0]} stands twice')
+                twice = [k for k,n in Counter(head).items() if n>1]
+                needed = [k for k in twice if k in _cols]
+                if needed: raise ValueError(f'{path}:{line}: the column {needed[0]} stands twice')
             elif len(row)!=len(head):
                 yield f'{path}:{line}',_malformed(f'a row of {len(row)} cells under {len(head)} columns')
             else:
-                cells = dict(zip(head, row))
+                cells = _object(list(zip(head, row))) if twice else dict(zip(head, row))
                 if 'prompt' in cells and not cells['prompt'].strip(): cells['prompt'] = None
                 yield f'{path}:{line}',cells
     except csv.Error as e: raise ValueError(f'{path}:{end+1}: not valid CSV ({e})') from None
     finally: csv.field_size_limit(limit)
 
-def _no_columns(name, cols, lack):
-    "An error for a table without the columns that a pair needs"
-    return ValueError(f"{name}: no column {' and '.join(lack)}; expected chosen, rejected and perhaps prompt, "
-                      f'found {_names_of(cols)}')
+def _no_columns(name, cols, lack, shape):
+    "An error for rows without the columns of their shape"
+    perhaps = f' and perhaps {", ".join(shape.also)}' if shape.also else ''
+    return ValueError(f"{name}: no column {' and '.join(lack)}; expected {', '.join(shape.columns)}{perhaps}, "
+                      f'found {_names_of(cols)}; data.columns renames (--set data.columns.prompt=NAME)')
 
 def _table(path):
     "A Parquet or Arrow file as it is"
@@ -230,16 +233,18 @@ def _configs(card):
     except (yaml.YAMLError,AttributeError,RecursionError,TypeError):
         raise ValueError(f'{card}: what stands between the lines --- is not valid YAML') from None
 
-def _default(configs, card):
-    "The configuration that is meant where none is named"
+def _meant(configs, card, config=None):
+    "The configuration that `data.config` names, or that is meant where it names none"
+    names = _names_of([o['config_name'] for o in configs])
     def meant(c):
+        if config is not None: return c['config_name']==config
         if len(configs)==1 or str(c.get('default')).lower()=='true': return True
         return c['config_name']=='default'
     found = list(filter(meant, configs))
     if found: return found[0]
-    names = _names_of([o['config_name'] for o in configs])
+    if config is not None: raise ValueError(f'{card}: no configuration {config!r} (data.config), it has {names}')
     raise ValueError(f'{card}: several configurations ({names}) and none is the default; '
-                     'give the folder or file of one')
+                     'choose with --set data.config=NAME, or give the folder or file of one')
 
 def _patterns(spec):
     "(split, its patterns) each, from what a card may say under `data_files`"
@@ -250,13 +255,14 @@ def _patterns(spec):
     def listed(v): return [v] if isinstance(v, str) else list(v)
     return [(str(k),listed(v)) for k,v in items]
 
-def _card(folder):
+def _card(folder, config=None):
     "Files of each split, as the card says; None without one"
     card = folder/'README.md'
     configs = _configs(card)
-    if not configs: return None
+    if not configs and config is None: return None
+    if not configs: raise ValueError(f'data.config: {folder} has no README.md that names configurations')
     try:
-        c = _default(configs, card)
+        c = _meant(configs, card, config)
         base,spec = folder/(c.get('data_dir') or '.'),c.get('data_files')
         if not spec or spec in ('null','~'): return _by_name(base)
         items = _patterns(spec)
@@ -289,9 +295,9 @@ def _by_name(folder):
     if (folder/'state.json').is_file(): return within(everything)
     return within(_word_splits(files, True) or _word_splits(files, False) or everything)
 
-def _folder(folder, name):
+def _folder(folder, name, config=None):
     "Files of each split of a folder, and of none"
-    card = _card(folder)
+    card = _card(folder, config)
     out = card or _by_name(folder)
     if not out: raise FileNotFoundError(f"{name}: no data files ({', '.join(_kinds)}) found there")
     for k,fs in out.items():
@@ -303,7 +309,7 @@ def _folder(folder, name):
     return out,[] if card else [str(f) for f in _data_files(folder) if folder/f not in used]
 
 # %% ../nbs/06_formats.ipynb #58fa9a5e
-def _hub(source, data_dir):
+def _hub(source, data_dir, config=None):
     "Splits of a Hub data set"
     # imported here: who only takes a dialogue apart does not wait for it
     from datasets import load_dataset_builder,packaged_modules
@@ -315,7 +321,7 @@ def _hub(source, data_dir):
     level = log.level
     log.setLevel(logging.CRITICAL) # datasets logs what we raise
     try:
-        b = load_dataset_builder(source, data_dir=data_dir)
+        b = load_dataset_builder(source, config, data_dir=data_dir)
         b.download_and_prepare()
         return {str(k):v for k,v in b.as_dataset().items()}
     except OSError as e:
@@ -324,7 +330,8 @@ def _hub(source, data_dir):
             f'{source}: no such file or folder here, and not to be had from the Hub ({said}). Check the name, or give '
             'the path of a local copy; HF_HUB_OFFLINE=1 allows only what is already in the cache') from None
     except Exception as e:
-        raise ValueError(f'{source}: datasets could not read it: {str(e.__cause__ or e)[:600]}') from None
+        hint = '; choose with --set data.config=NAME' if 'onfig name is missing' in str(e) else ''
+        raise ValueError(f'{source}: datasets could not read it: {str(e.__cause__ or e)[:600]}{hint}') from None
     finally: log.setLevel(level)
 
 def _undecoded(rows):
@@ -349,17 +356,54 @@ def _chain(files):
     "A split of files, one after the other"
     return lambda: (o for f in files for o in read_rows_of(f))
 
-def _memory(source):
-    "Rows in memory: a list or `Dataset`, or {split: rows}"
-    if hasattr(source, 'itertuples'): raise ValueError("a DataFrame: give its rows, such as df.to_dict('records')")
-    splits = source if isinstance(source, dict) else {'train':source}
-    for k,v in splits.items():
-        if not hasattr(v, '__iter__'):
-            raise ValueError(f'the rows of {k} are {_what(v)}; expected a list of objects with chosen and rejected, '
-                             'a Dataset, or the name of a file')
-    return Source({str(k):_numbered(k, v) for k,v in splits.items()}, 'memory')
+def _frame(df):
+    "The rows of a DataFrame; a missing value, of whichever kind, is null"
+    def value(x):
+        is_missing = isinstance(x, float) and x!=x or type(x).__name__ in ('NAType','NaTType')
+        return None if is_missing else x
+    names = list(map(str, df.columns))
+    return (_object([*zip(names, map(value, o))]) for o in df.itertuples(index=False, name=None))
 
-def _local(source, data_dir, name):
+def _is_columns(o, columns):
+    "Is a dictionary {column: its values}, and not {split: its rows}?"
+    if not o or not all(map(_is_list, o.values())): return False
+    known = {k for s in shapes.values() for k in (*s.columns,*s.also)} | {*columns.values()}
+    return bool(known & o.keys()) and not all(isinstance(x, dict) for v in o.values() for x in v)
+
+def _by_row(o):
+    "The rows of {column: its values}"
+    sizes = {str(k):len(v) for k,v in o.items()}
+    if len(set(sizes.values()))>1: raise ValueError(f'columns of different lengths: {sizes}')
+    return (dict(zip(o, values)) for values in zip(*o.values()))
+
+def _counted(name, rows, n):
+    "The first `n` rows of a stream, which may have no end"
+    if n is None:
+        raise ValueError(f'the rows of {name} are a stream (IterableDataset): say how many to read '
+                         '(n=NUMBER, or data.n_pairs)')
+    return rows.take(n)
+
+def _in_memory(name, v, n):
+    "A split of rows in memory"
+    if callable(v) and not hasattr(v, '__iter__'): return _later(name, v)
+    if isinstance(v, str) or not hasattr(v, '__iter__'):
+        raise ValueError(f'the rows of {name} are {_what(v)}; expected a list of objects with chosen and rejected, '
+                         'a Dataset, a DataFrame, columns, a generator, or the name of a file')
+    if hasattr(v, 'itertuples'): v = list(_frame(v))
+    if hasattr(v, 'take') and not hasattr(v, '__len__'): v = _counted(name, v, n)
+    return _numbered(name, v)
+
+def _later(name, rows):
+    "A split of rows that a function gives, each time anew"
+    return lambda: _numbered(name, rows())()
+
+def _memory(source, columns, n=None):
+    "Rows in memory: a list, a `Dataset` and so on, {column: values}, or {split: any of these}"
+    if isinstance(source, dict) and _is_columns(source, columns): source = list(_by_row(source))
+    splits = source if isinstance(source, dict) else {'train':source}
+    return Source({str(k):_in_memory(k, v, n) for k,v in splits.items()}, 'memory')
+
+def _local(source, data_dir, name, config=None):
     "A folder or a file that is there"
     path = Path(source)
     if path.is_dir():
@@ -367,26 +411,57 @@ def _local(source, data_dir, name):
         if not folder.is_dir():
             raise FileNotFoundError(f'{name}: no data files found there; {source} has no folder {data_dir!r} '
                                     '(data.data_dir)')
-        splits,other = _folder(folder, name)
+        splits,other = _folder(folder, name, config)
         remarks,s = [],'s'*(len(other)>1)
         if other: remarks = [f'{len(other)} file{s} of no split not read ({_names_of(other)}).']
         return Source({k:_chain(fs) for k,fs in splits.items()}, name, remarks)
     if data_dir: raise ValueError(f'{source} is a file; data_dir={data_dir!r} is for folders and Hub names')
+    if config is not None:
+        raise ValueError(f'{source} is a file; data.config={config!r} is for folders with a card and Hub names')
     if _suffix(path) not in _kinds:
         raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_kinds)}, or in one of them and .gz")
     return Source({'train':_chain([path])}, name)
 
-def _open(source, data_dir=None):
-    "The `Source` of anything: rows, a file, a folder, a Hub name"
-    if not isinstance(source, (str,Path)): return _memory(source)
+def _rename(row, columns):
+    "A row in which columns are called as we call them; a column of ours that is not meant goes"
+    if not isinstance(row, dict): return row
+    gone = {*columns, *columns.values()}
+    out = {k:v for k,v in row.items() if k not in gone} | {k:row[v] for k,v in columns.items() if v in row}
+    if not isinstance(row, Twice): return out
+    out = Twice(out)
+    ours = {v:k for k,v in columns.items()}
+    out.twice = [ours.get(k, k) for k in row.twice]
+    return out
+
+def _renamed(read, columns, name):
+    "A split whose columns are called as we call them (`data.columns`)"
+    def rows():
+        found = read()
+        head = list(islice(found, 100))
+        keys = {k:None for _,o in head if isinstance(o, dict) for k in o}
+        lack = [v for v in columns.values() if v not in keys]
+        if keys and lack: raise ValueError(f'data.columns: {name} has no column {lack[0]!r}, it has {_names_of(keys)}')
+        for where,row in chain(head, found): yield where,_rename(row, columns)
+    return rows
+
+def _open(source, data_dir=None, config=None, columns=None, n=None):
+    "The `Source` of anything: rows, a file, a folder, a Hub name; its columns by our names"
+    columns = columns or {}
+    src = _found(source, data_dir, config, columns, n)
+    if not columns: return src
+    return src._replace(splits={k:_renamed(v, columns, f'{src.name} {k}') for k,v in src.splits.items()})
+
+def _found(source, data_dir, config, columns, n):
+    "The `Source` as it is"
+    if not isinstance(source, (str,Path)): return _memory(source, columns, n)
     if not str(source).strip(): raise ValueError('data.name is empty; expected a Hub name, a file or a folder')
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
     # what is here comes first: a Hub name is asked for only where no file or folder has it
-    if path.exists(): return _local(source, data_dir, name)
+    if path.exists(): return _local(source, data_dir, name, config)
     if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)):
         raise FileNotFoundError(f'{source}: no such file or folder')
-    splits = _hub(str(source), data_dir)
+    splits = _hub(str(source), data_dir, config)
     return Source({k:_numbered(f'{name} {k}', v) for k,v in splits.items()}, name)
 
 # %% ../nbs/06_formats.ipynb #c06f4f57

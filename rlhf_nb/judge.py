@@ -364,6 +364,7 @@ class _Judgement:
         needed = {k:t for k,t in sample_keys.items() if k!='reward'}   # a judge that is asked needs none
         self.records = read_samples(folder, needed)
         self.judges = _named(judges, self.records)
+        self.source = samples_source(folder, self.records)
         self.rates,self.audits,self.agree,self.errors = {},{},{},[]  # by judge; `agree`: by two of them
         # what is asked, and paid for, is kept in the run
         for name,j in self.judges.items():
@@ -387,7 +388,8 @@ class _Judgement:
             "Does an earlier result speak of the same samples and scores?"
             if not isinstance(w, dict) or w.get('against')!=self.against: return False
             return w.get('samples')==_samples_hash(self.records, name)
-        for name,d in _past(self.places.win_rates).items():
+        earlier = self.places.read_win_rates() if self.places.win_rates.exists() else {}
+        for name,d in (o for rates in earlier.values() for o in rates.items()):
             if not d or not all(about_these(name, w) for w in d.values()):
                 continue
             if self.places.verdicts_of(name).exists():  # without them there is no agreement to count
@@ -418,10 +420,8 @@ class _Judgement:
                 e.args = (f'{e}. {kept}',)
             self.errors.append(e)
         # another run of the judge repeats these numbers for the same samples only
-        source = samples_source(self.places, self.records)
         about = dict(
-            samples=_samples_hash(self.records, name),
-            prompts=source['text'], split=source['split'])
+            samples=_samples_hash(self.records, name), prompts=self.source['text'], split=self.source['split'])
         if is_llm: about['judge'] = judge.about()
         for w in d.values(): w.update(about)
 
@@ -443,11 +443,12 @@ class _Judgement:
     def write(self, command, notes):
         "The results, and the report on them"
         p = self.places
-        write_json(p.win_rates, self.rates)
+        seed = self.source['seed']
+        p.write_win_rates('' if seed is None else seed, self.rates)
         write_json(p.agreement, self.agree)
         if self.audits: write_json(p.audits, self.audits)
-        source = _source(p, self.records)
-        write_text(p.win_rates_md, win_rates_md(self.rates, self.agree, self.audits, source, command, notes))
+        about = _about(self.source, self.records)
+        write_text(p.win_rates_md, win_rates_md(self.rates, self.agree, self.audits, about, command, notes))
 
 def _votes(places, path):
     "The votes to compare with: of a file that was named, or of the folder; None where there are none"
@@ -490,9 +491,9 @@ def _agreements(rows):
         out[f'{x} and {y}'] = {m:part([m]) for m in models} | dict(all=part(models))
     return out
 
-def _source(places, records):
+def _about(source, records):
     "Where the samples come from, in Markdown, and what so few of them can show"
     few = too_few(len({r['prompt'] for r in next(iter(records.values()))}))  # empty where there are enough
-    said = [samples_source(places, records)['md'], *partly(records)]
+    said = [source['md'], *partly(records)]
     if few: said.append(few.removesuffix('.'))
     return '; '.join(said)

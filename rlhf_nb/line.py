@@ -7,6 +7,7 @@ __all__ = ['Line', 'fingerprint', 'left_to_do', 'check_line', 'check_room', 'tra
 
 # %% ../nbs/39_line.ipynb #line0h03
 import hashlib
+from datetime import date
 from functools import cached_property
 
 import torch
@@ -15,6 +16,7 @@ from .core import *
 from .config import *
 from .run import *
 from .world import *
+from .shapes import *
 from .template import *
 from .data import *
 from .forward import *
@@ -65,6 +67,18 @@ class Line:
         raise ValueError("model.name is 'scratch' and the data are not the embedded world: "
                          'name a tokenizer with --tokenizer, or a model with --model')
 
+    @cached_property
+    def template(self)->Template:
+        "How the models read a dialogue"
+        m = self.config.model
+        return Template(self.tok, m.template, m.template_kwargs, self.date)
+    @cached_property
+    def date(self):
+        "What a template that prints the date takes for today: the day when the run began"
+        f = self.run.data_file
+        then = read_json(f, dict).get('date') if f.exists() else None
+        return date.fromisoformat(then) if then else date.today()
+
     # the data
 
     @cached_property
@@ -73,35 +87,39 @@ class Line:
         m = self.config.model
         # with a tokenizer, where there is one, what is too long is counted; in the world nothing is
         has_tok = not self.world and (self.done('sft') or m.tokenizer or m.name!='scratch')
-        s = load_splits(self.config, self.tok if has_tok else None)
+        s = load_splits(self.config, self.template if has_tok else None)
         self.data = dict(fingerprint(s), name=self.config.data.name)
+        if has_tok and self.template.dated: self.data['date'] = str(self.date)
         _check_same_data(self.run, self.data)
         return s
-    def held(self)->list:
-        "The held-out pairs, whose prompts the comparison uses"
+    def held(self, stage:str=None)->list:
+        "The held-out rows, whose prompts the comparison uses; with `stage` those of the data that it learns from"
         name = self.config.eval.split
-        rows = getattr(self.splits, name)
+        rows = getattr(self.splits.of(stage), name)
         if not rows: raise ValueError(f"eval.split: the data have no split '{name}'")
         return rows
     def pairs(self, rows)->Batch:
         "Preference pairs as tokens: groups of chosen, rejected"
         d = self.config.data
-        return tokenize_pairs(rows, self.tok, d.max_prompt, d.max_response)
+        return tokenize_pairs(rows, self.template, d.max_prompt, d.max_response)
     def answers(self, rows)->Batch:
         "Answers to imitate as tokens: groups of one"
         d = self.config.data
-        return tokenize_sft(rows, self.tok, d.max_prompt, d.max_response)
+        return tokenize_sft(rows, self.template, d.max_prompt, d.max_response)
     def prompts(self, rows)->list:
         "The prompts of the rows as tokens, each once"
-        return tokenize_prompts(unique_prompts(rows), self.tok, self.config.data.max_prompt)
-    def dev(self, o:Optim):
-        "What a stage with these settings looks at as it goes; None: nothing"
+        return tokenize_prompts(unique_prompts(rows), self.template, self.config.data.max_prompt)
+    def learned(self, stage:str)->list:
+        "The rows that a stage learns from; SFT learns from their answers"
+        return self.splits.of(stage).train
+    def dev(self, stage:str):
+        "What a stage looks at as it goes; None: nothing"
+        o,s = self.settings(stage),self.splits.of(stage)
         if o.eval_every is None: return None
-        rows = self.splits.dev
         # as the stage itself reads: prompts, pairs, or answers
-        if isinstance(o, RolloutConfig): return self.prompts(rows)
-        if not isinstance(o, SFTConfig): return self.pairs(rows)
-        return self.answers([dict(prompt=p['prompt'], response=p['chosen']) for p in rows])
+        if isinstance(o, RolloutConfig): return self.prompts(s.dev)
+        if not isinstance(o, SFTConfig): return self.pairs(s.dev)
+        return self.answers(answers_of(s.dev, s.gives))
 
     # the models
 
@@ -110,7 +128,7 @@ class Line:
         "The model that is to be fine-tuned"
         c = self.config
         if c.model.name=='scratch': m = mk_policy(c.model, self.tok, c.seed)
-        else: m = load_policy(c.model.name, c.model.tokenizer, c.model.forward)[0]
+        else: m = load_policy(c.model.name, c.model.tokenizer, c.model.forward, template=c.model.template)[0]
         check_sampling(m)
         return m
     def forget_first(self):
@@ -119,11 +137,14 @@ class Line:
         vars(self).pop('first', None)
     def model(self, stage:str):
         "The model that a stage has trained"
+        return self._loaded(stage)[0]
+    def _loaded(self, stage):
+        "The model of a stage and its tokenizer"
         made,load = self.run.made(stage),load_reward_model if stage=='reward' else load_policy
         if not self.done(stage):
             raise FileNotFoundError(f"{made}: no such folder; run the stage '{stage}' first "
                                     f'(rlhf_nb train {stage} --out {self.run.path})')
-        return load(str(made), forward=self.config.model.forward, device=self.acc.device)[0]
+        return load(str(made), forward=self.config.model.forward, device=self.acc.device)
     @property
     def models(self)->dict:
         "All policies there are, the reference first"
@@ -131,7 +152,7 @@ class Line:
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
     def save(self, model, stage:str):
         "Leave the model where it says that the stage is done"
-        save_model(model, self.tok, self.run.made(stage))
+        save_model(model, self.template, self.run.made(stage))
     @cached_property
     def gold(self):
         "The scorer of the true reward, which only the world has"
@@ -142,7 +163,8 @@ class Line:
         return dict(gold=self.gold) if self.world else {}
     def scorer(self, **how):
         "The run's reward model as a scorer"
-        return mk_scorer((self.model('reward'),self.tok), self.tok, **how)
+        # one that was given has a tokenizer of its own
+        return mk_scorer(self._loaded('reward'), self.tok, **how)
 
     # what a stage that trains is called with
 
@@ -151,13 +173,12 @@ class Line:
         return getattr(self.config, stage_table[stage].settings)
     def how(self, stage:str)->dict:
         "Settings, seed, run folder, accelerator and dev data, as every function that trains takes them"
-        o = self.settings(stage)
         return dict(
-            o=o,
+            o=self.settings(stage),
             seed=self.config.seed,
             run=self.run,
             acc=self.acc,
-            dev=self.dev(o))
+            dev=self.dev(stage))
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"
         # as many tokens at once as a batch of the evaluation has
@@ -166,7 +187,7 @@ class Line:
             policy=self.model('sft'),
             reference=self.model('sft'),
             score=score,
-            prompts=self.prompts(self.splits.train),
+            prompts=self.prompts(self.learned(stage)),
             watch=self.watch,
             **self.how(stage))
 
@@ -199,15 +220,24 @@ class Line:
 def fingerprint(splits:Splits)->dict:
     "What the rows are, whatever their file is called and whenever it was written"
     h,n = hashlib.blake2b(digest_size=16),{}
-    for part,rows in vars(splits).items():
-        # a split that the data lack is None; the report is no list either
-        if not isinstance(rows, list): continue
+    for part,rows in _named_rows(splits):
         n[part] = len(rows)
-        for r in rows:
-            is_row = isinstance(r, dict)
-            said = [r.get(k) for k in ('prompt','chosen','rejected','response')] if is_row else [r]
-            h.update(repr([part,*said]).encode())
+        for r in rows: h.update(repr([part,*_said(r)]).encode())
     return dict(sha=h.hexdigest(), rows=n)
+
+def _named_rows(splits, stage=''):
+    "(name, rows) of each split, and of the data that a stage has of its own"
+    for k,rows in vars(splits).items():
+        # a split that the data lack is None; the report is no list either
+        if isinstance(rows, list): yield stage+k,rows
+    for k,o in splits.parts.items(): yield from _named_rows(o, f'{k}.')
+
+def _said(row)->list:
+    "What counts in a row: the texts of a pair or an answer; of a prompt alone every column, since a reward may read it"
+    if not isinstance(row, dict): return [row]
+    texts = [row.get(k) for k in ('prompt','chosen','rejected','response')]
+    if any(o is not None for o in texts[1:]): return texts
+    return texts+[(k,row[k]) for k in sorted(row) if k not in ('prompt','source')]
 
 def _counted(data:dict)->str:
     "How many rows of each split, in words"
@@ -238,20 +268,42 @@ def check_line(line:Line, todo:list):
     c,left = line.config,left_to_do(line, todo)
     # the model that training begins with, or has begun with
     name = str(line.run.made('sft')) if line.done('sft') else c.model.name
-    if name!='scratch': check_stages(name, left, c.reward.head)     # not when PPO begins
+    # a reward model that is given needs no head on this one
+    head = 'log_prob' if c.reward.model else c.reward.head
+    if name!='scratch': check_stages(name, left, head)              # not when PPO begins
+    if c.reward.model and 'reward' in left: _check_given(c)
     if not line.world or not all(stage_table[s].light for s in left): _check_data(line, left)
     if 'sft' in left:
         room = c.model.n_positions if c.model.name=='scratch' else max_tokens(line.first)
         check_room(line, room)
 
+def _check_given(config):
+    "Raise where the reward model that is named can't be used: it is loaded once, before anything is trained"
+    try: load_reward_model(config.reward.model, config.model.forward)
+    except (ValueError,OSError) as e: raise type(e)(f'reward.model: {e}') from e
+
 def _check_data(line, left):
     "Read the data, in the tokens and on the device that the stages use"
     # each is made when it is first asked for, and tells what is wrong
-    line.acc,line.splits,line.tok
+    line.acc,line.splits,line.template
     if any(stage_table[s].held_out for s in left): line.held()
-    n,most = len(unique_prompts(line.splits.train)),line.config.ppo.mini_batches
+    _check_serves(line, left)
+    n,most = len(unique_prompts(line.learned('ppo'))),line.config.ppo.mini_batches
     if 'ppo' in left and n<most:
         raise ValueError(f'ppo.mini_batches: expected at most the {n} training prompts that there are, got {most}')
+
+def _check_serves(line, left):
+    "A ValueError for a stage that would learn from rows that do not hold what it needs"
+    c = line.config
+    # these models are given
+    skipped = {k for k,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
+    for stage in left:
+        s = line.splits.of(stage)
+        if stage not in trained or stage in skipped or s.serves(stage): continue
+        key = f'{stage}.prompts' if isinstance(line.settings(stage), RolloutConfig) else f'{stage}.data'
+        hint = ', or skip it (sft.skip=true)' if stage=='sft' else ', or leave the stage out (--stages)'
+        raise ValueError(f"stage '{stage}' learns from {said_of[needs_of[stage]]}, and {s.report.name} holds "
+                         f'{said_of[s.gives]}: give other data with {key}{hint}')
 
 def check_room(
     line:Line,
@@ -268,12 +320,13 @@ def check_room(
 
 def training_plan(line:Line)->dict:
     "How long each stage trains on these data, in words: what was tuned for the world shows here"
-    skipped = {'sft'} if line.config.sft.skip else set()
+    c = line.config
+    skipped = {s for s,given in (('sft',c.sft.skip),('reward',c.reward.model)) if given}
     return {s:_planned(line, s) for s in trained if s not in skipped}
 
-def _n_items(line, o)->int:
-    "How many prompts, answers or pairs a stage with these settings learns from"
-    s = line.splits
+def _n_items(line, stage)->int:
+    "How many prompts, answers or pairs a stage learns from"
+    o,s = line.settings(stage),line.splits.of(stage)
     if isinstance(o, RolloutConfig): return len(unique_prompts(s.train))
     if isinstance(o, SFTConfig): return len(s.sft)+len(s.documents)
     return len(s.train[:getattr(o, 'n_pairs', None)])
@@ -281,7 +334,7 @@ def _n_items(line, o)->int:
 def _planned(line, stage)->str:
     "How long a stage trains"
     o,key = line.settings(stage),stage_table[stage].settings
-    n = _n_items(line, o)
+    n = _n_items(line, stage)
     # fewer rows than a batch make one batch of all of them
     size = min(o.batch_size, n)
     # rollouts count prompts, all else counts rows

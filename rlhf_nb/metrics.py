@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_order', 'guide', 'checked_rows', 'read_logs', 'short', 'guide_table', 'reading_guide', 'stage_of', 'by_seed',
-           'curves', 'costs', 'costs_table', 'mean_of', 'pool_runs', 'Point', 'frontier_data', 'fit_gold', 'by_judge',
-           'flatten_rates', 'failure_data']
+           'curves', 'costs', 'costs_table', 'Point', 'frontier_data', 'fit_gold', 'flatten_rates', 'failure_data']
 
 # %% ../nbs/32_metrics.ipynb #met0h003
 import json,math
@@ -226,22 +225,6 @@ def costs_table(
     return md_table(rows)
 
 # %% ../nbs/32_metrics.ipynb #ad5bec66
-def mean_of(d:dict):
-    "The number itself: intervals call it `mean`, win rates `rate`"
-    return d.get('mean', d.get('rate'))
-
-def pool_runs(
-    ds:list # Of each run dict(mean or rate, low, high, n), or None
-)->dict:    # mean, low, high, n (of the first run), runs
-    "One number with its interval stays as it is; of several runs the mean, from lowest to highest"
-    ds = [d for d in ds if d]
-    means = [mean_of(d) for d in ds]
-    n = ds[0].get('n')
-    if len(ds)==1:
-        return dict(mean=means[0], low=ds[0].get('low', math.nan),
-                    high=ds[0].get('high', math.nan), n=n, runs=1)
-    return dict(mean=float(np.mean(means)), low=min(means), high=max(means), n=n, runs=len(ds))
-
 class Point(NamedTuple):
     "On the reward-KL plane"
     kind:str # method, best-of-n, Gibbs, training
@@ -336,15 +319,6 @@ def fit_gold(
                 turn=turn if turn<d[near].max() else None)
 
 # %% ../nbs/32_metrics.ipynb #86ce8f06
-def by_judge(
-    win_rates:dict # {judge: {model: win rate}}, or {model: win rate with `by`}
-)->dict:           # {judge: {model: win rate}}
-    "Win rates by judge, from any `win_rates.json`"
-    if not any('rate' in v for v in win_rates.values()):
-        return win_rates
-    judge = next(iter(win_rates.values())).get('by', 'reward')
-    return {judge.replace('_reward', ''):win_rates}
-
 def flatten_rates(
     d,        # Nested dictionaries with rates (`mean` or `rate`, `low`, `high`, `n`) as leaves
     path=()

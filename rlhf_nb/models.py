@@ -330,8 +330,11 @@ def scores(
 ): # (B,G), on the batch's device
     "The reward of each response"
     s = _scores(reward_model, batch.to(reward_model.device)).to(batch.device)
-    # a model that was given keeps its weights: what it says is put on a scale here
-    norm = getattr(reward_model.config, 'reward_norm', None)
+    return _scaled(s, reward_model.config)
+
+def _scaled(s, config):
+    "Scores of a model that was given keep its weights, and are put on a scale behind it"
+    norm = getattr(config, 'reward_norm', None)             # mean and standard deviation
     return s if norm is None else (s-norm[0])/norm[1]
 
 def _scores(reward_model, batch):
@@ -353,7 +356,8 @@ def values(
 ): # (B,G,R), on the batch's device
     "The value of each response token, read where it is predicted"
     l = Layout(batch.to(value_model.device))
-    return l.per_token(_score(value_model, hidden(value_model, l)[l.read])).to(batch.device)
+    v = _score(value_model, hidden(value_model, l)[l.read])-getattr(value_model.config, 'reward_mean', 0.)
+    return l.per_token(v).to(batch.device)
 
 def _full(h):
     "Without autocast, on the device of `h`"
@@ -375,14 +379,14 @@ def check_scores(
         z = [model(input_ids=torch.tensor([r], device=model.device)).logits[0].double() for r in rows]
         if len(z[0])!=1:
             raise ValueError(f'one label expected, it has {len(z[0])}')
-        return torch.cat([*z, *z[:ours_too]])-mean
+        return _scaled(torch.cat([*z, *z[:ours_too]])-mean, model.config)
     def ours():
         "What we read in the place of each"
         s = scores(model, b).flatten()
         if not ours_too: return s
         # what comes next is worth what the score says so far
         after = Batch.from_tokens(rows[:1], [[rows[0][:1]]])
-        return torch.cat([s, values(model, after.to(s.device))[0,0]-mean])
+        return torch.cat([s, values(model, after.to(s.device))[0,0]])
     _say(model, lambda: _compare(model, plain, ours, tol))
 
 # %% ../nbs/10_models.ipynb #5260364e
@@ -494,10 +498,24 @@ def mk_reward_model(
     check_scores(rm)
     return rm
 
+def _check_value_start(policy, reward_model):
+    "A ValueError where a reward model is none that a value model can start from"
+    if isinstance(reward_model, LogProbReward):
+        raise ValueError("a value model cannot start from a reward model whose head is 'log_prob': it reads whole "
+                         'responses; train one with reward.head=last_token, or start from the reference')
+    def shapes(m): return {k:tuple(v.shape) for k,v in body(m).state_dict().items()}
+    if type(policy.config) is not type(reward_model.config) or shapes(policy)!=shapes(reward_model):
+        raise ValueError(f'a value model cannot start from this reward model: {type(reward_model).__name__} has '
+                         f'another body than the policy, {type(policy).__name__}; start from the reference')
+
 def mk_value_model(
-    policy # Causal LM to start from
+    policy,           # Causal LM to start from
+    reward_model=None # Start from this instead, with its head; its body is of the kind of the policy's
 ):
-    "A value model with the body of `policy` and a head of zeros"
+    "A value model with the body of `policy` and a head of zeros (or from the reward model: Ouyang et al. 2022, appendix C.4)"
+    if reward_model is not None:
+        _check_value_start(policy, reward_model)
+        return deepcopy(reward_model)
     vm = mk_reward_model(policy)
     vm.score.weight.data.zero_()                           # nothing is expected before something was seen
     return vm

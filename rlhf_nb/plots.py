@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from .core import *
 from .run import *
 from .text import *
+from .stats import *
 from .metrics import *
 
 # %% ../nbs/33_plots.ipynb #e265d58d
@@ -438,10 +439,10 @@ def _verdicts(df)->str:
     return '; '.join(said) or 'no difference from the reference by every judge'
 
 def plot_win_rates(
-    win_rates # As in `by_judge`, or a list of such, one for each run
+    win_rates # {judge: {model: win rate}}, or a list of such, one for each run
 ):            # Figure, data
     "Win rates against the reference, by judge"
-    runs = [by_judge(w) for w in (win_rates if isinstance(win_rates, list) else [win_rates])]
+    runs = win_rates if isinstance(win_rates, list) else [win_rates]
     rows = []
     for judge,models in runs[0].items():
         for m,d in models.items():

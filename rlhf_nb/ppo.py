@@ -94,7 +94,7 @@ def ppo_step(net, b, n, o:PPOConfig):
     "Policy and value loss of a mini-batch"
     lp,v = net(_both, b, o.temperature)
     w = b.learn/n['tokens']
-    pl,clipped = clipped_policy_loss(lp, b.old_log_probs, b.advantages, w, o.clip)
+    pl,clipped = clipped_policy_loss(lp, b.old_log_probs, b.advantages, policy_weights(b, w), o.clip)
     vl = clipped_value_loss(v, b.values, b.returns, w, o.value_clip)
     d = (lp-b.old_log_probs).detach()
     return pl+o.value_coef*vl,dict(policy_loss=pl.detach(), value_loss=vl.detach(), clip_frac=clipped.sum()/n['tokens'],
@@ -107,6 +107,15 @@ def ppo_advantages(b, value, o:PPOConfig):
     r = kl_rewards(s, b.old_log_probs, b.ref_log_probs, b.mask, o.kl_coef)
     adv,ret = gae(r, v, b.mask, o.gamma, o.lam)
     return b.plus(values=v, rewards=r, advantages=whiten(adv, b.learn), returns=ret)
+
+def _optimizer(policy, value, o, total):
+    "One for both models; the policy's learning rate is 0 in the first `o.value_warmup` of `total` updates"
+    if o.value_warmup>=total:
+        raise ValueError(f'value_warmup: expected fewer than the {total} updates that there are, since the policy '
+                         f'learns after them, got {o.value_warmup}')
+    opt = mk_optimizer(dict(policy=(policy,o.lr), value=(value,o.value_lr)), o)
+    opt.param_groups[0]['begins'] = o.value_warmup
+    return opt
 
 def train_ppo(
     policy,        # Causal LM; changed in place
@@ -127,9 +136,9 @@ def train_ppo(
     "Proximal policy optimisation"
     check_rollouts(policy, prompts, o, 1, o.mini_batches, rows)
     models = nn.ModuleDict(dict(policy=policy, value=value))
-    opt = mk_optimizer(dict(policy=(policy,o.lr), value=(value,o.value_lr)), o)
+    opt = _optimizer(policy, value, o, n_rollouts(o, len(prompts)))
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o),
                    epochs=o.epochs, mini_batches=o.mini_batches, watch=watch, rows=rows)
     look = partial(unseen, policy, reference, dev, o, score, o.kl_coef, watch=watch, rows=dev_rows) if dev else None
     step = partial(ppo_step, o=o)
-    return fit_rollouts(models, reference, draw, step, o, len(prompts), 'ppo', seed, run, acc, look, show, opt)
+    return fit_rollouts(models, reference, draw, step, o, len(prompts), 'ppo', seed, run, acc, look, show, opt, o.value_warmup)

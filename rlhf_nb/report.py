@@ -25,19 +25,20 @@ from .claims import *
 
 # %% ../nbs/36_report.ipynb #9d00b37e
 class Part(NamedTuple):
-    "A file of a run that the report reads"
-    place:str        # Name of its path in `Places`
-    kind:type = dict # Of the JSON in it
-    keys:tuple = ()  # What it must have
+    "Where a part of `RunResults` lies"
+    place:str           # Name of its path in `Places`
+    kind:type = dict    # Of the JSON in it
+    keys:tuple = ()     # What it must have
+    by_seed:bool = False # `Places` reads this file, which may be of several runs
 
-# name of the part in a run -> its file
+# name of the part -> its file
 parts = dict(
-    summary=Part('summary', keys=('models',)),                     # measures of the models, comparisons
-    win_rates=Part('win_rates'),                                   # {judge: {model: win rate}}
-    failures=Part('failures'),                                     # rates: {set: {model: {failure: dict}}}
-    frontier=Part('frontier', keys=('best_of_n',)),                # best-of-n and Gibbs
-    overoptimise=Part('overoptimise', list),                       # rows with kl, reward, gold
-    reward_model=Part('reward_accuracy', keys=('accuracy',)),      # accuracy on held-out pairs, calibration
+    models=Part('summary', by_seed=True),
+    win_rates=Part('win_rates', by_seed=True),
+    failures=Part('failures'),
+    frontier=Part('frontier', keys=('best_of_n',)),
+    overoptimise=Part('overoptimise', list),
+    reward_model=Part('reward_accuracy', keys=('accuracy',)),
     last_token=Part('last_token'),
     seconds=Part('seconds'))
 
@@ -45,65 +46,79 @@ def part_path(folder, part:str)->Path:
     "Where a part of a run lies"
     return getattr(Places(folder), parts[part].place)
 
-def _checked_json(path, keys:tuple, kind):
+def _found(
+    problems:list, # Takes what is wrong with the file
+    path,
+    read,          # `read(*args)` reads it
+    *args
+): # What the file has, or None
+    "What a reader finds; None where the file is not there, and a problem where it is not one of ours"
+    if not path.exists(): return None
+    try: return read(*args)
+    except (ValueError,OSError) as e: problems.append(str(e))
+
+def _checked_json(path, keys:tuple, kind:type):
     "A JSON file with these keys; a ValueError where it is not one of ours"
     d,foreign = read_results(path),f'{path}: not a file of this kind of run'
     if not d: raise ValueError(f'{path}: empty')
-    if kind and not isinstance(d, kind):
+    if not isinstance(d, kind):
         raise ValueError(f"{foreign}: expected {'a list' if kind is list else 'an object'}")
-    if keys and not isinstance(d, dict):
-        raise ValueError(f'{foreign}: expected an object with {", ".join(map(repr, keys))}')
     missing = [k for k in keys if k not in d]
     if missing:
         raise ValueError(f"{foreign}: no key {', '.join(map(repr, missing))}")
     return d
 
-def _get(
-    problems:list, # Takes what is wrong with the file
-    path,
-    keys=(),       # What it must have
-    kind=None      # dict or list (None: either)
-): # What the file has, or None
-    "A JSON file with these keys; None where it is not there, and a problem where it is not one of ours"
-    if not path.exists(): return None
-    try: return _checked_json(path, keys, kind)
-    except (ValueError,OSError) as e: problems.append(str(e))
+def _by_seed(problems:list, folder)->dict:
+    "{seed: `RunResults`} of the folder's summary; empty where there is none"
+    at = Places(folder)
+    return (_found(problems, at.summary, at.read_summary) or {}).get('seeds', {})
 
-def _ours(path)->bool:
-    "Did `analyze` write this file itself, with no comparison to complete?"
-    d = _get([], path)
-    return isinstance(d, dict) and 'models' not in d and {'training','missing'}<=set(d)
+def _of_one(problems:list, path, seeds:dict)->tuple:
+    "The seed and what a file has of it, where it is of one run"
+    if len(seeds)==1: return next(iter(seeds.items()))
+    if seeds: problems.append(f'{path}: of {len(seeds)} runs, expected one')
+    return '',{}
 
-def _json_parts(
-    folder,
-    problems:list # Takes what is wrong with the files
-)->dict:          # {part: content}
-    "The JSON files of a run, None where one is not there or not ours"
-    run = {}
+def _read_parts(folder, problems:list)->dict:
+    "{part: content} of the files beside the summary"
+    at = Places(folder)
+    rates = _found(problems, at.win_rates, at.read_win_rates) or {}
+    found = dict(win_rates=_of_one(problems, at.win_rates, rates)[1])
     for k,part in parts.items():
-        # a run of logs alone has no models, and its summary is what an earlier report wrote
-        keys = ('training',) if k=='summary' and _ours(part_path(folder, k)) else part.keys
-        run[k] = _get(problems, part_path(folder, k), keys, part.kind)
-    def refuse(k, why):
-        "Go on without a part, and say why"
-        problems.append(f'{part_path(folder, k)}: not a file of this kind of run: {why}')
-        run[k] = None
-    if run['reward_model'] and not isinstance(run['reward_model']['accuracy'], dict):
+        path = part_path(folder, k)
+        if not part.by_seed: found[k] = _found(problems, path, _checked_json, path, part.keys, part.kind)
+    return {k:v for k,v in found.items() if v}
+
+def _objects(d)->bool:
+    "Is it an object of objects?"
+    return isinstance(d, dict) and all(isinstance(v, dict) for v in d.values())
+
+def _leave_out(
+    run:dict,      # Loses what is not what a run writes
+    path_of,       # `path_of(part)`: its file
+    problems:list  # Takes why
+):
+    "Go on without damaged parts"
+    def refuse(part, why):
+        problems.append(f'{path_of(part)}: not a file of this kind of run: {why}')
+        del run[part]
+    rm = run.get('reward_model', {})
+    if not isinstance(rm, dict) or not isinstance(rm.get('accuracy', {}), dict):
         refuse('reward_model', "'accuracy' is no object")
-    # parts whose entries are objects, the key they lie under, and what each is about
-    for k,inner,entry in (('summary','models','model'),('win_rates',None,'model'),
-                          ('failures','rates','prompt set')):
-        if run[k] is None: continue
-        d = run[k].get(inner, {}) if inner else run[k]
-        objects = isinstance(d, dict) and all(isinstance(v, dict) for v in d.values())
-        if not objects:
-            refuse(k, f'expected an object for each {entry}')
-    return run
+    for part,entry in (('models','model'),('win_rates','judge')):
+        if not _objects(run.get(part, {})): refuse(part, f'expected an object for each {entry}')
+    for rates in run.get('win_rates', {}).values():
+        if not _objects(rates):
+            refuse('win_rates', 'expected an object for each model')
+            break
+    failures = run.get('failures', {})
+    if not isinstance(failures, dict) or not _objects(failures.get('rates', {})):
+        refuse('failures', 'expected an object for each prompt set')
 
 def _from_samples(
     recs:dict, # {model: records}
     src:dict   # Of which prompts: split, text, md (the text in Markdown)
-)->dict:       # As `summary.json`, marked by `from_samples`
+)->dict:       # As `RunResults`, and the source in Markdown
     "What evaluate would say of these samples"
     return dict(models=summarise(recs), comparisons=compare(recs), from_samples=True,
                 split=src['split'], source=src['text'], source_md=src['md'])
@@ -112,90 +127,73 @@ def _has_samples(folder)->bool:
     "Are there answers to read?"
     return any(f for at in (folder,Places(folder).samples) for f in at.glob('*_samples.json'))
 
+# what the evaluation leaves in the summary; all else of a run has files of its own
+_of_evaluation = 'models','comparisons','split','source','config','reward_model'
+
 def _read_run(
     folder,
+    seeds:dict,   # {seed: `RunResults`} of its summary
     problems:list # Takes what is wrong with the files
-)->dict:          # {part: content}, and logs {stage: rows}; without what is not there
+)->tuple:         # Seed, `RunResults`
     "What one run has"
-    run = _json_parts(folder, problems)
-    run['logs'] = read_logs(folder, problems)
+    seed,said = _of_one(problems, Places(folder).summary, seeds)
     # what we wrote ourselves is made again: the samples may have changed
-    if run['summary'] and run['summary'].get('from_samples'):
-        run['summary'] = None
-    if run['summary'] is None and _has_samples(folder):
+    run = {} if said.get('from_samples') else {k:said[k] for k in _of_evaluation if k in said}
+    run |= _read_parts(folder, problems)
+    run['logs'] = read_logs(folder, problems)
+    _leave_out(run, lambda part: part_path(folder, part), problems)
+    if 'models' not in run and _has_samples(folder):
         try:
             recs = read_samples(folder)
-            run['summary'] = _from_samples(recs, samples_source(folder, recs))
+            run |= _from_samples(recs, samples_source(folder, recs))
             problems += partly(recs)
         except (ValueError,OSError) as e: problems.append(str(e))
-    return {k:v for k,v in run.items() if v}
+    return seed,{k:v for k,v in run.items() if v}
 
-def _published_runs(
+def _published(
     folder,
-    over:dict,    # Their seeds.json: seeds, runs (models of each), and lists with an entry for each seed
-    problems:list # Takes what is wrong with the files
-)->dict:          # {seed: parts of the run}
-    "The runs of published results; summary.json has what is keyed by seed"
-    more = _get(problems, Places(folder).summary)
-    if not isinstance(more, dict) or not more.get('seeds'):
-        more = {}                                                  # of one run: nothing is keyed by seed
-    def of_seed(k, s):
-        "What the summary has of one seed"
-        return more.get(k, {}).get(s)
-    runs = {}
-    for i,(s,models) in enumerate(zip(map(str, over['seeds']), over['runs'])):
-        summary = dict(models=models, split=over.get('split'),
-                       comparisons=of_seed('comparisons', s))
-        training = {stage:by[s] for stage,by in more.get('training', {}).items() if s in by}
-        found = dict(failures=of_seed('failures', s), win_rates=of_seed('judges', s),
-                     training=training)
-        lists = {k:over[k][i] for k in ('frontier','overoptimise','reward_model','last_token')
-                 if k in over}
-        runs[s] = dict(summary=summary, **lists, **{k:v for k,v in found.items() if v})
-    return runs
+    seeds:dict,   # {seed: `RunResults`} of its summary
+    problems:list # Takes what is wrong with it
+)->dict:          # {seed: `RunResults`}
+    "Runs whose own files are elsewhere"
+    for run in seeds.values():
+        _leave_out(run, lambda part: Places(folder).summary, problems)
+    return seeds
 
 def _tidy(run:dict):
     "Models without other entries, comparisons and judges where one expects them"
-    s = run.get('summary')
-    if not s: return
-    if 'models' not in s: return run.pop('summary')
-    s['comparisons'] = [c for c in s.get('comparisons') or []
-                        if isinstance(c, dict) and {'metric','a','b'}<=set(c)]
-    s['models'] = {k:v for k,v in s['models'].items() if isinstance(v, dict) and 'reward' in v}
-    own = {k:v['win_rate'] for k,v in s['models'].items() if isinstance(v.get('win_rate'), dict)}
-    if own: run.setdefault('win_rates', own)                       # where no judge left a file
-
-def _seed_of(run:dict):
-    "The seed that a run's summary names"
-    seeds = (run.get('summary') or {}).get('seeds')
-    return next(iter(seeds), '') if isinstance(seeds, list) else ''
+    if 'models' not in run: return
+    run['comparisons'] = [c for c in run.get('comparisons') or []
+                          if isinstance(c, dict) and {'metric','a','b'}<=set(c)]
+    run['models'] = {k:v for k,v in run['models'].items() if 'reward' in v}
+    rates = stored_rates(run['models'])
+    if rates: run.setdefault('win_rates', rates)                   # where no judge left a file
 
 def read_runs(
     folder # A run, a folder of `seed*/`, published results, or a folder with `output_samples/`
-)->dict:   # folder, command, split, source, runs: {seed: what there is}, problems: texts
+)->dict:   # folder, command, split, source, runs: {seed: `RunResults`}, problems: texts
     "Everything of a folder that a report can use"
     folder,problems = Path(folder),[]
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder}: no such folder')
-    seeds = sorted((p for p in folder.glob('seed*') if p.is_dir()),
-                   key=lambda p: (len(p.name),p.name))             # seed2 before seed10
-    over = _get(problems, Places(folder).seeds, ('runs','seeds')) or {}
-    if seeds:
-        runs = {md_inline(p.name[4:]):_read_run(p, problems) for p in seeds}
-    elif over: runs = _published_runs(folder, over, problems)
-    else: runs = {'':_read_run(folder, problems)}
-    # one run is keyed by the seed that its summary names
-    runs = {s if s else md_inline(_seed_of(r)):r for s,r in runs.items() if r}
+    folders = sorted((p for p in folder.glob('seed*') if p.is_dir()),
+                     key=lambda p: (len(p.name),p.name))           # seed2 before seed10
+    at = Places(folder)
+    summary = _found(problems, at.summary, at.read_summary) or {}
+    seeds = summary.get('seeds', {})
+    if folders: runs = {p.name[4:]:_read_run(p, _by_seed(problems, p), problems)[1] for p in folders}
+    elif len(seeds)>1: runs = _published(folder, seeds, problems)
+    else: runs = dict([_read_run(folder, seeds, problems)])
+    runs = {md_inline(s):r for s,r in runs.items() if r}
     if not runs:
         why = ''.join(f'\n- {p}' for p in problems)
         raise ValueError(f'{folder}: nothing to analyse: expected logs/*.jsonl, output_samples/*_samples.json or '
                          f'results/*.json, in it or in its seed*/ folders{why}')
     for r in runs.values(): _tidy(r)                               # files of others, or edited by hand
-    summaries = [r.get('summary', {}) for r in runs.values()]
-    split = next((str(s['split']) for s in summaries if s.get('split')), None)
+    split = next((str(r['split']) for r in runs.values() if r.get('split')), None)
     # Markdown is for the report, not for summary.json
-    source = next((s.pop('source_md') for s in summaries if 'source_md' in s), None)
-    return dict(folder=str(folder), command=over.get('command'), problems=problems, runs=runs,
+    source = next((r.pop('source_md') for r in runs.values() if 'source_md' in r), None)
+    return dict(folder=str(folder), command=summary.get('command'), problems=problems, runs=runs,
                 split=split, source=source)
 
 # %% ../nbs/36_report.ipynb #rep0trn1
@@ -260,12 +258,11 @@ def _stage_lines(
 def _of_other_answers(run:dict)->bool:
     "Does an older failure report give the name of the split to answers that are not the comparison's?"
     failures = run.get('failures', {})
-    summary = run.get('summary', {})
     if 'source' in (failures.get('about') or {}):
         return False            # its sets are named after their prompts
-    for m,d in failures.get('rates', {}).get(summary.get('split'), {}).items():
+    for m,d in failures.get('rates', {}).get(run.get('split'), {}).items():
         cut = d.get('never_stops') or {}
-        done = summary.get('models', {}).get(m, {}).get('finished') or {}
+        done = run.get('models', {}).get(m, {}).get('finished') or {}
         # of the same answers, the shares of those that end and of those that never stop add up to one
         if not {'mean','n'}<=cut.keys()&done.keys(): continue      # nothing to compare
         if cut['n']!=done['n'] or not math.isclose(cut['mean'], 1-done['mean'], abs_tol=1e-9):
@@ -278,18 +275,18 @@ def _failure_prompts(runs:dict)->list:
     for s,r in runs.items():
         if not _of_other_answers(r): continue
         start = f'Seed {s}: t' if len(runs)>1 else 'T'
-        out.append(f"{start}he set {md_inline(r['summary']['split'])} of the failures is of unknown prompts: its "
+        out.append(f"{start}he set {md_inline(r['split'])} of the failures is of unknown prompts: its "
                    "numbers are not those of the comparison.")
     return ['',*out] if out else []
 
 def _absent(
-    runs:dict # {seed: parts of the run}
+    runs:dict # {seed: `RunResults`}
 )->list:      # A line for each
     "Stages and parts that some runs have and others lack"
     def names(r):
         "What one run has"
         logs = r.get('logs') or r.get('training', {})
-        models = r.get('summary', {}).get('models', {})
+        models = r.get('models', {})
         return {*(f'log of {md_inline(k)}' for k in logs),
                 *(f'model {md_inline(k)}' for k in models)}
     have = {s:names(r) for s,r in runs.items()}
@@ -322,7 +319,7 @@ class _Material:
         self.runs,self.problems = data['runs'],data['problems']
         self.out = out                                             # None: no pictures
         self.logs = self.each('logs')                              # of each run {stage: rows}
-        self.models = [s['models'] for s in self.each('summary')]  # of each run {model: {measure: dict}}
+        self.models = self.each('models')                          # of each run {model: {measure: dict}}
         self.training = self.part('Training', training_summary, self.runs) or {}
         self.pictures = {k:self.part('Training', self.draw_stage, k) or []
                          for k in dict.fromkeys(k for stages in self.logs for k in stages)}
@@ -441,18 +438,14 @@ def _few_lines(models:list)->list:
     return [f'**{too_few(min(few))}**',''] if few else []
 
 def _numbers(m:_Material)->dict:
-    "What the report is made of, for summary.json; what belongs to a run is keyed by its seed, also where there is one"
+    "What the report is made of, for summary.json: what each run has found, and what is said of all of them"
     cost = json.loads(m.costs.to_json(orient='records')) if m.costs is not None else None
-    judges = {s:by_judge(r['win_rates']) for s,r in m.runs.items() if 'win_rates' in r}
-    out = dict(training=m.training, costs=cost, judges=judges or None,
-               failures=each_run(m.runs, 'failures') or None)
-    summary = next(iter(m.runs.values())).get('summary', {})
-    if len(m.runs)>1:
-        comparisons = each_run(m.runs, 'summary', 'comparisons')
-        out.update(seeds=list(m.runs), models=pooled_models(m.models),
-                   runs=each_run(m.runs, 'summary', 'models'), comparisons=comparisons)
-    elif summary.get('from_samples'): out.update(summary)          # nobody else wrote it down
-    return out
+    def found(seed, run):
+        "All but the logs, which stay where they are; what they show is `training`"
+        training = {stage:by[seed] for stage,by in m.training.items() if seed in by}
+        return {**{k:v for k,v in run.items() if k!='logs'}, **({'training':training} if training else {})}
+    return dict(seeds={s:found(s, r) for s,r in m.runs.items()}, costs=cost,
+                pooled=pool_models(m.models) if len(m.runs)>1 else None)
 
 def mk_report(
     data:dict,    # From `read_runs`
@@ -478,7 +471,7 @@ def mk_report(
         md += ['## Not used','','Files that could not be read; everything else is above:','',
                *(f'- {md_code(p)}' for p in m.problems),'']
     numbers = dict(_numbers(m), missing=missing, problems=m.problems, read_first=first or None,
-                   command=command or data.get('command'))
+                   report_command=command or data.get('command'))
     return '\n'.join(md).replace('\n\n\n', '\n\n'),{k:v for k,v in numbers.items()
                                                     if v is not None}
 
@@ -489,10 +482,12 @@ def analyze(
     "Write `results/ANALYSIS.md`, `results/training_analysis/`, the pictures of `results/failure_analysis/`, and complete `results/summary.json`"
     data,at = read_runs(folder),Places(folder)
     md,numbers = mk_report(data, command, at.results)
-    old = _get([], at.summary) if at.summary.exists() else {}
-    ours = isinstance(old, dict) and (not old or 'models' in old or _ours(at.summary))
+    old = _found([], at.summary, at.read_summary)
     # a file that is not ours is left alone, and named in the report
-    if ours: write_json(at.summary, {**old, **numbers})
+    if old or not at.summary.exists():
+        old = old or dict(seeds={})
+        seeds = {s:{**old['seeds'].get(s, {}), **r} for s,r in numbers['seeds'].items()}
+        at.write_summary(**{**old, **numbers, 'seeds':seeds})
     write_text(at.analysis_md, md)                                 # last: with it the stage is done
     for p in data['problems']:
         print(f'not used: {visible(p)}')

@@ -7,9 +7,10 @@ __all__ = ['reward_forms', 'bradley_terry_loss', 'reward_step', 'train_reward', 
            'show_accuracy', 'calibration', 'normalise', 'mean_and_std', 'Reader']
 
 # %% ../nbs/14_reward.ipynb #71851d22
-import math,re
+import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 
 from .core import *
@@ -22,6 +23,7 @@ from .template import *
 from .forward import *
 from .models import *
 from .train import *
+from .template import _ChatForm
 
 # %% ../nbs/14_reward.ipynb #6c0abc16
 def bradley_terry_loss(
@@ -153,6 +155,7 @@ class Reader:
         self.ours = hasattr(rm.config, 'reward_mean')
         self.encoder = not (self.ours or hasattr(rm, 'score'))
         self.form = self._form(form)
+        if self.form=='chat': self.chat = _ChatForm(tok, ends=False)
 
     def _form(self, form):
         "The form that is asked for, or the one that suits the model"
@@ -160,78 +163,59 @@ class Reader:
             raise ValueError(f"a reward model reads {', '.join(reward_forms)}; got {form!r}")
         added = self.tok.num_special_tokens_to_add
         pairs = added(pair=True)>added(pair=False)
-        if form=='chat' and not self.tok.chat_template:
+        if form=='chat' and template_kind(self.tok)!='chat':
             raise ValueError("form chat: the reward model's tokenizer has no chat template; take pair or text")
         if form=='pair' and not pairs:
             raise ValueError("form pair: the reward model's tokenizer puts nothing between two texts; take text")
         if form!='auto': return form
         if self.ours: return 'text'
-        if self.tok.chat_template: return 'chat'
+        if template_kind(self.tok)=='chat': return 'chat'
         return 'pair' if self.encoder and pairs else 'text'
 
     def batch(self,
         prompts:list,       # B dialogues in HH notation, which end where the assistant is to speak
         answers:list,       # B lists of G texts
-        finished:list=None  # B lists of G: has the answer ended? (None: all have)
-    )->Batch:               # (B,G,R); `types` (B,G,R) where the model tells the texts of a pair apart
+        finished:list=None, # B lists of G: has the answer ended? (None: all have)
+        refused=None        # Told of each prompt that can't be read, its place and a `BadPair`; without it the first one raises
+    )->Batch: # (B,G,R), `index` (B) and, where the model tells the texts of a pair apart, `types` (B,G,R); None where no prompt can be read
         "What the reward model reads: a row is a dialogue with an answer"
         if finished is None: finished = [[True]*len(o) for o in answers]
-        if self.form=='text':
-            read = self._own if self.ours else self._texts
-            return Batch.from_tokens(*read(prompts, answers, finished))
-        return _shared([self._fitting(p, rs) for p,rs in zip(prompts, answers)])
+        at,groups = [],[]
+        for i,o in enumerate(zip(prompts, answers, finished)):
+            try: groups.append(self._group(*o))
+            except BadPair as e:
+                if refused is None: raise
+                refused(i, e)
+            else: at.append(i)
+        if not groups: return None
+        ps,rs,types = zip(*groups)
+        b = Batch.from_tokens(ps, rs, index=torch.tensor(at))
+        return b if None in types else b.plus(types=Batch.from_tokens(ps, types).responses)
 
-    def _fitting(self, prompt, answers):
-        "Rows of all answers to a prompt, whose oldest turns go where one would be too long"
-        turns = _said(prompt)
-        for k,less in enumerate(_shorter(turns)):
-            rows = [self.row(less, r) for r in answers]
-            longest = max(len(o.ids) for o in rows)
+    def _group(self, prompt, answers, finished):
+        "A prompt with its answers, without its oldest turns where one would be too long"
+        read = self._rows
+        if self.form=='text': read = self._own if self.ours else self._text
+        for k,less in enumerate(_shorter(prompt)):
+            o = read(less, answers, finished)
+            longest = len(o.prompt)+max(map(len, o.answers))
             if longest>self.room: continue
             self.cut += k>0
-            return rows
+            return o
         raise BadPair('too long', f'a question with its answer has {longest} tokens, the reward model takes {self.room}')
+
+    def _rows(self, prompt, answers, finished):
+        "Whole rows, apart where they begin to differ"
+        turns = _said(prompt)
+        return _shared([self.row(turns, r) for r in answers])
 
     def row(self,
         turns:list,  # Turns before the answer; one of the assistant is its beginning
         answer:str
     ):               # Its `ids` and `types`
         "A dialogue with an answer, as a row of tokens"
-        return self._chat(_answered(turns, answer)) if self.form=='chat' else self._pair(turns, answer)
-
-    def _chat(self, turns):
-        "One rendering by the model's own template"
-        text = self._render(turns)
-        spelled = [t for t in self.special if any(t in o.text for o in turns)]
-        if not spelled: return _Row(self.tok(text, add_special_tokens=False).input_ids, None)
-        # what a turn spells is taken out, and put back as text
-        pattern = '|'.join(map(re.escape, sorted(spelled, key=len, reverse=True)))
-        named = []
-        def away(m):
-            named.append(m[0])
-            return f'{_away}{len(named)-1}{_away}'
-        hidden = [Turn(t.role, re.sub(pattern, away, t.text)) for t in turns]
-        parts = self._render(hidden).split(_away)        # template, number, template, number, ...
-        ids = [self.tok(o, add_special_tokens=False).input_ids for o in parts[::2]]
-        for k,i in enumerate(parts[1::2]): ids[k] += encode([named[int(i)]], self.tok)[0]
-        return _Row([i for o in ids for i in o], None)
-
-    def _render(self, turns):
-        "Turns as the template writes them; a system message joins the first question where the template has no place for it"
-        def written(turns): return self.tok.apply_chat_template(to_messages(turns), tokenize=False)
-        system = turns[0].role=='system'
-        try:
-            text = written(turns)
-            if not system or turns[0].text.strip() in text: return text
-        except Exception as e:                            # a template raises what it likes
-            if not system: raise self._no_place(turns, e) from None
-        try: return written(_without_system(turns))
-        except Exception as e: raise self._no_place(turns, e) from None
-
-    def _no_place(self, turns, e):
-        "The error of a dialogue that the template refuses"
-        why,roles = ' '.join(str(e).split())[:160],' '.join(t.role for t in turns)
-        return BadPair('template', f"the reward model's chat template does not take {roles} ({why})")
+        if self.form=='pair': return self._pair(turns, answer)
+        return _Row(self.chat.whole(_answered(turns, answer)), None)
 
     def _pair(self, turns, answer):
         "Question and answer as two texts"
@@ -240,23 +224,26 @@ class Reader:
         out = self.tok(asked, answer.removeprefix(' '), split_special_tokens=spelled)
         return _Row(out['input_ids'], out.get('token_type_ids'))
 
-    def _own(self, prompts, answers, finished):
-        "Prompts and answers as training has read them"
+    def _own(self, prompt, answers, finished):
+        "Prompt and answers as training has read them"
         t = as_template(self.tok)
-        def group(rs, ended): return [o.ids if f else o.ids[:o.size] for o,f in zip(t.responses(rs), ended)]
-        return [o.ids for o in t.prompts(prompts)],list(map(group, answers, finished))
+        return _Group(t.prompt(prompt), [o.ids if f else o.ids[:o.size] for o,f in zip(t.responses(answers), finished)])
 
-    def _texts(self, prompts, answers, finished):
-        "Prompts and answers one behind the other, as they are written"
+    def _text(self, prompt, answers, finished):
+        "Prompt and answers one behind the other, as they are written"
         front,back = around(self.tok)
         eos = [] if self.tok.eos_token_id is None else [self.tok.eos_token_id]
         empty = eos if self.tok.bos_token_id is None else [self.tok.bos_token_id]
         # for an encoder's classifier a text is closed, also where an answer was cut
         closed = back if self.encoder else []
-        def group(rs, ended): return [r+(closed or eos*f) for r,f in zip(encode(rs, self.tok), ended)]
-        return [front+p or empty for p in encode(prompts, self.tok)],list(map(group, answers, finished))
+        first,*rest = encode([prompt,*answers], self.tok)
+        return _Group(front+first or empty, [r+(closed or eos*f) for r,f in zip(rest, finished)])
 
-_away = '\ue0ff'                                         # of the private use area: no text has it
+class _Group(NamedTuple):
+    "A prompt and its answers as tokens"
+    prompt:list
+    answers:list
+    types:list=None # Of the answers' tokens, as below
 
 class _Row(NamedTuple):
     "What a model reads of one answer"
@@ -273,30 +260,20 @@ def _answered(turns, answer):
     if turns and turns[-1].role=='assistant': return [*turns[:-1], Turn('assistant', turns[-1].text+answer)]
     return [*turns, Turn('assistant', answer.removeprefix(' '))]
 
-def _shorter(turns):
-    "The turns, and then without the oldest ones: a system message stays, and a person speaks first"
-    yield turns
+def _shorter(prompt):
+    "The prompt, and then without its oldest turns: a system message stays, and a person speaks first"
+    yield prompt
+    turns = parse_turns(prompt)
     n = int(bool(turns) and turns[0].role=='system')
     for i in range(n+1, len(turns)):
-        if turns[i].role=='user': yield turns[:n]+turns[i:]
+        if turns[i].role=='user': yield to_hh(turns[:n]+turns[i:])
 
-def _without_system(turns):
-    "The turns with what the system message says in front of the first question"
-    system,first,*rest = turns
-    return [Turn(first.role, f'{system.text}\n\n{first.text}'),*rest]
-
-def _shared(groups):
-    "A batch of groups of rows: the prompt is what the rows of a group have in common at the beginning"
-    def common(rows):
-        "How many tokens that is; each row keeps one of its own, and a second text is no prompt"
-        most = min(len(o.ids) for o in rows)-1
-        for k in range(most):
-            if any(o.ids[k]!=rows[0].ids[k] or o.types and o.types[k] for o in rows): return k
-        return most
-    at = list(map(common, groups))
-    prompts = [rows[0].ids[:k] for rows,k in zip(groups, at)]
-    answers = [[o.ids[k:] for o in rows] for rows,k in zip(groups, at)]
-    b = Batch.from_tokens(prompts, answers)
-    if all(o.types is None for rows in groups for o in rows): return b
-    types = [[o.types[k:] for o in rows] for rows,k in zip(groups, at)]
-    return b.plus(types=Batch.from_tokens(prompts, types).responses)
+def _shared(rows):
+    "The group of some rows: the prompt is what they have in common at the beginning"
+    # each row keeps a token of its own, and a second text is no prompt
+    most = min(len(o.ids) for o in rows)-1
+    first = rows[0].ids
+    def apart(k): return any(o.ids[k]!=first[k] or o.types and o.types[k] for o in rows)
+    k = next(filter(apart, range(most)), most)
+    types = None if rows[0].types is None else [o.types[k:] for o in rows]
+    return _Group(first[:k], [o.ids[k:] for o in rows], types)

@@ -359,13 +359,14 @@ def joined(
     "The batch of all prompts, in their order"
     if len(batches)==1:
         return batches[0]
-    R = max(b.shape[2] for b in batches)
     def join(xs):
         "A field of all batches: tensors of tokens (b,n,R), padded to the longest; of responses (b,n); lists"
         if not torch.is_tensor(xs[0]):
             return xs[0] and sum(xs, [])       # prompts; rows, where there are any
-        def wide(x): return F.pad(x, (0, R-x.shape[2])) if x.dim()==3 else x
-        return torch.cat(list(map(wide, xs)))
+        if xs[0].dim()==3:
+            R = max(x.shape[2] for x in xs)
+            xs = [F.pad(x, (0, R-x.shape[2])) for x in xs]
+        return torch.cat(xs)
     whole = Batch(**{k:join([b.parts[k] for b in batches]) for k in batches[0].parts})
     return whole[torch.tensor(sum(parts, [])).argsort()]
 

@@ -9,6 +9,8 @@ __all__ = ['sft_stage', 'reward_stage', 'dpo_stage', 'ppo_stage', 'grpo_stage', 
 # %% ../nbs/40_stages.ipynb #stag0h03
 from dataclasses import asdict,replace
 
+import torch
+
 from .core import *
 from .run import *
 from .world import *
@@ -26,6 +28,7 @@ from .dpo import *
 from .frontier import *
 from .evaluate import *
 from .records import *
+from .gauge import *
 from .judge import *
 from .failures import *
 from .line import *
@@ -38,15 +41,40 @@ def sft_stage(line:Line):
     check_room(line, max_tokens(model))
     # skipped: the model that was given is the reference as it is
     if not line.config.sft.skip:
-        rows = line.splits.sft+line.splits.documents
+        s = line.splits.of('sft')
+        rows = s.sft+s.documents
         train_sft(model, line.answers(rows), **line.how('sft'))
     line.save(model, 'sft')
 
 def reward_stage(line:Line):
     "The reward model"
+    if line.config.reward.model: return _given_reward(line)
     rm,accuracies = _mk_reward(line, line.config.reward.head, line.run)
     write_json(line.run.reward_accuracy, accuracies)
     line.save(rm, 'reward')
+
+def _given_reward(line):
+    "A finished reward model: nothing is trained, and what is saved says where it is"
+    c = line.config
+    rm,tok = load_reward_model(c.reward.model, c.model.forward, line.acc.device)
+    if accuracies := _given_accuracies(line, rm, tok): write_json(line.run.reward_accuracy, accuracies)
+    norm = None
+    if c.reward.normalise:
+        b = _reference_samples(line, line.model('sft'))
+        norm = mean_and_std(mk_scorer((rm,tok), line.tok)(b.to(line.acc.device)))
+    save_pointer(c.reward.model, line.run.made('reward'), norm)
+
+def _given_accuracies(line, rm, tok)->dict:
+    "How often a reward model that was given is right on held-out pairs; empty where there are none"
+    if not line.splits.of('reward').serves('reward'): return {}
+    held = line.held('reward')[:line.config.eval.n_pairs]
+    pairs = line.pairs(held)
+    # in its own words, whole: what it can't be given is left out
+    s,_,refused = pair_rewards(rm, tok, [held[i] for i in pairs.index.tolist()])
+    read = (~s.isnan().any(1)).nonzero()[:,0]
+    if not len(read): raise ValueError(f'reward.model: it can be given none of the {len(held)} held-out pairs: {refused}')
+    out = _accuracies(line, s[read].float(), pairs[read], 'given')
+    return {**out, 'model':line.config.reward.model, 'refused':refused}
 
 def _mk_reward(
     line,
@@ -57,9 +85,9 @@ def _mk_reward(
     # it begins with the reference's weights
     ref = line.model('sft')
     rm = mk_reward_model(ref, head, line.config.seed)
-    train_reward(rm, line.pairs(line.splits.train), **{**line.how('reward'), 'run':run})
+    train_reward(rm, line.pairs(line.learned('reward')), **{**line.how('reward'), 'run':run})
     # a reward then counts from what the reference gets, in its spread
-    normalise(rm, _reference_samples(line, ref).to(line.acc.device))
+    if line.config.reward.normalise is not False: normalise(rm, _reference_samples(line, ref).to(line.acc.device))
     return rm,_reward_accuracies(line, rm, head)
 
 def _reference_samples(line, ref)->Batch:
@@ -67,6 +95,7 @@ def _reference_samples(line, ref)->Batch:
     c = line.config
     size,most = c.eval.batch_size,c.reward.n_normalise
     prompts = line.prompts(line.splits.train)[:most]
+    rows = [dict(prompt=p) for p in unique_prompts(line.splits.train)[:most]]
     n = max(1, most//len(prompts))                       # of a handful of prompts several answers each
     seed = child_seed(c.seed, 'normalise')
     parts = []
@@ -74,26 +103,37 @@ def _reference_samples(line, ref)->Batch:
     for i in range(0, len(prompts), size):
         parts.append(sample(ref, prompts[i:i+size], n, c.eval.max_new_tokens, seed=seed))
     prompts = [p for b in parts for p in b.prompts]
-    return Batch.from_tokens(prompts, [r for b in parts for r in b.tokens()])
+    finished = torch.cat([b.finished for b in parts])
+    return Batch.from_tokens(prompts, [r for b in parts for r in b.tokens()], rows=rows, finished=finished.cpu())
 
 def _reward_accuracies(line, rm, head:str)->dict:
     "How often the reward model is right on held-out pairs, beside a rule about length"
     c = line.config
-    held = line.held()[:c.eval.n_pairs]
+    # of the data that it has learned from
+    held = line.held('reward')[:c.eval.n_pairs]
     pairs = line.pairs(held).to(line.acc.device)
-    scores,longer = pair_scores(rm, pairs),pairs.lengths.float()     # (B,2) both
+    out = _accuracies(line, pair_scores(rm, pairs), pairs, head)
+    # where it is known who is right, so is what can be reached
+    return {**out, **_possible(held, out['accuracy']['accuracy'])} if line.world else out
+
+def _accuracies(
+    line,
+    scores,  # (B,2) of chosen and rejected
+    pairs,   # Batch of them
+    head:str
+)->dict:
+    "How often scores are right, beside a rule about length"
+    longer = pairs.lengths.float()                       # (B,2)
     # the rule's direction is chosen on the training pairs
-    shorter = accuracy(line.pairs(line.splits.train).lengths.float())['accuracy']<.5
-    out = dict(
+    shorter = accuracy(line.pairs(line.learned('reward')).lengths.float())['accuracy']<.5
+    return dict(
         head=head,
-        split=c.eval.split,
+        split=line.config.eval.split,
         accuracy=accuracy(scores),
         rule='shorter wins' if shorter else 'longer wins',
         rule_accuracy=accuracy(-longer if shorter else longer),
         by_length=by_length(scores, pairs),
         ece=calibration(scores)['ece'])
-    # where it is known who is right, so is what can be reached
-    return {**out, **_possible(held, out['accuracy']['accuracy'])} if line.world else out
 
 def _possible(held, reached:float)->dict:
     "In the world it is known what the best reward model could reach: the annotator errs"
@@ -106,17 +146,18 @@ def _possible(held, reached:float)->dict:
 def dpo_stage(line:Line):
     "DPO on the preferences"
     policy,reference = line.model('sft'),line.model('sft')   # two copies: one of them learns
-    pairs = line.pairs(line.splits.train[:line.config.dpo.n_pairs])
+    pairs = line.pairs(line.learned('dpo')[:line.config.dpo.n_pairs])
     train_dpo(policy, reference, pairs.to(line.acc.device), **line.how('dpo'))
     line.save(policy, 'dpo')
 
 def ppo_stage(line:Line):
     "PPO on the reward model"
     parts = line.rl_parts('ppo')
-    # it foresees rewards from what the reference knows of language
-    value = mk_value_model(parts['reference'])
+    # it foresees rewards from what the reference knows of language, or from what the reward model knows of rewards
+    reward_model = line.model('reward') if line.config.ppo.value_from=='reward' else None
+    value = mk_value_model(parts['reference'], reward_model)
     train_ppo(value=value, **parts)
-    save_model(value, line.tok, line.run.value_model)
+    save_model(value, line.template, line.run.value_model)
     line.save(parts['policy'], 'ppo')
 
 def grpo_stage(line:Line):
@@ -159,10 +200,10 @@ def overoptimise_stage(
     c = line.config
     policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
-    few = line.pairs(line.splits.train[:n_pairs])
+    few = line.pairs(line.learned('reward')[:n_pairs])
     # few pairs and few updates: a reward model that is easily misled
     train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
-    prompts = line.prompts(line.splits.train)
+    prompts = line.prompts(line.learned('grpo'))
     some = prompts[:c.reward.n_normalise]
     normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
     # no KL, a high learning rate, and nothing for answers that never end
@@ -179,13 +220,12 @@ def evaluate_stage(line:Line):
     c,s,accuracies = line.config,line.splits,line.run.reward_accuracy
     prompts = unique_prompts(line.held())[:c.eval.n_prompts]
     # a held-out prompt that a model learned from would be an error here
-    recs = line.records(prompts, train=unique_prompts(s.train+s.sft))
+    recs = line.records(prompts, train=s.learned)
     write_results(
         line.run,
         recs,
         summarise(recs, world_rates if line.world else None),
         line.command,
-        seeds=[c.seed],
         split=c.eval.split,
         config=asdict(c),
         reward_model=read_json(accuracies) if accuracies.exists() else None)
@@ -218,13 +258,13 @@ def failures_stage(line:Line):
         line.run.path,
         line.models,
         line.tok,
-        dict(ood=ood) if line.world else None,
-        {src['name']:recs},
-        line.held()[:c.eval.n_prompts],
-        c.eval,
-        c.data.max_prompt,
-        c.data.max_response,
-        c.seed,
+        prompts=dict(ood=ood) if line.world else None,
+        samples={src['name']:recs},
+        held=line.held()[:c.eval.n_prompts],
+        o=c.eval,
+        max_prompt=c.data.max_prompt,
+        max_response=c.data.max_response,
+        seed=c.seed,
         split=src['split'],
         source=src['text'],
         command=line.command)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['fewest', 'wilson', 't_quantile', 't_interval', 'score_interval', 'by_prompt', 'mean_ci', 'share_ci', 'too_few',
-           'paired_test', 'holm', 'WinRate', 'tally', 'win_rate', 'score_points', 'length_controlled', 'glm']
+           'paired_test', 'holm', 'WinRate', 'tally', 'win_rate', 'score_points', 'length_controlled', 'glm', 'mean_of',
+           'pool_runs', 'pool_models']
 
 # %% ../nbs/04_stats.ipynb #stath003
-import math
+import math,statistics
 from statistics import NormalDist
 
 import torch
@@ -282,3 +283,35 @@ def glm(
     V = torch.linalg.inv(H)
     V = V@(score.mT@score)@V*n/(n-1)
     return w,V.diagonal(dim1=1, dim2=2).sqrt(),s
+
+# %% ../nbs/04_stats.ipynb #stapool1
+def mean_of(d:dict):
+    "The number itself: intervals call it `mean`, win rates `rate`"
+    return d.get('mean', d.get('rate'))
+
+def pool_runs(
+    ds:list,    # Of each run dict(mean or rate, low, high, n), or None
+    among:int=1 # Runs there are, where only those that have the number are given
+)->dict:        # mean, low, high, n (of the first run), runs
+    "One number with its interval stays as it is; of several runs the mean, from lowest to highest"
+    ds = [d for d in ds if d]
+    means = [mean_of(d) for d in ds]
+    n = ds[0].get('n')
+    if len(ds)==among==1:
+        return dict(mean=means[0], low=ds[0].get('low', math.nan),
+                    high=ds[0].get('high', math.nan), n=n, runs=1)
+    return dict(mean=statistics.fmean(means), low=min(means), high=max(means), n=n, runs=len(ds))
+
+def pool_models(
+    models:list # {model: {measure: dict(mean, low, high, n)}} of each run
+)->dict:        # The same, once
+    "Every number of the models of several runs as a mean; a run that does not have it is not counted"
+    def pooled(each):
+        "The measures of one model; what has no interval is no measure"
+        measures = dict.fromkeys(k for o in each for k,v in o.items() if isinstance(v, dict) and 'low' in v)
+        out = {k:pool_runs([o[k] for o in each if k in o], len(models)) for k in measures}
+        # rates of the world, by family, are a level deeper
+        rates = [o['rates'] for o in each if 'rates' in o]
+        return {**out, 'rates':pooled(rates)} if rates else out
+    names = dict.fromkeys(name for o in models for name in o)
+    return {name:pooled([o[name] for o in models if name in o]) for name in names}

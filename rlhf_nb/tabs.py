@@ -20,7 +20,7 @@ from .cards import _limit
 
 # %% ../nbs/44_tabs.ipynb #appq0cod
 class Question(NamedTuple):
-    "What somebody asks, as the fields of the page hold it"
+    "What somebody asks: the fields of the page by their names there"
     prompt:str        # Typed, where there are models
     stored:str        # Chosen, where there are none
     history:list      # Turns of the dialogue before it
@@ -209,7 +209,7 @@ def _wire_question(page):
         "The question of a row"
         return dict(prompt=row[0])
     page.on('go.click prompt.submit', on_compare,
-        'prompt stored history models temperature length seed n blind colour',
+        ' '.join([*Question._fields,'colour']),
         'status board id stop votes after whose '+' '.join(_picks),
         queue=True, concurrency_limit=desk.parallel, concurrency_id='models')
     page.on('stop.click', on_stop)

@@ -226,7 +226,8 @@ def _part(o):
     "The text of a part of a message, such as `dict(type='text', text='Hi')`"
     kind = o.get('type') if isinstance(o, dict) else None
     if kind=='text' and isinstance(o.get('text'), str): return o['text']
-    if isinstance(kind, str) and kind!='text': raise _malformed(f'a message with a part of the type {kind:.30}; no stage reads more than text')
+    if isinstance(kind, str) and kind!='text':
+        raise _malformed(f'a message with a part of the type {kind:.30}; no stage reads more than text')
     raise _malformed(f'a part of a message is {_what(o)}; expected type text and the text')
 
 def _message(m):
@@ -242,7 +243,7 @@ def _message(m):
         hint = f' (rename it to {new})' if new else ''
         raise _malformed(f'role {role!r:.40}; expected user, assistant, or system in front{hint}')
     for k in _unread:
-        if m.get(k): raise _malformed(f'a message with {k}, which would be lost')
+        if m.get(k): raise _malformed(f'a message with {k}, which would be lost: no stage learns more than text')
     if isinstance(text, (list,tuple,np.ndarray)): text = ''.join(map(_part, text))
     if not isinstance(text, str): raise _malformed(f'the content of a message is not text but {_what(text)}')
     return Turn(role, text)

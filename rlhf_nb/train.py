@@ -194,7 +194,8 @@ def steps(
         f = lr_factor(o, i, total)
         # each group has its own peak, as a policy and its value model do
         for g in opt.param_groups:
-            g['lr'] = g['peak']*f
+            # a group that begins later stands still until then
+            g['lr'] = g['peak']*f if i>=g.get('begins', 0) else 0.
         sums = defaultdict(float)
         done = 0
         tokens = 0
@@ -210,7 +211,7 @@ def steps(
         if acc.num_processes>1:
             tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
         took = round(time.perf_counter()-began, 4)
-        yield dict(update=i, **row, **means, lr=o.lr*f, steps=done, tokens=tokens, train_seconds=took,
+        yield dict(update=i, **row, **means, lr=opt.param_groups[0]['lr'], steps=done, tokens=tokens, train_seconds=took,
                    **peak_memory(acc.device))
 
 def _weighted_pieces(batch, tokens, acc):
@@ -304,13 +305,14 @@ def on_dev(model, step, data, o):
 
 class Best:
     "The best state of a stage, by its dev split"
-    def __init__(self, model, dev, o:Optim, total:int, acc, from_start=True):
+    def __init__(self, model, dev, o:Optim, total:int, acc, from_start=True, still=0):
         self.model = model
         self.dev = dev
         self.o = o
         self.acc = acc
         self.total = total
         self.from_start = from_start
+        self.still = still                # updates at the beginning that cannot make it better: patience begins behind them
         self.kept = None                  # the best state so far: how good it is, after how many updates, its weights
         self.at,self.bad = None,False     # the last look: after how many updates, and was that state impossible?
         self.every,e = None,o.eval_every  # updates between looks; given as their number, or as a share of the stage
@@ -340,7 +342,7 @@ class Best:
     def over(self, n):
         "Did the state become impossible at this look, or has there been no better one for too long?"
         if not self.every or self.at!=n: return False
-        return self.bad or self.o.patience is not None and n-self.kept['update']>=self.o.patience*self.every
+        return self.bad or self.o.patience is not None and n-max(self.kept['update'], self.still)>=self.o.patience*self.every
     def restore(self, n)->int: # After how many updates that state was
         "Put the best state in the place of the one after `n` updates"
         if self.kept['update']!=n: self.model.load_state_dict(self.kept['model'])
@@ -392,12 +394,13 @@ def fit(
     until=None,
     dev=None,        # `dev()` measures the model on data that it does not learn from: (metrics, how good it is)
     from_start=True, # May the best state be the one before training?
+    still:int=0,     # So many updates at the beginning do not change what `dev` looks at
     show=None        # `show(rows, total, desc)` passes the rows on, and lets a person see them (None: a progress bar)
 )->list:             # All metrics rows
     "Train to the end, from the checkpoint where there is one; with `dev` and `o.eval_every` the model ends as the best state that was seen"
     acc = acc or mk_accelerator()
     opt = opt or mk_optimizer(model, o)
-    best = Best(model, dev, o, total, acc, from_start)
+    best = Best(model, dev, o, total, acc, from_start, still)
     log = StageLog(run, stage, acc)
     model.to(acc.device)
     start,best.kept,rows = log.resume(model, opt)

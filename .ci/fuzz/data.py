@@ -44,7 +44,7 @@ def bad_row(rng, row):
     q, a, b = row['prompt'], row['chosen'], row['rejected']
     return rng.choice((dict(row, chosen=None), dict(row, rejected=3), dict(prompt=q, chosen=a), dict(row, chosen=' '), dict(row, rejected=a), [q, a, b], q, 7, None, {},
         dict(row, chosen=[{'from': 'gpt', 'value': a}]), dict(row, chosen=[dict(role='gpt', content=a)]), dict(row, chosen=[dict(role='assistant', content=None)]), dict(row, prompt=5),
-        dict(row, chosen=dict(role='assistant', content=a)), dict(row, chosen=[dict(role='assistant', content=[dict(type='text', text=a)])]), dict(row, chosen=a + '\ud83d'),
+        dict(row, chosen=dict(role='assistant', content=a)), dict(row, chosen=[dict(role='assistant', content=[dict(type='image', text=a)])]), dict(row, chosen=a + '\ud83d'),
         dict(prompt=[dict(role='user', content=q), dict(role='tool', content='x')], chosen=a, rejected=b), dict(row, prompt=''), dict(chosen=a, rejected=b),
         dict(prompt='other', chosen=[dict(role='user', content=q), dict(role='assistant', content=a)], rejected=[dict(role='user', content=q), dict(role='assistant', content=b)])))
 
