@@ -11,7 +11,8 @@ from rlhf_nb.diagnose import diagnose
 from rlhf_nb.core import Batch
 from rlhf_nb.config import DPOConfig,GRPOConfig,ModelConfig,PPOConfig,RewardConfig,SFTConfig
 from rlhf_nb.template import tokenize_prompts,tokenize_sft
-from rlhf_nb.data import tokenize_pairs,unique_prompts
+from rlhf_nb.shapes import unique_prompts
+from rlhf_nb.data import tokenize_pairs
 from rlhf_nb.dpo import dpo_loss,reference_log_probs,train_dpo
 from rlhf_nb.grpo import train_grpo
 from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model

@@ -33,7 +33,8 @@ sizes = [12, 25, 9, 18, 30, 14, 21, 16, 11, 28, 19]
 settings = dict(updates=updates, checkpoint_every=every, batch_size=4, micro_tokens=60, lr=3e-3, eval_every=4, patience=99)
 rl = dict(max_new_tokens=4, no_eos_penalty=.5)
 config = load_config("demo", [f"{stage}.{k}={v}" for stage, more in dict(
-    sft={}, reward=dict(center=.01), ppo=dict(rl, epochs=1, mini_batches=2, schedule="cosine"), grpo=dict(rl, group_size=3, inner=2), dpo=dict(sft_weight=.1),
+    sft={}, reward=dict(center=.01), ppo=dict(rl, epochs=1, mini_batches=2, schedule="cosine", value_warmup=5),
+    grpo=dict(rl, group_size=3, inner=2, loss_type="cispo", baseline="leave_one_out", resample_silent=3, eval_samples=2), dpo=dict(sft_weight=.1),
 ).items() for k, v in (settings | more).items()])
 
 

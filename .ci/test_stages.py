@@ -22,10 +22,10 @@ def leave_one_out(b):
     n = b.scores.shape[1]
     return b.plus(advantages=(b.scores-b.scores.mean(1, keepdim=True))*n/(n-1))
 
-def train_rloo(policy, reference, score, prompts, o, seed, run, watch, acc, dev):
+def train_rloo(policy, reference, score, prompts, o, seed, run, watch, acc, dev, rows, dev_rows):
     "Dev data are not looked at"
     def mk_updates(start):
-        return rollouts(policy, reference, score, prompts, o, leave_one_out, o.group_size, 1, 1, child_seed(seed, 'rloo'), start, watch, acc)
+        return rollouts(policy, reference, score, prompts, o, leave_one_out, o.group_size, 1, 1, child_seed(seed, 'rloo'), start, watch, acc, rows)
     return fit(policy, mk_updates, lambda net,b,n: grpo_step(net, b, n, o), o, n_rollouts(o, len(prompts)), run, 'rloo', acc=acc)
 
 def rloo_stage(line):

@@ -81,6 +81,8 @@ cases |= {f"reward-{h}-{c}": partial(reward, h, c) for h, c in product(("last_to
 cases |= {f"grpo-{l}-{k}-{'masked' if t else 'all'}": partial(grpo, loss_type=l, kl_in=k, mask_truncated=t)
           for l, k, t in product(("grpo", "dr_grpo", "dapo"), ("loss", "loss_corrected", "reward"), (False, True))}
 cases |= {"grpo-epsilon_high": partial(grpo, epsilon_high=.28)}
+cases |= {f"grpo-{r}-{l}": partial(grpo, ratio=r, loss_type=l, baseline="leave_one_out")
+          for r, l in (("token", "cispo"), ("sequence", "cispo"), ("sequence", "grpo"), ("sequence", "dapo"))}
 cases |= {f"dpo-{l}-{'live' if v else 'cached'}": partial(dpo, v, loss_type=l, label_smoothing=.1*(l in ("cdpo", "robust")))
           for l, v in product(("sigmoid", "ipo", "robust", "cdpo", "simpo"), (False, True))}
 cases |= {f"dpo-sft_weight-{'live' if v else 'cached'}": partial(dpo, v, sft_weight=.5) for v in (False, True)}

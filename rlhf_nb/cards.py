@@ -50,14 +50,15 @@ def mk_prompt(
 # %% ../nbs/38_cards.ipynb #6661c2b7
 def pieces(
     ids:list,      # Token ids of a response
-    tok,           # Tokenizer
+    tok,           # Tokenizer or `Template`
     **values       # Lists, one number per token (or None)
 )->list: # dict(text, one sum per name)
     "A response as pieces of text with their values"
-    from rlhf_nb.sources import written
+    from rlhf_nb.template import as_template
+    t = as_template(tok)
     out,start,done = [],0,''
     for i in range(1, len(ids)+1):
-        s = tok.decode(written(ids[:i], tok))
+        s = t.text(ids[:i])
         if s.endswith('\ufffd') and i<len(ids): continue     # half a character: the next tokens complete it
         sums = {k:v and sum(v[start:i]) for k,v in values.items()}
         out.append(dict(text=s[len(done):], **sums))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Below1', 'BelowHalf', 'From0', 'From2', 'Seed', 'Share', 'Heat', 'Schedule',
-           'Names', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataSource', 'DataConfig', 'ModelConfig',
-           'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig', 'EvalConfig',
-           'Config', 'mk_config', 'nested', 'load_config', 'config_yaml']
+           'Names', 'Sources', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataSource', 'DataConfig',
+           'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig',
+           'EvalConfig', 'Config', 'mk_config', 'nested', 'load_config', 'config_yaml']
 
 # %% ../nbs/01_config.ipynb #confh003
 import difflib,json,math,re
@@ -37,6 +37,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Heat = Annotated[float, Field(ge=1e-3, le=1e3)]    # beyond these float32 has no log-probabilities left to learn from
 Schedule = Literal['constant','linear','cosine']
 Names = dict[str, str]                             # what something is called there, by what it is called here
+Sources = str|list[str]                            # a reward source, or several with weights
 Options = dict[str, bool|int|float|str]            # arguments of somebody else's function, by name
 
 def _device(s):
@@ -146,9 +147,12 @@ class RewardConfig(Optim):
 @dataclass
 class RolloutConfig(Optim):
     "What PPO and GRPO share"
+    # None: the reward model; else `module:function`, `mine.py:function`, or several: `[reward_model, 0.2*mine.py:short]`
+    reward:Sources|None=None
     max_new_tokens:Pos=48     # Longest response
     temperature:Heat=1.0      # Of sampling, and of every log-probability
-    no_eos_penalty:NonNeg=1.0 # Subtracted from the score of a response that was cut
+    # Subtracted from the score of a response that was cut (0 where nothing else is said and `reward` is a function)
+    no_eos_penalty:NonNeg=1.0
     # Stop an update's epochs when KL(policy now || policy that sampled) per token passes this
     target_kl:NonNeg|None=None
     # Stop training when KL to the reference per response passes this (nats), on training or on dev prompts
@@ -352,6 +356,11 @@ def _entries(t):
     found = [get_args(o)[1] for o in (t, *get_args(t)) if get_origin(o) is dict]
     return found[0] if found else None
 
+def _items(t):
+    "The type of a list's items; None where the annotation allows no list"
+    found = [get_args(o)[0] for o in (t, *get_args(t)) if get_origin(o) is list]
+    return found[0] if found else None
+
 # how plain text says nothing, yes, no, or a number
 _null = 'null','Null','NULL','~',''
 _words = {**dict.fromkeys(('true','yes','on'), True), **dict.fromkeys(('false','no','off'), False)}
@@ -397,6 +406,11 @@ def _mapping(v, entry, key:str):
         raise ValueError(f'{key}: expected names and values, got the name {_shown(k)}')
     return {named(k):_value(o, _kinds(entry), f'{key}.{k}') for k,o in v.items()}
 
+def _list(v, item, kinds, key:str):
+    "`v` as a list of values of the type `item`, or as one of `kinds`"
+    if isinstance(v, list): return [_value(o, _kinds(item), key) for o in v]
+    return _value(v, kinds, key)
+
 def _part(t):
     "The dataclass that an annotation allows, beside null perhaps; None where it allows none"
     found = [o for o in (t, *get_args(t)) if isinstance(o, type) and is_dataclass(o)]
@@ -423,6 +437,7 @@ def _checked(d, cls, where='')->dict:
         if is_dataclass(t): out[str(k)] = _checked(v, t, f'{key}.')
         elif _part(t): out[str(k)] = _source(v, _part(t), key)
         elif _entries(t): out[str(k)] = _mapping(v, _entries(t), key)
+        elif _items(t): out[str(k)] = _list(v, _items(t), _kinds(t), key)
         else: out[str(k)] = _value(v, _kinds(t), key)
     return out
 
@@ -432,14 +447,26 @@ def _meant(k, known, where)->str:
     if near: return f", did you mean '{where}{near[0]}'?"
     return f"; {_section(where)} has {', '.join(known)}"
 
+def _without_penalty(d:dict)->dict:
+    "Functions say themselves what a cut answer is worth"
+    def open_to(k): return d.get(k, {}).get('reward') is not None and 'no_eos_penalty' not in d[k]
+    return {k:dict(no_eos_penalty=0.) for k in ('ppo','grpo') if open_to(k) and 'reward_model'!=d[k]['reward']}
+
 @cache
 def _adapter(): return TypeAdapter(Config)
 
 def _together(c:Config)->Config:
     "Values that are right alone and not together"
+    two = c.ppo.reward,c.grpo.reward
+    if None not in two and two[0]!=two[1]:
+        raise ValueError('ppo.reward and grpo.reward: expected the same, since all answers of a run are scored by one; '
+                         f'got {_shown(two[0])} and {_shown(two[1])}')
     if c.ppo.mini_batches>c.ppo.batch_size:
         raise ValueError(f'ppo.mini_batches: expected at most ppo.batch_size ({c.ppo.batch_size} prompts), '
                          f'got {c.ppo.mini_batches}')
+    if c.ppo.value_from=='reward' and not c.reward.model and c.reward.head!='last_token':
+        raise ValueError('ppo.value_from: reward needs a reward model with the plain head (reward.head: last_token), '
+                         f'got reward.head: {c.reward.head}')
     if c.dpo.loss_type=='ipo' and not c.dpo.beta:
         raise ValueError('dpo.beta: expected a number above 0 with dpo.loss_type ipo, '
                          'whose margin is 1/(2 beta), got 0')
@@ -456,7 +483,7 @@ def mk_config(
     if name not in presets: raise ValueError(f"unknown preset {_shown(name)}, expected one of {', '.join(presets)}")
     data = (d.get('data') or {}).get('name', 'world')
     start = _demo_elsewhere if name=='demo' and data!='world' else presets[name]
-    try: return _together(_adapter().validate_python(_merge({**start, 'preset':name}, d)))
+    try: return _together(_adapter().validate_python(_merge(_merge({**start, 'preset':name}, _without_penalty(d)), d)))
     except ValidationError as e:
         o = e.errors()[0]
         key = '.'.join(k for k in o['loc'] if isinstance(k, str) and k.isidentifier())
@@ -477,7 +504,8 @@ def _set(s)->dict:
     if _part(kind) or not _kinds(kind)<={str,type(None)}: v = v.strip()
     is_section,is_quoted = is_dataclass(kind),re.fullmatch('"(.*)"|\'(.*)\'', v, re.S)
     if not v and not is_section: raise ValueError(f'--set {s}: no value behind the =; null means none')
-    is_yaml = is_section or is_quoted or _entries(kind) or _part(kind) and v.startswith('{')
+    braces = _part(kind) and v.startswith('{') or _items(kind) and v.startswith('[')
+    is_yaml = is_section or is_quoted or _entries(kind) or braces
     v = _load_yaml(v, f'--set {s}') if is_yaml else _Plain(v)
     return _checked(nested(path, v), Config)
 

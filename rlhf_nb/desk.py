@@ -89,7 +89,7 @@ class Desk:
 class Player(NamedTuple):
     "A model that answers"
     policy:object
-    tok:object
+    template:object   # How it reads a dialogue: a `Template`
     score:object=None # Its reward, a function of batches
     gold:object=None  # In the world its true reward
 
@@ -159,7 +159,9 @@ def _load_players(self:Desk):
     "All models that load; what is wrong with the others is told"
     with no_gc():
         from rlhf_nb.load import load_policy,load_reward_model
+        from rlhf_nb.line import run_template
         from rlhf_nb.sources import mk_scorer
+        from rlhf_nb.template import as_template
         from rlhf_nb.train import pick_device
     from rlhf_nb.world import gold_reward
     c = self.config = self._read_config()
@@ -179,8 +181,10 @@ def _load_players(self:Desk):
     elif loaded: self.trouble(f'{folder}: no such folder, so answers come without a reward')
     gold = gold_reward if c.data.name=='world' else None
     for k,(policy,tok) in loaded.items():
-        scorers = [o and mk_scorer(o, tok) for o in (reward,gold)]
-        self.players[k] = Player(policy, tok, *scorers)
+        # a model of somebody else says itself how it reads
+        t = as_template(tok) if k in self.policies else run_template(c.model, self.places.data_file, tok)
+        scorers = [o and mk_scorer(o, t) for o in (reward,gold)]
+        self.players[k] = Player(policy, t, *scorers)
 
 @patch
 def start(self:Desk):
@@ -249,13 +253,12 @@ def ask(self:Desk,
 @patch
 def _encode(self:Desk, c)->dict:
     "Token ids of the prompt, for each model"
-    from rlhf_nb.template import encode_prompt
     most,ids = self.config.data.max_prompt,{}
     for k in c['models']:
-        tok = self.players[k].tok
-        ids[k],cut = encode_prompt(c['prompt'], tok, most)
-        if cut:
-            n = len(tok(c['prompt'], verbose=False).input_ids)
+        o, = self.players[k].template.prompts([c['prompt']], most)
+        ids[k] = o.ids
+        if o.cut:
+            n = o.size
             raise ValueError(f"The prompt is too long: {n} tokens, this run's models take {most} (data.max_prompt)")
     return ids
 
@@ -283,9 +286,8 @@ class _Writer:
 
     def text(self)->dict:
         "The first answer, as far as it is written"
-        from rlhf_nb.sources import written
         ids = [int(i[0,0]) for i,_,alive in self.steps if alive[0,0]]  # up to its end
-        text = self.player.tok.decode(written(ids, self.player.tok))
+        text = self.player.template.text(ids)
         return dict(response=text.rstrip('\ufffd'), n_tokens=len(ids), writing=self.goes_on)
 
     def batch(self)->Batch: # One prompt, n answers
@@ -299,7 +301,7 @@ def _exact_kls(self:Desk, player, b, temperature):
     "The exact KL at each token (n,T), or None where there is no reference that reads the same tokens"
     from rlhf_nb.models import exact_kl
     ref = self.players.get('reference')
-    if not ref or player.tok.get_vocab()!=ref.tok.get_vocab(): return None
+    if not ref or player.template.tok.get_vocab()!=ref.template.tok.get_vocab(): return None
     if player is ref: return torch.zeros(b.responses.shape)[0]     # (1,n,T) without the prompt
     return exact_kl(player.policy, ref.policy, b, temperature).cpu()[0]
 
@@ -308,10 +310,10 @@ def _exact_kls(self:Desk, player, b, temperature):
 def _record(self:Desk, c, k, writer)->dict:
     "The best answer of model `k`, with all that is known about it"
     from rlhf_nb.sources import texts
-    player,b = writer.player,writer.batch()
+    player,b = writer.player,writer.batch().plus(rows=[dict(prompt=c['prompt'])])
     kls = self._exact_kls(player, b, c['temperature'] or 1.)
     reward,gold = (f(b)[0].tolist() if f else None for f in (player.score,player.gold))
-    responses = texts(b, player.tok)[1][0]         # of the one prompt
+    responses = texts(b, player.template)[1][0]         # of the one prompt
     i = max(range(c['n']), key=lambda j: reward[j]) if reward else 0
     mask = b.mask[0,i].cpu()                       # (T)
     def of_best(o):
@@ -329,7 +331,7 @@ def _record(self:Desk, c, k, writer)->dict:
     if gold: out['gold_reward'] = gold[i]
     out['percentile'] = percentile(reward[i], self.spread) if reward else None
     out['tokens_per_second'] = int(b.mask.sum())/max(writer.seconds, 1e-9)
-    out['tokens'] = pieces(ids, player.tok, kl=kl, log_prob=log_probs)
+    out['tokens'] = pieces(ids, player.template, kl=kl, log_prob=log_probs)
     several = responses if c['n']>1 else []
     out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(several)]
     return out

@@ -19,8 +19,8 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
+from .shapes import *
 from .template import *
-from .data import *
 
 # %% ../nbs/21_evaluate.ipynb #0ec88fa9
 def side_by_side(
@@ -146,7 +146,8 @@ def sample_records(
     max_prompt:int=256,
     seed:int=0,
     train_prompts=(), # Texts that the models learned from; none of them may be among the prompts
-    knows=None        # `f(prompt) -> bool`: has it a true reward? (None: every prompt); if not, no `gold_reward`
+    knows=None,       # `f(prompt) -> bool`: has it a true reward? (None: every prompt); if not, no `gold_reward`
+    rows:list=None    # The columns of each prompt, for rewards that read them
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
     check_disjoint(prompts, train_prompts)
@@ -157,18 +158,25 @@ def sample_records(
         at = order[i:i+o.batch_size]
         samples = sample_with_kl(models, [ids[j] for j in at], o.n_samples, o.max_new_tokens, o.temperature,
                                  child_seed(seed, 'eval'))
-        for j,rs in zip(at, _as_records(samples, [prompts[j] for j in at], tok, score, gold)):
-            found[j] = rs
+        asked,columns = [prompts[j] for j in at],rows and [rows[j] for j in at]
+        for j,rs in zip(at, _as_records(samples, asked, tok, score, gold, columns)): found[j] = rs
     for p,rs in zip(prompts, found):
         if knows and not knows(p):
             for r in rs: r.pop('gold_reward', None)
     return {k:[r for rs in found for r in rs if r['model']==k]
             for k in models}
 
-def _as_records(samples, prompts, tok, score, gold):
+def _noted(score, n)->list:
+    "What reward functions have noted about each of `n` answers (`log_extra`), {column: value} each"
+    columns = {k:v for k,v in getattr(score, 'extra', {}).items() if len(v)==n}
+    def plain(v): return v if v is None or isinstance(v, (str,bool,int,float)) else str(v)
+    return [{k:plain(v[i]) for k,v in columns.items()} for i in range(n)]
+
+def _as_records(samples, prompts, tok, score, gold, rows):
     "The records of each prompt, from {model: batch (B,n,R)}"
     from rlhf_nb.sources import texts
-    b = side_by_side(list(samples.values()))
+    b = side_by_side(list(samples.values())).plus(rows=rows or [dict(prompt=p) for p in prompts])
+    if hasattr(score, 'begin'): score.begin()                    # what functions note is of this batch
     kl = torch.cat([o.kl.sum(-1) for o in samples.values()], 1)
     values = dict(
         reward=score(b), kl=kl,
@@ -176,7 +184,7 @@ def _as_records(samples, prompts, tok, score, gold):
     if gold is not None: values['gold_reward'] = gold(b)
     values = {k:v.tolist() for k,v in values.items()}            # (B,G) each
     writer = [k for k,o in samples.items() for _ in range(o.shape[1])]
-    responses = texts(b, tok)[1]
+    responses,noted = texts(b, tok)[1],_noted(score, len(writer)*len(prompts))
     def record(i, g):
         "The record of answer `g` to prompt `i`"
         r = dict(
@@ -187,6 +195,8 @@ def _as_records(samples, prompts, tok, score, gold):
         for k in ('reward','gold_reward'):
             if k in r and math.isnan(r[k]):
                 del r[k]             # not applicable
+        extra = noted[i*len(writer)+g]
+        if extra: r['extra'] = extra
         return r | dict(kl_per_token=r['kl']/max(1, r['n_tokens']))
     return [[record(i, g) for g in range(len(writer))]
             for i in range(len(prompts))]

@@ -485,7 +485,7 @@ def failures_run(
     # sets without a prompt are no sets
     new = {k:sample_texts(models, ps, tok, o, max_prompt, seed) for k,ps in prompts.items() if ps}
     rows = [dict(prompt=r['prompt'], response=r.get('response', r.get('chosen')))
-            for r in held or ()]
+            for r in held or () if 'response' in r or 'chosen' in r]    # prompts alone have no answer to foresee
     # one prompt has no interval
     perplexities = ()
     if len(rows)>1:

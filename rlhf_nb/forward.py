@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLICE', 'Unfit', 'Block', 'Layout', 'grouped_attention', 'body', 'head', 'is_padded', 'max_tokens', 'check_length',
-           'run_body', 'hidden', 'no_cache', 'pad_rows', 'hooked', 'own_logits', 'Rows', 'read_padded', 'next_logits',
-           'row_slices', 'logit_scale']
+           'run_body', 'hidden', 'no_cache', 'pad_rows', 'token_types', 'before_pad', 'whole_rows', 'own_scores',
+           'hooked', 'own_logits', 'Rows', 'read_padded', 'next_logits', 'row_slices', 'logit_scale']
 
 # %% ../nbs/09_forward.ipynb #forwh004
 import inspect
@@ -246,6 +246,49 @@ def pad_rows(
 ):          # (len(xs), longest)
     "Padded on the right"
     return nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=fill)
+
+def token_types(batch:Batch):
+    "Which text of a pair the tokens of each row belong to (BERT's `token_type_ids`); None where the batch does not say"
+    if 'types' not in batch.fields: return None
+    def one(p, r): return torch.cat([r.new_zeros(len(p)), r])       # a prompt is the first text
+    per_prompt = zip(batch.prompts, batch.types, batch.mask)
+    return [one(p, r[m]) for p,rs,ms in per_prompt for r,m in zip(rs, ms)]
+
+def before_pad(
+    l:Layout,
+    batch:Batch,
+    pad:int # Token id
+): # (B,G) places in the flat row
+    "The last token of each row that is not PAD, where plain transformers reads a classifier"
+    real = batch.mask & (batch.responses!=pad)
+    n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)    # (B,G)
+    # a row of nothing but PAD is read at its first token
+    ends = [next((k for k,i in enumerate(reversed(p)) if i!=pad), len(p)-1) for p in batch.prompts]
+    in_prompt = l.prompt_end-torch.tensor(ends, device=batch.device)
+    return torch.where(n>0, l.last-(batch.lengths-n), in_prompt[:,None])
+
+def whole_rows(batch:Batch)->list:
+    "Each response with its prompt, as one list of ids"
+    return [p+r for p,rs in zip(batch.prompts, batch.tokens()) for r in rs]
+
+def own_scores(
+    rm, # Sequence classifier
+    batch:Batch
+):      # (B,G)
+    "A classifier's own logits; a row at a time where it knows no PAD"
+    rows = [torch.tensor(r, device=batch.device) for r in whole_rows(batch)]
+    pad = rm.config.get_text_config().pad_token_id
+    check_length(rm, max(map(len, rows)))
+    # without a PAD that it embeds it would not find the end of a shorter row
+    alone = pad is None or not 0<=pad<len(rm.get_input_embeddings().weight)
+    types = token_types(batch)
+    out = []
+    for part in [[i] for i in range(len(rows))] if alone else [range(len(rows))]:
+        ids = pad_rows([rows[i] for i in part], 0 if alone else pad)
+        real = pad_rows([torch.ones_like(rows[i]) for i in part])
+        more = dict(token_type_ids=pad_rows([types[i] for i in part])) if types else {}
+        out.append(rm(input_ids=ids, attention_mask=real, **more).logits)
+    return torch.cat(out).float()[:,0].view(batch.shape[:2])
 
 def _padded_rows(l:Layout, rows=slice(None)):
     "Responses with their prompts, a padded row each: places in the flat row (n,T), and which of them are real"

@@ -14,6 +14,7 @@ import torch
 from .config import *
 from .run import *
 from .models import *
+from .sources import *
 from .rollout import *
 from .ppo import *
 from .rollout import _penalised
@@ -66,10 +67,10 @@ def _std(x, dim):
 
 def sum_normalised(
     source_scores, # (B,G,S) of S reward sources; NaN: not applicable
-    weights        # (S)
+    weights        # (S), or (B,S)
 ): # (B,G); NaN where no source says anything
     "The weighted sum of the sources, each in deviations from its group's mean (Liu et al. 2026, GDPO, before its batch normalisation)"
-    each = [w*group_advantages(s) for s,w in zip(source_scores.unbind(-1), weights)]
+    each = [w[...,None]*group_advantages(s) for s,w in zip(source_scores.unbind(-1), weights.unbind(-1))]
     return sum(each).masked_fill(source_scores.isnan().all(-1), torch.nan)
 
 # %% ../nbs/18_grpo.ipynb #5a19d01f
@@ -156,9 +157,6 @@ def grpo_step(net, b, n, o:GRPOConfig):
 def compared(b, o:GRPOConfig):
     "What the responses of a group are compared by, (B,G): their scores, or those of the sources, each normalised"
     if not o.normalise_each: return b.scores
-    if 'source_scores' not in b.fields:
-        raise ValueError('normalise_each: the score does not say what each source gave; '
-                         'make it by mk_scorer from a list of (weight, source)')
     return _penalised(sum_normalised(b.source_scores, b.source_weights), b, o)
 
 def grpo_advantages(b, o:GRPOConfig):
@@ -191,6 +189,9 @@ def train_grpo(
     check_rollouts(policy, prompts, o, o.group_size, rows=rows)
     if o.group_size<2:
         raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
+    if o.normalise_each and (not isinstance(score, Scorer) or len(score.parts)<2):
+        raise ValueError('normalise_each: expected several reward sources, as mk_scorer makes them of a list of '
+                         '(weight, source), got one')
     def quiet(b): return silent(compared(b, o))[:,0]
     silent_groups = dict(silent_groups=lambda b: quiet(b).float())           # groups without signal
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size,

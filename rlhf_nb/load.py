@@ -403,8 +403,16 @@ def load_reward_model(
         fit_tokenizer(m, tok)
     if not isinstance(getattr(m, 'score', None), nn.Linear):
         forward = 'padded'    # an encoder has no other way
-    with _named(name): _ready(m, forward, check_scores)
+    with _named(name): _ready_scores(m, forward, name)
     return m.to(device),tok
+
+def _ready_scores(m, forward, name):
+    "The same of a classifier. Of somebody else's nobody has said how it is read: where it cannot be grouped, it is padded"
+    try: return _ready(m, forward, check_scores)
+    except ValueError:
+        if forward=='padded' or hasattr(m.config, 'reward_mean'): raise
+    _ready(m, 'padded', check_scores)
+    print(f'{name}: its attention cannot be grouped, so that it reads a padded row for each answer')
 
 POINTER = 'points_to.json' # in place of a model: where a finished one is
 

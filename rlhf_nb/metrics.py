@@ -77,6 +77,8 @@ guide = dict(
     approx_kl='KL per token between the policy now and the one that sampled; above .05 the rollout is stale',
     silent_groups='share of groups in which all answers score the same: they teach nothing; above a half, '
                   'look for other prompts or rewards',
+    redrawn='groups of further prompts that were drawn in the place of silent ones; where it stays at its limit, look '
+            'for other prompts or rewards',
     value_loss='half the squared error of the value model; should fall at first; it follows the spread of the rewards',
     value_explained='share of the variance of the returns that the value model foresees; 0 is no better than a '
                     'constant',
@@ -94,7 +96,9 @@ guide = dict(
     dev_loss='`loss` on dev data; where it turns while `loss` falls, training data are learned by heart',
     dev_accuracy='`accuracy` on dev pairs; the one to believe',
     dev_reward='`reward` on dev prompts',
+    dev_gold='the true reward on dev prompts',
     dev_kl='`kl` on dev prompts; should be close to that of training prompts',
+    dev_length='`length` on dev prompts',
     dev_finished='`finished` on dev prompts')
 
 def short(x, digits:int=3)->str:

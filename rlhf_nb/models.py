@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD_TYPE', 'logits_of', 'log_probs', 'check_forward', 'exact_kl', 'scores', 'values', 'check_scores',
-           'LogProbReward', 'no_classifier', 'mk_reward_model', 'mk_value_model']
+           'LogProbReward', 'no_classifier', 'mk_reward_model', 'check_value_start', 'mk_value_model']
 
 # %% ../nbs/10_models.ipynb #ffb4c918
 import math
@@ -137,14 +137,10 @@ def _check_batch(model, V, avoid=()):
     prompts = [draw(p) for p,_ in sizes]
     return Batch.from_tokens(prompts, [list(map(draw, rs)) for _,rs in sizes]).to(model.device)
 
-def _rows(batch):
-    "Each response with its prompt, as one list of ids"
-    return [p+r for p,rs in zip(batch.prompts, batch.tokens()) for r in rs]
-
 def _plain_log_probs(model, b):
     "One plain call for each sequence"
     out = []
-    for row,n in zip(_rows(b), b.lengths.flatten().tolist()):
+    for row,n in zip(whole_rows(b), b.lengths.flatten().tolist()):
         z = model(input_ids=torch.tensor([row], device=model.device), **no_cache(model)).logits
         lp = z[0,-n-1:-1].double().log_softmax(-1)         # (n,V): a token is predicted one place earlier
         out.append(lp.gather(-1, torch.tensor(row[-n:], device=z.device)[:,None])[:,0])
@@ -286,38 +282,6 @@ def exact_kl(
     return l.per_token(kl).to(batch.device)
 
 # %% ../nbs/10_models.ipynb #b9049989
-def _own_scores(rm, batch):
-    "A classifier's own logits; a row at a time where it knows no PAD"
-    rows = [torch.tensor(r, device=batch.device) for r in _rows(batch)]
-    pad = rm.config.get_text_config().pad_token_id
-    check_length(rm, max(map(len, rows)))
-    # without a PAD that it embeds it would not find the end of a shorter row
-    alone = pad is None or not 0<=pad<len(rm.get_input_embeddings().weight)
-    types = _token_types(batch)
-    out = []
-    for part in [[i] for i in range(len(rows))] if alone else [range(len(rows))]:
-        ids = pad_rows([rows[i] for i in part], 0 if alone else pad)
-        real = pad_rows([torch.ones_like(rows[i]) for i in part])
-        more = dict(token_type_ids=pad_rows([types[i] for i in part])) if types else {}
-        out.append(rm(input_ids=ids, attention_mask=real, **more).logits)
-    return torch.cat(out).float()[:,0].view(batch.shape[:2])
-
-def _token_types(batch):
-    "Which text of a pair each token of a row belongs to (BERT's `token_type_ids`), where the batch says it of responses"
-    if 'types' not in batch.fields: return None
-    def one(p, r): return torch.cat([r.new_zeros(len(p)), r])
-    per_prompt = zip(batch.prompts, batch.types, batch.mask)
-    return [one(p, r[m]) for p,rs,ms in per_prompt for r,m in zip(rs, ms)]
-
-def _before_pad(l, batch, pad):
-    "Places (B,G) where plain transformers reads a row: its last token that is not PAD"
-    real = batch.mask & (batch.responses!=pad)
-    n = torch.where(real, torch.arange(batch.shape[2], device=batch.device)+1, 0).amax(-1)    # (B,G)
-    # a row of nothing but PAD is read at its first token
-    ends = [next((k for k,i in enumerate(reversed(p)) if i!=pad), len(p)-1) for p in batch.prompts]
-    in_prompt = l.prompt_end-torch.tensor(ends, device=batch.device)
-    return torch.where(n>0, l.last-(batch.lengths-n), in_prompt[:,None])
-
 def _score(model, h):
     "The head's answer to hidden states: (...,d) to (...)"
     # a head is small: under autocast too it is computed in its own precision, so that scores do not become equal by rounding
@@ -346,8 +310,8 @@ def _scores(reward_model, batch):
     ours = hasattr(c, 'reward_mean')
     pad = c.get_text_config().pad_token_id
     if not ours and (is_padded(reward_model) or not hasattr(reward_model, 'score')):
-        return _own_scores(reward_model, batch)
-    if not ours and pad is not None: last = _before_pad(l, batch, pad)
+        return own_scores(reward_model, batch)
+    if not ours and pad is not None: last = before_pad(l, batch, pad)
     return _score(reward_model, hidden(reward_model, l)[last])-getattr(c, 'reward_mean', 0.)
 
 def values(
@@ -356,7 +320,9 @@ def values(
 ): # (B,G,R), on the batch's device
     "The value of each response token, read where it is predicted"
     l = Layout(batch.to(value_model.device))
-    v = _score(value_model, hidden(value_model, l)[l.read])-getattr(value_model.config, 'reward_mean', 0.)
+    c = value_model.config
+    # a start from a reward model has its scale
+    v = _scaled(_score(value_model, hidden(value_model, l)[l.read])-getattr(c, 'reward_mean', 0.), c)
     return l.per_token(v).to(batch.device)
 
 def _full(h):
@@ -372,7 +338,7 @@ def check_scores(
     mean = getattr(model.config, 'reward_mean', 0.)
     pad = model.config.get_text_config().pad_token_id
     b = _check_batch(model, len(model.get_input_embeddings().weight), {pad})
-    rows = _rows(b)
+    rows = whole_rows(b)
     ours_too = hasattr(model.config, 'reward_mean')        # one of ours gives values too
     def plain():
         "Scores of all rows, each by a call of its own; for ours, the first one's again"
@@ -498,15 +464,15 @@ def mk_reward_model(
     check_scores(rm)
     return rm
 
-def _check_value_start(policy, reward_model):
+def check_value_start(policy, reward_model):
     "A ValueError where a reward model is none that a value model can start from"
     if isinstance(reward_model, LogProbReward):
         raise ValueError("a value model cannot start from a reward model whose head is 'log_prob': it reads whole "
-                         'responses; train one with reward.head=last_token, or start from the reference')
+                         'responses; train one with reward.head=last_token, or set ppo.value_from=reference')
     def shapes(m): return {k:tuple(v.shape) for k,v in body(m).state_dict().items()}
     if type(policy.config) is not type(reward_model.config) or shapes(policy)!=shapes(reward_model):
         raise ValueError(f'a value model cannot start from this reward model: {type(reward_model).__name__} has '
-                         f'another body than the policy, {type(policy).__name__}; start from the reference')
+                         f'another body than the policy, {type(policy).__name__}; set ppo.value_from=reference')
 
 def mk_value_model(
     policy,           # Causal LM to start from
@@ -514,7 +480,7 @@ def mk_value_model(
 ):
     "A value model with the body of `policy` and a head of zeros (or from the reward model: Ouyang et al. 2022, appendix C.4)"
     if reward_model is not None:
-        _check_value_start(policy, reward_model)
+        check_value_start(policy, reward_model)
         return deepcopy(reward_model)
     vm = mk_reward_model(policy)
     vm.score.weight.data.zero_()                           # nothing is expected before something was seen

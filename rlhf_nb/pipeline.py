@@ -19,6 +19,7 @@ from .config import *
 from .run import *
 from .text import *
 from .stats import *
+from .shapes import *
 from .evaluate import *
 from .records import *
 from .line import *
@@ -74,7 +75,7 @@ def _side_by_side(line, todo, jobs):
         while left or now.running:
             for s in list(left):
                 # what it reads must be there: not only what it cannot do without
-                before = stage_table[s].needs+stage_table[s].after
+                before = line.needs(s)+stage_table[s].after
                 if len(now.running)==jobs or any(n in left or n in now.running for n in before): continue
                 left.remove(s)
                 now.start(s)
@@ -223,7 +224,7 @@ def show_summary(
 def run_all(
     out,           # Folder of the run, or of a run for each seed
     config:Config,
-    todo:list,     # Names of stages
+    todo:list,     # Names of stages (None: the usual ones that these data and this reward allow)
     command=None,  # The command line, to be named in the reports
     seeds=None,    # A run for each, in a folder of its own (None: one run, here)
     resume=False,  # Go on in a folder that already holds this run
@@ -256,6 +257,7 @@ def run_one(run:Run, todo:list, command=None)->Line:
     def say(s): print(f'[{run.path}] {s}', flush=True)
     with only_writer(run.path):
         line = Line(run, command)
+        if todo is None: todo = _possible(line, say)
         check_line(line, todo)
         line.begin()
         if not line.world: _say_plan(line, [s for s in todo if not line.done(s)], say)
@@ -263,6 +265,14 @@ def run_one(run:Run, todo:list, command=None)->Line:
         before = read_json(run.seconds, dict) if run.seconds.exists() else {}
         if secs: write_json(run.seconds, before | secs)
     return line
+
+def _possible(line, say)->list:
+    "The usual stages, without those that have nothing to learn from where a function rewards; a line says which"
+    found = possible_stages(line)
+    without = [f'{s} ({why})' for s,why in found.items() if why]
+    if without: say(f"left out: {', '.join(without)}")
+    if skips_sft(line) and not line.config.sft.skip: say('sft: nothing to imitate, the reference is the model as it is')
+    return [s for s,why in found.items() if not why]
 
 def _say_plan(
     line,
@@ -273,7 +283,7 @@ def _say_plan(
     if not left: return
     r = line.splits.report
     reasons = r.reasons()+('.' if r.remarks else '')
-    say(f"data: {r.kept} pairs kept of {r.read}; {' '.join([reasons, *r.remarks])}")
+    say(f"data: {r.kept} {said_of[line.splits.gives]} kept of {r.read}; {' '.join([reasons, *r.remarks])}")
     plan = [text for s,text in training_plan(line).items() if s in left]
     if not plan: return
     if line.config.preset=='demo' and line.config.model.name!='scratch':

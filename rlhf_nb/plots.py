@@ -21,6 +21,7 @@ from .core import *
 from .run import *
 from .text import *
 from .stats import *
+from .template import *
 from .metrics import *
 
 # %% ../nbs/33_plots.ipynb #e265d58d
@@ -94,9 +95,9 @@ def _spread(runs:int, one:str='95% intervals')->str:
 # %% ../nbs/33_plots.ipynb #plo0trai
 # stage -> its panels, each a tuple of metrics that share an axis
 panels = dict(
-    ppo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),('clip_frac',),
+    ppo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length','dev_length'),('clip_frac',),
          ('value_loss','policy_loss')),
-    grpo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length',),
+    grpo=(('reward','gold','dev_reward'),('kl','dev_kl'),('entropy',),('length','dev_length'),
           ('clip_frac','silent_groups'),('policy_loss','kl_loss')),
     dpo=(('loss','dev_loss'),('accuracy','dev_accuracy'),('margin',),
          ('chosen_shift','rejected_shift'),('grad_norm',),('dev_kl',)),
@@ -125,7 +126,9 @@ def _curve_panel(
         d = df[df.key==k]
         colour = colours.get(k.removeprefix('dev_'), method)
         name = _metric(k) if len(keys)>1 else None                 # one alone is in the title
-        ax.plot(d['update'], d['mean'], color=colour, ls=dash, lw=1.2, label=name)
+        # looks at dev data are few: each is a point
+        marker = 'o' if k.startswith('dev_') else None
+        ax.plot(d['update'], d['mean'], color=colour, ls=dash, lw=1.2, marker=marker, ms=2.5, label=name)
         ax.fill_between(d['update'], d.low, d.high, color=colour, alpha=.2, lw=0)
     _label(ax, ' and '.join(map(_metric, keys)), 'update',
            axis_units.get(keys[0].removeprefix('dev_'), ''))
@@ -138,13 +141,14 @@ def plot_training(
 ):               # Figure, data
     "The curves of one stage"
     runs = by_seed(rows)
-    last = next(iter(runs.values()))[-1]                           # its metrics stand for all
-    kind = stage_of(last)
-    groups = [[k for k in g if k in last] for g in keys or panels[kind]]
+    first = next(iter(runs.values()))                              # its metrics stand for all
+    kind = stage_of(first[-1])
+    known = {k for r in first for k in r}                          # a look at dev data is not in every row
+    groups = [[k for k in g if k in known] for g in keys or panels[kind]]
     groups = [g for g in groups if g]
     shown = {k for g in groups for k in g}
-    known = list(guide)                                            # its order, the unknown behind
-    df = curves(runs, sorted(shown, key=lambda k: (*known,k).index(k)), window)
+    order = list(guide)                                            # the unknown behind
+    df = curves(runs, sorted(shown, key=lambda k: (*order,k).index(k)), window)
     fig,axs = _axes(len(groups))
     for ax,g in zip(axs, groups):
         _curve_panel(ax, df, g, kind)
@@ -206,7 +210,14 @@ def _live_view(rows:list, total:int, desc:str, keys:tuple):
     last = [[r['update'],*(short(r[k]) for k in known)] for r in rows[-5:]]
     table = md_table([['update',*known],*last])
     head = f"**{desc}** update {rows[-1]['update']+1}"+(f' of {total}' if total else '')
-    return plot_training(rows, desc or None)[0],f'{head}\n\n{table}'
+    return plot_training(rows, desc or None)[0],f'{head}{_last_look(rows, keys)}\n\n{table}'
+
+def _last_look(rows:list, keys:tuple)->str:
+    "What the last look at dev data said, in words; empty where there was none"
+    r = next((r for r in reversed(rows) if 'dev_update' in r), None)
+    if r is None: return ''
+    said = [f"{_metric(k)} {short(r[f'dev_{k}'])}" for k in keys if f'dev_{k}' in r]
+    return f"; on dev data after {r['dev_update']}: {', '.join(said)}"
 
 def _in_place():
     "A place in the notebook's output whose content is replaced"
@@ -278,6 +289,7 @@ def token_views(
 )->str:
     "All that is known of the tokens of one response, one coloured copy for each, as HTML"
     n = int(batch.lengths[i,g])
+    tok = as_template(tok).tok
     texts = [tok.decode([t]) for t in batch.responses[i,g,:n].tolist()]
     # (R,), or one number for all
     fields = {k:v[i,g] for k,v in batch.fields.items() if v.shape[:2]==batch.shape[:2]}

@@ -176,8 +176,8 @@ class Reader:
         prompts:list,       # B dialogues in HH notation, which end where the assistant is to speak
         answers:list,       # B lists of G texts
         finished:list=None, # B lists of G: has the answer ended? (None: all have)
-        refused=None        # Told of each prompt that can't be read, its place and a `BadPair`; without it the first one raises
-    )->Batch: # (B,G,R), `index` (B) and, where the model tells the texts of a pair apart, `types` (B,G,R); None where no prompt can be read
+        refused=None        # Told of a prompt that can't be read: its place, a `BadPair`; without it the first raises
+    )->Batch: # With `index` (B) and, where texts are told apart, `types` (B,G,R); None where nothing can be read
         "What the reward model reads: a row is a dialogue with an answer"
         if finished is None: finished = [[True]*len(o) for o in answers]
         at,groups = [],[]
@@ -202,7 +202,7 @@ class Reader:
             if longest>self.room: continue
             self.cut += k>0
             return o
-        raise BadPair('too long', f'a question with its answer has {longest} tokens, the reward model takes {self.room}')
+        raise BadPair('too long', f'question and answer have {longest} tokens, the reward model takes {self.room}')
 
     def _rows(self, prompt, answers, finished):
         "Whole rows, apart where they begin to differ"
@@ -227,7 +227,8 @@ class Reader:
     def _own(self, prompt, answers, finished):
         "Prompt and answers as training has read them"
         t = as_template(self.tok)
-        return _Group(t.prompt(prompt), [o.ids if f else o.ids[:o.size] for o,f in zip(t.responses(answers), finished)])
+        rs = zip(t.responses(answers), finished)
+        return _Group(t.prompt(prompt), [o.ids if f else o.ids[:o.size] for o,f in rs])
 
     def _text(self, prompt, answers, finished):
         "Prompt and answers one behind the other, as they are written"

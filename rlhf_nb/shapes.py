@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['shapes', 'said_of', 'serves', 'texts_of', 'needs_of', 'split_pair', 'split_answer', 'Shape', 'read_row', 'find_shape',
-           'answers_of', 'Reading', 'begin_reading', 'check_serves']
+           'answers_of', 'prompt_key', 'unique_prompts', 'Row', 'Reading', 'begin_reading', 'check_serves']
 
 # %% ../nbs/05b_shapes.ipynb #w8uo9b4k
-import math,re
+import math,re,unicodedata
 from collections import Counter
 from itertools import chain,islice
 from os.path import commonprefix
@@ -111,8 +111,8 @@ def split_answer(
 # %% ../nbs/05b_shapes.ipynb #x93knyaq
 def _is_list(x): return isinstance(x, (list,tuple,np.ndarray))
 
-_speakers = dict(system='system', user='user', human='user', assistant='assistant', gpt='assistant', chatgpt='assistant',
-                 bing='assistant', bard='assistant')           # what ShareGPT calls the roles
+_speakers = dict(system='system', user='user', human='user')    # what ShareGPT calls the roles
+_speakers |= dict.fromkeys(('assistant','gpt','chatgpt','bing','bard'), 'assistant')
 
 def _chat(x, name):
     "A list of messages, also where they are written as ShareGPT does"
@@ -142,7 +142,8 @@ def _said_in(row, k, role='user'):
 def _no_tools(row):
     "A BadPair where the model had tools, which a prompt of ours would lose"
     tools = row.get('tools')
-    if tools is None or isinstance(tools, str) and tools.strip() in ('','[]') or _is_list(tools) and not len(tools): return
+    if tools is None or isinstance(tools, str) and tools.strip() in ('','[]'): return
+    if _is_list(tools) and not len(tools): return
     raise _malformed('tools, which would be lost: no stage learns to call them')
 
 # %% ../nbs/05b_shapes.ipynb #m58fgiir
@@ -181,7 +182,8 @@ def _is_label(x): return isinstance(x, (bool,int)) and x in (0,1)
 
 def _shp(row):
     sides = row['human_ref_B'],row['human_ref_A']
-    if not _is_label(row['labels']): raise _malformed(f"labels is {_what(row['labels'])}; expected 1 (A is preferred) or 0")
+    if not _is_label(row['labels']):
+        raise _malformed(f"labels is {_what(row['labels'])}; expected 1 (A is preferred) or 0")
     return _pair_of(_turn('user', row['history'], 'history'), sides[row['labels']], sides[1-row['labels']])
 
 def _alike(why):
@@ -239,7 +241,8 @@ def _response(row): return _completion(row, 'response')
 def _messages(row):
     _no_tools(row)
     last = (list(row['messages']) or [None])[-1]
-    if isinstance(last, dict) and last.get('weight')==0: raise _malformed('the last message has the weight 0: it is not to be learned')
+    if isinstance(last, dict) and last.get('weight')==0:
+        raise _malformed('the last message has the weight 0: it is not to be learned')
     return split_answer(row['messages'])
 
 def _sharegpt(row):
@@ -303,7 +306,8 @@ def _objects_with(x, *keys):
 _instructs = 'input','system','history'
 _pairs = (
     Shape('pairs', 'pair', ('chosen','rejected'), split_pair, known=_asked_in_them, also=('prompt',)),
-    Shape('alpaca_pairs', 'pair', ('instruction','chosen','rejected'), _alpaca_pair, known=_answers_alone, also=_instructs),
+    Shape('alpaca_pairs', 'pair', ('instruction','chosen','rejected'), _alpaca_pair,
+          known=_answers_alone, also=_instructs),
     Shape('ranking', 'pair', ('instruction','output'), _ranking,
           lambda r: _is_list(r['output']) and len(r['output'])==2, also=_instructs),
     Shape('orca', 'pair', ('question','chosen','rejected'), _orca, known=_answers_alone, also=('system',)),
@@ -324,9 +328,12 @@ _answers = (
     Shape('completion', 'answer', ('prompt','completion'), _completion),
     Shape('response', 'answer', ('prompt','response'), _response),
     Shape('messages', 'answer', ('messages',), _messages, lambda r: _is_list(r['messages']), also=('tools',)),
-    Shape('sharegpt', 'answer', ('conversations',), _sharegpt, lambda r: _is_list(r['conversations']), also=('system','tools')),
-    Shape('alpaca', 'answer', ('instruction','output'), _alpaca, lambda r: isinstance(r['output'], str), also=_instructs),
-    Shape('dialogue', 'answer', ('text',), _dialogue, lambda r: isinstance(r['text'], str), lambda r: _is_talk(r['text'])))
+    Shape('sharegpt', 'answer', ('conversations',), _sharegpt,
+          lambda r: _is_list(r['conversations']), also=('system','tools')),
+    Shape('alpaca', 'answer', ('instruction','output'), _alpaca,
+          lambda r: isinstance(r['output'], str), also=_instructs),
+    Shape('dialogue', 'answer', ('text',), _dialogue,
+          lambda r: isinstance(r['text'], str), lambda r: _is_talk(r['text'])))
 
 _others = (
     Shape('prompts', 'prompt', ('prompt',), _prompt, known=_says_no_more),
@@ -346,7 +353,8 @@ def read_row(
     for k in (*shape.columns,*shape.also):
         if k in getattr(row, 'twice', ()): raise _malformed(f"the key '{k}' stands twice")
     for k in shape.columns:
-        if row.get(k) is None: raise _malformed(f'{k} is null' if k in row else f'no {k}; the keys are {_names_of(row)}')
+        if row.get(k) is not None: continue
+        raise _malformed(f'{k} is null' if k in row else f'no {k}; the keys are {_names_of(row)}')
     if shape.holds and not shape.holds(row):
         found = ', '.join(f'{k} is {_what(row[k])}' for k in shape.columns)
         raise _malformed(f'not of the shape {shape.name}: {found}')
@@ -358,9 +366,10 @@ _useless = (
     Shape('labels of steps', '', ('prompt','completions','labels'), None,
           lambda r: _is_list(r['completions']) and _is_list(r['labels'])))
 _instead = {
-    'labels of single answers': 'a good and a bad completion of one prompt make a pair (prompt, chosen, rejected), the good ones '
-                                'alone, without the column label, are answers to imitate (prompt, completion)',
-    'labels of steps': 'whole answers would: as pairs (prompt, chosen, rejected), or with scores (prompt, responses, scores)'}
+    'labels of single answers': 'a good and a bad completion of one prompt make a pair (prompt, chosen, rejected), '
+                                'the good ones alone, without the column label, answers (prompt, completion)',
+    'labels of steps': 'whole answers would: as pairs (prompt, chosen, rejected), '
+                       'or with scores (prompt, responses, scores)'}
 
 def _most_telling(row):
     "Names of the shapes that say most about a row"
@@ -406,6 +415,20 @@ def answers_of(
     key = dict(pair='chosen', answer='response').get(gives)
     return [dict(prompt=p['prompt'], response=p[key]) for p in rows] if key else []
 
+def prompt_key(prompt:str)->str:
+    "What two prompts share that differ in spaces, capitals or the way a character is composed alone"
+    return ' '.join(unicodedata.normalize('NFKC', prompt).split()).casefold()
+
+def unique_prompts(rows)->list[str]:
+    "Each prompt of `rows` once, in order"
+    return list(dict.fromkeys(p['prompt'] for p in rows))
+
+class Row(dict):
+    "A row of ours; `given` is the row as the data have it, which reward functions see"
+    def __init__(self, o, given):
+        super().__init__(o)
+        self.given = given
+
 class Reading(NamedTuple):
     "How the rows of a data set are read"
     shape:Shape
@@ -442,7 +465,8 @@ def _or_none(shape, row):
     try: return read_row(shape, row)
     except BadPair: return None
 
-_taken = dict(answer='sft.data takes these', prompt='ppo.prompts and grpo.prompts take these', text='sft.data takes these')
+_taken = dict.fromkeys(('answer','text'), 'sft.data takes these')
+_taken['prompt'] = 'ppo.prompts and grpo.prompts take these'
 
 def check_serves(
     reading:Reading,
@@ -454,7 +478,7 @@ def check_serves(
     gives = reading.gives
     if need in serves[gives]: return
     raise ValueError(f'{name}: {said_of[gives]} (the shape {reading.shape.name}), where {said_of[need]} are needed; '
-                     f'{_taken.get(gives, "")}. {key}.format and {key}.columns say otherwise')
+                     f'{_taken.get(gives, "")}. If it is another shape, {key}.format or {key}.columns says which')
 
 def _doubled(pair):
     "Do both answers begin with the question that they answer?"

@@ -14,7 +14,7 @@ import torch
 from .core import *
 from .run import *
 from .world import *
-from .data import *
+from .shapes import *
 from .forward import *
 from .models import *
 from .load import *
@@ -40,7 +40,7 @@ def sft_stage(line:Line):
     line.forget_first()                                  # so that its memory is free once it is saved
     check_room(line, max_tokens(model))
     # skipped: the model that was given is the reference as it is
-    if not line.config.sft.skip:
+    if not skips_sft(line):
         s = line.splits.of('sft')
         rows = s.sft+s.documents
         train_sft(model, line.answers(rows), **line.how('sft'))
@@ -61,7 +61,7 @@ def _given_reward(line):
     norm = None
     if c.reward.normalise:
         b = _reference_samples(line, line.model('sft'))
-        norm = mean_and_std(mk_scorer((rm,tok), line.tok)(b.to(line.acc.device)))
+        norm = mean_and_std(mk_scorer((rm,tok), line.template)(b.to(line.acc.device)))
     save_pointer(c.reward.model, line.run.made('reward'), norm)
 
 def _given_accuracies(line, rm, tok)->dict:
@@ -180,11 +180,16 @@ def frontier_stage(
     "What best-of-n and the Gibbs policy reach from the reference's samples"
     c = line.config
     ref,score = line.model('sft'),line.scorer()
-    prompts = line.prompts(line.held())[:min(n_prompts, c.eval.n_prompts)]
+    prompts,rows = line.asked(line.held(), line.reward_of())
+    most = min(n_prompts, c.eval.n_prompts)
     seed = child_seed(c.seed, 'frontier')
     # all `n` of a prompt stand beside one another: (B,n)
-    b = sample(ref, prompts, n, c.eval.max_new_tokens, seed=seed)
+    b = sample(ref, prompts[:most], n, c.eval.max_new_tokens, seed=seed).plus(rows=rows[:most])
     proxy = score(b)                                     # (B,n)
+    # the best of answers is known where all have a reward
+    has = ~proxy.isnan().any(1)
+    if not has.any(): raise ValueError('frontier: there is no prompt all of whose answers have a reward')
+    b,proxy = b[has.nonzero()[:,0]],proxy[has]
     gold = line.gold(b) if line.gold else None
     out = dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold))
     # the best that any policy could do at each KL
@@ -208,7 +213,7 @@ def overoptimise_stage(
     normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
     # no KL, a high learning rate, and nothing for answers that never end
     unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
-    score,watch = mk_scorer((rm,line.tok), line.tok),line.watch
+    score,watch = mk_scorer((rm,line.tok), line.template),line.watch
     rows = train_grpo(policy, ref, score, prompts, unbraked, c.seed, watch=watch, acc=line.acc)
     # a log without what the report does not draw
     keys = 'update','reward','gold','kl','length'
@@ -257,7 +262,7 @@ def failures_stage(line:Line):
     failures_run(
         line.run.path,
         line.models,
-        line.tok,
+        line.template,
         prompts=dict(ood=ood) if line.world else None,
         samples={src['name']:recs},
         held=line.held()[:c.eval.n_prompts],

@@ -57,8 +57,8 @@ class _TextForm:
         self.tok,self.notation = tok,Notation(kind)
     @property
     def end(self):
-        "The ids that end an answer"
-        return [_eos(self.tok)]
+        "The ids that end an answer; none where the tokenizer has no EOS, as an encoder's"
+        return [] if self.tok.eos_token_id is None else [self.tok.eos_token_id]
     def own(self, text, begun):
         "What the model itself writes of an answer: all, since the blank behind the marker is the answer's"
         return text
@@ -143,10 +143,12 @@ def _dated(source, date):
     "A template that takes `date` for today"
     return source if date is None else _today.sub(lambda m: repr(date.strftime(m[2])), source)
 
-def _knows(source, name):
-    "Does a template ask for a variable? A name in a comment, a string or behind a dot is none"
-    code = re.sub(r'{#.*?#}', '', source, flags=re.DOTALL)
-    return bool(re.search(rf'(?<![\w.\'"]){re.escape(name)}(?![\w\'"])', code))
+def _asked(source):
+    "The variables that a template asks for; none where it can't be read, which the probe will say"
+    from jinja2 import Environment,TemplateSyntaxError,meta
+    plain = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', source)       # a tag of transformers
+    try: return meta.find_undeclared_variables(Environment(extensions=['jinja2.ext.loopcontrols']).parse(plain))
+    except TemplateSyntaxError: return set()
 
 def _why(e):
     "An error's first line"
@@ -179,17 +181,24 @@ class _ChatForm:
             raise ValueError('model.template is chat, and the tokenizer has no chat template: take hh or plain')
         source = tok.get_chat_template()
         self.tok,self.source,self.dated = tok,_dated(source, date),'strftime_now' in source
+        asked = _asked(source)
         for k in kwargs or ():
-            if not _knows(self.source, k):
+            if k not in asked:
                 raise ValueError(f'model.template_kwargs: the chat template knows no {k}')
-        self.kwargs = {k:False for k in _off if _knows(self.source, k)}|dict(kwargs or {})
+        self.kwargs = dict(kwargs or {})
         self.names = _any_of(special_ids(tok).values())
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
         self.system = True
+        self.kwargs = {k:False for k in _off if k in asked and self._matters(k)}|self.kwargs
         # who only reads finished answers, as a reward model does, needs no end
         self.end = self._probe() if ends else []
         self.system = self._has_system()
+    def _matters(self, k):
+        "Does the beginning of an answer change with an option?"
+        def asked(v): return self.write([Turn('user', _other)], **{k:v})
+        try: return asked(True)!=asked(False)
+        except BadPair: return False
     def _probe(self):
         "The ids that end an answer; a ValueError where the template is of no use"
         asked,said = Turn('user', _other),Turn('assistant', _word)
@@ -223,7 +232,7 @@ class _ChatForm:
             raise ValueError('the chat template writes no special token behind an answer, so that it could never end: '
                              'mend it, or set model.template to hh or plain')
         return end[:end.index(eos)+1] if eos in end else end
-    def write(self, turns, answer=False):
+    def write(self, turns, answer=False, **kwargs):
         "The template's rendering, with the beginning of an answer unless the last turn is one"
         if not self.system: turns = _joined(turns)
         try: return self.tok.apply_chat_template(
@@ -231,7 +240,7 @@ class _ChatForm:
             chat_template=self.source,
             tokenize=False,
             add_generation_prompt=not answer,
-            **self.kwargs)
+            **self.kwargs|kwargs)
         except Exception as e: # templates raise what they like
             raise BadPair('mismatched prompt', f'the chat template refuses it ({_why(e)})') from None
 
@@ -337,9 +346,13 @@ class Template:
         "Does its template print today's date?"
         return self.kind=='chat' and self.form.dated
     @property
+    def end(self)->int:
+        "The id that ends an answer; None where there is none"
+        return self.form.end[-1] if self.form.end else None
+    @property
     def stops(self)->set:
         "The ids that end an answer, as far as template and tokenizer know"
-        return {self.form.end[-1],self.tok.eos_token_id}-{None}
+        return {*self.form.end[-1:],self.tok.eos_token_id}-{None}
     def prompts(self,
         dialogues,      # Each in the notation, or a list of turns or messages
         most:int=None,  # Longest, in tokens
@@ -367,7 +380,7 @@ class Template:
         begun=None      # Of each: has the prompt begun it?
     )->list: # A `Cut` of each
         "Answers as tokens; what is not cut ends with the end token, which its size does not count"
-        tok,end = self.tok,self.form.end
+        tok,end = self.tok,self.form.end or [_eos(self.tok)]
         texts = [self.form.own(*o) for o in zip(texts, begun or [False]*len(texts))]
         most = float('inf') if most is None else most
         def one(text, ids):
@@ -388,7 +401,7 @@ class Template:
         "The ids that make a response's text: without the stop at the end, and without PAD; special tokens within it stay"
         pad = self.tok.pad_token_id if self.tok.pad_token_id!=self.tok.unk_token_id else None
         end = self.form.end
-        if ids[-len(end):]==end: ids = ids[:-len(end)]
+        if end and ids[-len(end):]==end: ids = ids[:-len(end)]
         elif ended or ids and ids[-1] in self.stops: ids = ids[:-1]
         return [i for i in ids if i!=pad]
     def text(self, ids:list, ended=False)->str:

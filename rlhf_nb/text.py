@@ -133,10 +133,13 @@ class Notation:
         return self._pattern(rf'\\+(?:{self._said}|System)')
     def _escaped(self, text, head=False):
         "A turn's text, a backslash more before what would be read as a marker"
+        # nearly all texts: no marker can begin in them
+        if not head and '\n\n' not in text and '\r\n\r\n' not in text: return text
         start = '^|' if head else ''
         return self._pattern(rf'\\*(?:{self._said})|\\+System', start).sub(r'\1\\\2:', text)
     def _unescaped(self, text, head=False):
         "What `_escaped` has made of a turn's text, as it was"
+        if '\\' not in text: return text
         start = '^|' if head else ''
         return self._pattern(rf'\\(?:\\*(?:{self._said})|\\+System)', start).sub(lambda m: f'{m[1]}{m[2][1:]}:', text)
     def inside(self, text:str)->bool:

@@ -15,7 +15,6 @@ import torch
 from .core import *
 from .run import *
 from .stats import *
-from .tokens import *
 from .template import *
 
 # %% ../nbs/23_verdicts.ipynb #f6e4d3f7
@@ -68,20 +67,18 @@ def by_score(
 
 def by_model(
     rm,                   # Reward model
-    tok,                  # Its tokenizer
+    tok,                  # Its tokenizer, or a `Template`
     max_prompt:int=256,   # Tokens of the prompt; a longer one loses its oldest turns
     max_response:int=256  # Tokens of an answer; a longer one is cut
 ): # A judge
     "A judge that asks a reward model"
     from rlhf_nb.models import scores
-    def finished(ids):
-        "Cut at the limit, or ended by EOS"
-        return ids[:max_response] if len(ids)>=max_response else ids+[tok.eos_token_id]
+    t = as_template(tok)
     @torch.no_grad()
     def source(ps, rs):
         "Scores of two answers to one prompt"
-        answers = [finished(o) for o in encode(rs, tok)]
-        b = Batch.from_tokens(tokenize_prompts(ps[:1], tok, max_prompt), [answers])
+        prompts,answers = t.prompts(ps[:1], max_prompt),t.responses(rs, max_response)
+        b = Batch.from_tokens([o.ids for o in prompts], [[o.ids for o in answers]])
         return scores(rm, b)[0].tolist()
     return by_score(source)
 

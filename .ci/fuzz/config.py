@@ -11,7 +11,7 @@ def null(d): return {**d, 'null': True}
 def words(*o): return dict(kind='words', words=o, null=False)
 optim = dict(lr=rate, updates=null(count), epochs=count, batch_size=count, warmup=share, schedule=words('constant', 'linear', 'cosine'), weight_decay=rate,
              beta2=num(float, 0, 1, open_hi=True), eps=above, max_grad_norm=rate, micro_tokens=count, checkpoint_every=count)
-rollout = dict(optim, max_new_tokens=count, temperature=heat, no_eos_penalty=rate, target_kl=null(rate), max_kl=null(rate))
+rollout = dict(optim, max_new_tokens=count, temperature=heat, no_eos_penalty=rate, target_kl=null(rate), max_kl=null(rate), eval_samples=count)
 table = {
     '': dict(seed=num(int, -2**63, 2**64-1), device=words('auto', 'cpu', 'mps', 'cuda', 'cuda:0', 'cuda:3'), jobs=count),
     'data': dict(name=name, data_dir=null(name), n_pairs=null(count), test_size=num(float, 0, .5, open_hi=True), max_prompt=count, max_response=count),
@@ -19,8 +19,9 @@ table = {
     'model': dict(tokenizer=null(name), n_layer=count, n_positions=count, precision=words('auto', 'fp32', 'bf16', 'fp16'), forward=words('grouped', 'padded')),
     'sft': dict(optim, skip=flag),
     'reward': dict(optim, head=words('last_token', 'log_prob'), center=rate, n_normalise=num(int, 2, big)),
-    'ppo': dict(rollout, value_lr=rate, kl_coef=rate, gamma=share, lam=share, clip=rate, value_clip=rate, value_coef=rate, mini_batches=count),
-    'grpo': dict(rollout, group_size=num(int, 2, big), loss_type=words('grpo', 'dr_grpo', 'dapo'), scale_rewards=words('group', 'batch', 'none'), epsilon=rate, epsilon_high=null(rate),
+    'ppo': dict(rollout, value_lr=rate, kl_coef=rate, gamma=share, lam=share, clip=rate, value_clip=rate, value_coef=rate, mini_batches=count, value_from=words('reference', 'reward'), value_warmup=num(int, 0, big)),
+    'grpo': dict(rollout, group_size=num(int, 2, big), loss_type=words('grpo', 'dr_grpo', 'dapo', 'cispo'), ratio=words('token', 'sequence'),
+                 baseline=words('mean', 'leave_one_out'), normalise_each=flag, resample_silent=num(int, 0, big), scale_rewards=words('group', 'batch', 'none'), epsilon=rate, epsilon_high=null(rate),
                  inner=count, beta=rate, kl_in=words('loss', 'loss_corrected', 'reward'), mask_truncated=flag),
     'dpo': dict(optim, n_pairs=null(count), loss_type=words('sigmoid', 'ipo', 'robust', 'cdpo', 'simpo'), beta=rate, label_smoothing=num(float, 0, .5, open_hi=True), gamma=rate, sft_weight=rate, cache_reference=flag),
     'eval': dict(n_prompts=count, n_samples=count, max_new_tokens=count, batch_size=count, n_pairs=null(count)),
@@ -90,6 +91,8 @@ def one(rng, folder):
     p, d = given.get('ppo', {}), given.get('dpo', {})
     wrong_together = p.get('mini_batches', ('', 1))[1] > p.get('batch_size', ('', 64))[1] if damage != 'value' else False
     wrong_together |= d.get('loss_type', ('', ''))[1] == 'ipo' and d.get('beta', ('', .4))[1] == 0
+    head = 'log_prob' if given.get('data', {}).get('name', ('', 'world'))[1] == 'world' else 'last_token'
+    wrong_together |= p.get('value_from', ('', ''))[1] == 'reward' and given.get('reward', {}).get('head', ('', head))[1] != 'last_token'
     if as_sets:
         if damage in ('twice', 'section twice', 'bytes'): damage = None
         sets = [f"{s+'.' if s else ''}{k}={w}" for s, ks in given.items() for k, (w, _) in ks.items()]

@@ -37,6 +37,28 @@ def shaped(rng, row):
         dict(chosen=f'\n\nHuman: {q}\n\nAssistant: {a}', rejected=f'\n\nHuman: {q}\n\nAssistant: {b}'))),
         (dict(prompt=f'\n\nHuman: {q}\n\nAssistant:', chosen=a, rejected=b), text)))
 
+def other(rng, form, q, a, b):
+    "The same pair in a shape that a whole file has"
+    U, A, F = lambda s: dict(role='user', content=s), lambda s: dict(role='assistant', content=s), lambda w, s: {'from': w, 'value': s}
+    parts = lambda s: [dict(type='text', text=s[:3]), dict(type='text', text=s[3:])]
+    low, high = sorted(rng.sample(range(-9, 9), 2))
+    ranked = [(a, high), (b, low)] + [(' never', (low + high) / 2)] * (rng.random() < .5)
+    rng.shuffle(ranked)
+    return {
+        'alpaca_pairs': lambda: dict(instruction=q, chosen=a, rejected=b, **rng.choice((dict(input=''), dict(input=None, system=' '), {}))),
+        'ranking': lambda: dict(instruction=q, input='', output=[a, b]),
+        'orca': lambda: dict(question=q, chosen=a, rejected=b, **rng.choice((dict(system=''), dict(system=None), {}))),
+        'sharegpt_pairs': lambda: dict(conversations=[F('human', q)], chosen=F('gpt', a), rejected=F('gpt', b)),
+        'openai_pairs': lambda: dict(input=dict(messages=[U(q)], tools=[]), preferred_output=[A(a)], non_preferred_output=[A(b)]),
+        'shp': lambda: rng.choice((dict(history=q, human_ref_A=a, human_ref_B=b, labels=1), dict(history=q, human_ref_A=b, human_ref_B=a, labels=0))),
+        'helpsteer3': lambda: rng.choice((dict(context=[U(q)], response1=a, response2=b, overall_preference=-2), dict(context=[U(q)], response1=b, response2=a, overall_preference=1))),
+        'ultrafeedback': lambda: dict(instruction=q, completions=[dict(response=r, overall_score=s, model='m') for r, s in ranked]),
+        'scored': lambda: dict(prompt=[U(q)], responses=[r for r, _ in ranked], scores=[s for _, s in ranked]),
+        'parts': lambda: dict(prompt=[U(parts(q))], chosen=[A(parts(a))], rejected=[A(b)])}[form]()
+
+forms = 'alpaca_pairs', 'ranking', 'orca', 'sharegpt_pairs', 'openai_pairs', 'shp', 'helpsteer3', 'ultrafeedback', 'scored', 'parts'
+as_messages = 'sharegpt_pairs', 'openai_pairs', 'parts'        # an answer is taken as it is: no blank in front of it separates anything
+
 def extra(rng): return rng.choice((None, 1, 1.5, 'n/a', '', [], [1, 'a'], {}, dict(a=[dict(b=1)]), True, 10**30, 'None', float('nan'), '\ud83d'))
 
 def bad_row(rng, row):
@@ -94,6 +116,13 @@ def one(rng, folder):
             else: want.append((m[0], m[1].removeprefix(' '), m[2].removeprefix(' ')))
             rows.append(cells)
         data = csv_file(rng, rows, ',' if kind == 'csv' else '\t')
+    elif rng.random() < .4:
+        form = rng.choice(forms)
+        for _, (q, a, b) in pairs:
+            if rng.random() < .1: rows.append(rng.choice((7, None, [q], other(rng, form, q, a, a)))); continue
+            rows.append({**other(rng, form, q, a, b), **{k: extra(rng) for k in ('note', 'id') if rng.random() < .3}})
+            want.append((q, a, b) if form in as_messages else (q, a.removeprefix(' '), b.removeprefix(' ')))
+        data = json_file(rng, rows, kind)
     else:
         for r, m in pairs:
             if rng.random() < .15: rows.append(bad_row(rng, r)); continue
@@ -159,9 +188,20 @@ def reread(o, data, raw, zipped, kind):
         at += 1
     return read == len(values)
 
+def strings(v):
+    "All texts in a value; those of a message's parts also put together"
+    if isinstance(v, str): yield v
+    elif isinstance(v, dict): yield from (s for o in v.values() for s in strings(o))
+    elif isinstance(v, list):
+        if all(isinstance(o, dict) and isinstance(o.get('text'), str) for o in v): yield ''.join(o['text'] for o in v)
+        yield from (s for o in v for s in strings(o))
+
 def says(v, q, a, b):
     "Do the texts stand in this row, under their names?"
     if not isinstance(v, dict): return False
     def last(x): return x if isinstance(x, str) else str(x[-1].get('content')) if isinstance(x, list) and x and isinstance(x[-1], dict) else ''
     def all_(x): return x if isinstance(x, str) else ' '.join(str(m.get('content')) for m in x if isinstance(m, dict)) if isinstance(x, list) else ''
+    if not v.get('chosen') or not isinstance(v['chosen'], str) or not v.get('prompt'):
+        texts = list(strings(v))
+        if any(q in o for o in texts) and all(any(o.endswith(x) for o in texts) for x in (a, b)): return True
     return last(v.get('chosen')).endswith(a) and last(v.get('rejected')).endswith(b) and (q in all_(v.get('prompt')) or q in all_(v.get('chosen')))
