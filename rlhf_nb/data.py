@@ -192,6 +192,7 @@ def load_preferences(
     reading,rows = begin_reading(rows, report.name, format)
     check_serves(reading, 'pair', report.name)
     pairs = _need(_rows(rows, report, reading, 'pairs'), report)
+    report.remarks += remarks_on(pairs, 'pair')
     report.lengths = length_stats(_sizes(pairs, tokenizer), 'words' if tokenizer is None else 'tokens')
     return Preferences(pairs, report)
 
@@ -421,6 +422,7 @@ def _mk_splits(s, reading, report, sizes):
         if k not in s: continue
         n = len(_by_key(_need(s[k], report, f'{said_of[gives]} for {k}')))
         if n<20: report.remarks.append(f'{k} has {n} prompt{"s"*(n>1)}: too few to conclude anything from.')
+    report.remarks += remarks_on(s['train'], gives)
     unit = 'tokens' if sizes else 'words'
     before = np.stack([sizes[id(p)] for p in s['train']]) if sizes else _sizes(s['train'], names=texts_of[gives])
     report.lengths = length_stats(before, unit) if gives=='pair' else _lengths(before, texts_of[gives], unit)

@@ -160,6 +160,7 @@ def _load_players(self:Desk):
     with no_gc():
         from rlhf_nb.load import load_policy,load_reward_model
         from rlhf_nb.line import run_template
+        from rlhf_nb.checks import by_model,named_source,own_reward
         from rlhf_nb.sources import mk_scorer
         from rlhf_nb.template import as_template
         from rlhf_nb.train import pick_device
@@ -176,8 +177,10 @@ def _load_players(self:Desk):
     for k,folder in self._model_folders().items():
         o = attempt(k, load_policy, folder)
         if o: loaded[k] = o
-    folder,reward = self.places.made('reward'),None
-    if loaded and folder.is_dir(): reward = attempt(folder.name, load_reward_model, folder)
+    folder,spec,reward = self.places.made('reward'),own_reward(c),None
+    def source(path, **kw): return named_source(spec, lambda: load_reward_model(path, **kw))
+    if loaded and (folder.is_dir() or not by_model(spec)):
+        reward = attempt(folder.name if by_model(spec) else spec, source, folder)
     elif loaded: self.trouble(f'{folder}: no such folder, so answers come without a reward')
     gold = gold_reward if c.data.name=='world' else None
     for k,(policy,tok) in loaded.items():
@@ -309,10 +312,12 @@ def _exact_kls(self:Desk, player, b, temperature):
 @torch.no_grad()
 def _record(self:Desk, c, k, writer)->dict:
     "The best answer of model `k`, with all that is known about it"
-    from rlhf_nb.sources import texts
-    player,b = writer.player,writer.batch().plus(rows=[dict(prompt=c['prompt'])])
+    from rlhf_nb.sources import rewards_of,texts
+    # the columns that a reward function read, of a prompt that was evaluated
+    known = next((r for r in self.records.get('reference', ()) if r['prompt']==c['prompt']), {})
+    player,b = writer.player,writer.batch().plus(rows=[{**known.get('columns', {}), 'prompt':c['prompt']}])
     kls = self._exact_kls(player, b, c['temperature'] or 1.)
-    reward,gold = (f(b)[0].tolist() if f else None for f in (player.score,player.gold))
+    reward,gold = (rewards_of(f, b) for f in (player.score,player.gold))
     responses = texts(b, player.template)[1][0]         # of the one prompt
     i = max(range(c['n']), key=lambda j: reward[j]) if reward else 0
     mask = b.mask[0,i].cpu()                       # (T)

@@ -166,11 +166,21 @@ def sample_records(
     return {k:[r for rs in found for r in rs if r['model']==k]
             for k in models}
 
+def _plain(v):
+    "A value as JSON holds it"
+    return v if v is None or isinstance(v, (str,bool,int,float)) else str(v)
+
+def _read_columns(score, rows)->list:
+    "The columns of each row that reward functions have read, so that who reads a record knows what was asked"
+    from rlhf_nb.sources import as_read,columns_of
+    if not hasattr(score, 'asks'): return [{} for _ in rows]
+    names = score.asks(columns_of(rows))
+    return [{k:_plain(v) for k,v in as_read(r).items() if k in names} for r in rows]
+
 def _noted(score, n)->list:
     "What reward functions have noted about each of `n` answers (`log_extra`), {column: value} each"
     columns = {k:v for k,v in getattr(score, 'extra', {}).items() if len(v)==n}
-    def plain(v): return v if v is None or isinstance(v, (str,bool,int,float)) else str(v)
-    return [{k:plain(v[i]) for k,v in columns.items()} for i in range(n)]
+    return [{k:_plain(v[i]) for k,v in columns.items()} for i in range(n)]
 
 def _as_records(samples, prompts, tok, score, gold, rows):
     "The records of each prompt, from {model: batch (B,n,R)}"
@@ -184,6 +194,7 @@ def _as_records(samples, prompts, tok, score, gold, rows):
     if gold is not None: values['gold_reward'] = gold(b)
     values = {k:v.tolist() for k,v in values.items()}            # (B,G) each
     writer = [k for k,o in samples.items() for _ in range(o.shape[1])]
+    columns = _read_columns(score, b.rows)
     responses,noted = texts(b, tok)[1],_noted(score, len(writer)*len(prompts))
     def record(i, g):
         "The record of answer `g` to prompt `i`"
@@ -195,8 +206,8 @@ def _as_records(samples, prompts, tok, score, gold, rows):
         for k in ('reward','gold_reward'):
             if k in r and math.isnan(r[k]):
                 del r[k]             # not applicable
-        extra = noted[i*len(writer)+g]
-        if extra: r['extra'] = extra
+        for key,o in (('extra',noted[i*len(writer)+g]),('columns',columns[i])):
+            if o: r[key] = o
         return r | dict(kl_per_token=r['kl']/max(1, r['n_tokens']))
     return [[record(i, g) for g in range(len(writer))]
             for i in range(len(prompts))]

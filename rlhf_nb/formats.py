@@ -386,6 +386,7 @@ def _counted(name, rows, n):
 def _in_memory(name, v, n):
     "A split of rows in memory"
     if callable(v) and not hasattr(v, '__iter__'): return _later(name, v)
+    if hasattr(v, 'to_pylist'): v = v.to_pylist()                       # a table of pyarrow
     if isinstance(v, str) or not hasattr(v, '__iter__'):
         raise ValueError(f'the rows of {name} are {_what(v)}; expected a list of objects with chosen and rejected, '
                          'a Dataset, a DataFrame, columns, a generator, or the name of a file')

@@ -375,6 +375,9 @@ def _check_data(line, left):
     # each is made when it is first asked for, and tells what is wrong
     line.acc,line.splits,line.template
     if any(stage_table[s].held_out for s in left): line.held()
+    if line.splits.gives=='text' and {*left}-{'sft'}:
+        raise ValueError(f'{line.splits.report.name} holds texts, and no prompts to ask: they serve SFT '
+                         '(--stages sft, or sft.data beside other data)')
     _check_serves(line, left)
     _check_functions(line, left)
     if 'ppo' in left: _check_ppo(line, left)

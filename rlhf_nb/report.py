@@ -484,10 +484,7 @@ def analyze(
     md,numbers = mk_report(data, command, at.results)
     old = _found([], at.summary, at.read_summary)
     # a file that is not ours is left alone, and named in the report
-    if old or not at.summary.exists():
-        old = old or dict(seeds={})
-        seeds = {s:{**old['seeds'].get(s, {}), **r} for s,r in numbers['seeds'].items()}
-        at.write_summary(**{**old, **numbers, 'seeds':seeds})
+    if old or not at.summary.exists(): at.write_summary(**{**(old or {}), **numbers})
     write_text(at.analysis_md, md)                                 # last: with it the stage is done
     for p in data['problems']:
         print(f'not used: {visible(p)}')

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['shapes', 'said_of', 'serves', 'texts_of', 'needs_of', 'split_pair', 'split_answer', 'Shape', 'read_row', 'find_shape',
-           'answers_of', 'prompt_key', 'unique_prompts', 'Row', 'Reading', 'begin_reading', 'check_serves']
+           'answers_of', 'prompt_key', 'unique_prompts', 'remarks_on', 'Row', 'Reading', 'begin_reading',
+           'check_serves']
 
 # %% ../nbs/05b_shapes.ipynb #w8uo9b4k
 import math,re,unicodedata
 from collections import Counter
+from contextlib import suppress
 from itertools import chain,islice
 from os.path import commonprefix
 from typing import NamedTuple
@@ -162,7 +164,6 @@ def _instructed(row):
     return [*_said_in(row, 'system', 'system'),*history,*_turn('user', '\n'.join(asked), 'instruction')]
 
 def _alpaca_pair(row): return _pair_of(_instructed(row), row['chosen'], row['rejected'])
-
 def _ranking(row): return _pair_of(_instructed(row), *row['output'])
 
 def _orca(row):
@@ -186,17 +187,12 @@ def _shp(row):
         raise _malformed(f"labels is {_what(row['labels'])}; expected 1 (A is preferred) or 0")
     return _pair_of(_turn('user', row['history'], 'history'), sides[row['labels']], sides[1-row['labels']])
 
-def _alike(why):
-    "A row that prefers neither answer"
-    return BadPair('identical pair', f'judged alike: {why}')
-
 def _helpsteer3(row):
     by = row['overall_preference']
-    if not by: raise _alike('overall_preference is 0')
+    if not by: raise BadPair('identical pair', 'judged alike: overall_preference is 0')
     first,second = row['response1'],row['response2']
     return _pair_of(row['context'], *((first,second) if by<0 else (second,first)))
 
-# %% ../nbs/05b_shapes.ipynb #swyb6252
 def _is_number(x):
     "Is it a finite number?"
     return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -207,7 +203,7 @@ def _best_and_worst(texts, scores):
     rated = [(s,t) for s,t in zip(scores, texts) if _is_number(s)]
     if len(rated)<2: raise _malformed(f'{len(rated)} answers with a score; a pair needs two')
     best,worst = (f(rated, key=lambda o: o[0]) for f in (max,min))
-    if best[0]==worst[0]: raise _alike(f'all scores are {best[0]}')
+    if best[0]==worst[0]: raise BadPair('identical pair', f'judged alike: all scores are {best[0]}')
     return best[1],worst[1]
 
 def _ultrafeedback(row):
@@ -237,6 +233,9 @@ def _completion(row, k='completion'):
     return split_answer([*to_messages(_prompt_turns(row['prompt'])),*after])
 
 def _response(row): return _completion(row, 'response')
+def _alpaca(row): return split_answer([*_instructed(row),*_turn('assistant', row['output'], 'output')])
+def _dialogue(row): return split_answer(row['text'])
+def _prompt(row): return dict(prompt=as_prompt(row['prompt']))
 
 def _messages(row):
     _no_tools(row)
@@ -248,12 +247,6 @@ def _messages(row):
 def _sharegpt(row):
     _no_tools(row)
     return split_answer([*_said_in(row, 'system', 'system'),*_chat(row['conversations'], 'conversations')])
-
-def _alpaca(row): return split_answer([*_instructed(row),*_turn('assistant', row['output'], 'output')])
-
-def _dialogue(row): return split_answer(row['text'])
-
-def _prompt(row): return dict(prompt=as_prompt(row['prompt']))
 
 def _text(row):
     if not isinstance(row['text'], str): raise _malformed(f"text is {_what(row['text'])}; expected text (a string)")
@@ -352,9 +345,8 @@ def read_row(
         raise _malformed(f"expected an object with {' and '.join(shape.columns)}, got {_what(row)}")
     for k in (*shape.columns,*shape.also):
         if k in getattr(row, 'twice', ()): raise _malformed(f"the key '{k}' stands twice")
-    for k in shape.columns:
-        if row.get(k) is not None: continue
-        raise _malformed(f'{k} is null' if k in row else f'no {k}; the keys are {_names_of(row)}')
+    k = next((k for k in shape.columns if row.get(k) is None), None)
+    if k: raise _malformed(f'{k} is null' if k in row else f'no {k}; the keys are {_names_of(row)}')
     if shape.holds and not shape.holds(row):
         found = ', '.join(f'{k} is {_what(row[k])}' for k in shape.columns)
         raise _malformed(f'not of the shape {shape.name}: {found}')
@@ -423,6 +415,20 @@ def unique_prompts(rows)->list[str]:
     "Each prompt of `rows` once, in order"
     return list(dict.fromkeys(p['prompt'] for p in rows))
 
+def remarks_on(
+    rows:list, # Rows of ours
+    gives:str  # What they hold
+)->list:       # Sentences
+    "What a person should know about rows that were read"
+    out = []
+    if gives=='answer':
+        n = sum(any(t.role=='assistant' for t in parse_turns(p['prompt'])[:-1]) for p in rows)
+        if n: out.append(f'{n} of {len(rows)} dialogues have earlier answers, which are read and not learned.')
+    for k in ('image','images','audio','video'):
+        n = sum(p.get(k) is not None and not (_is_list(p[k]) and not len(p[k])) for p in rows)
+        if n: out.append(f'{n} of {len(rows)} rows have {k}, which no stage reads.')
+    return out
+
 class Row(dict):
     "A row of ours; `given` is the row as the data have it, which reward functions see"
     def __init__(self, o, given):
@@ -455,18 +461,15 @@ def begin_reading(
     shape = find_shape([o for _,o in head], name, wanted) or lacking
     reading = Reading(shape, shape.gives)
     if shape.gives=='answer':
-        found = [o for o in (_or_none(shape, row) for _,row in head) if o]
+        found = []
+        for _,row in head:
+            with suppress(BadPair): found.append(read_row(shape, row))
         # dialogues that all wait for an answer are prompts
         if found and not any('response' in o for o in found): reading = Reading(shape, 'prompt')
     return reading,chain(head, rows)
 
-def _or_none(shape, row):
-    "What a row says; None where it can't be used"
-    try: return read_row(shape, row)
-    except BadPair: return None
-
-_taken = dict.fromkeys(('answer','text'), 'sft.data takes these')
-_taken['prompt'] = 'ppo.prompts and grpo.prompts take these'
+_taken = dict(pair='', answer='sft.data takes these', text='sft.data takes these',
+              prompt='ppo.prompts and grpo.prompts take these')
 
 def check_serves(
     reading:Reading,
@@ -478,7 +481,7 @@ def check_serves(
     gives = reading.gives
     if need in serves[gives]: return
     raise ValueError(f'{name}: {said_of[gives]} (the shape {reading.shape.name}), where {said_of[need]} are needed; '
-                     f'{_taken.get(gives, "")}. If it is another shape, {key}.format or {key}.columns says which')
+                     f'{_taken[gives]}. If it is another shape, {key}.format or {key}.columns says which')
 
 def _doubled(pair):
     "Do both answers begin with the question that they answer?"
