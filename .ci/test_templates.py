@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
+from rlhf_nb.reward import Reader
 from rlhf_nb.template import Template,tokenize_sft
 from rlhf_nb.text import HH,BadPair,Turn,parse_turns,to_messages
 
@@ -172,3 +173,27 @@ def test_date(name, templates):
 
 
 def test_some_print_the_date(templates): assert {n for n in usable if templates[n].dated}>={"llama3_2", "gptoss", "muse_glimmer"}
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    c = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=9999, vocab_size=300, num_labels=1)
+    return AutoModelForSequenceClassification.from_config(c).eval()
+
+
+@pytest.mark.parametrize("name", usable)
+def test_what_a_reward_model_reads(name, templates, classifier):
+    "A finished reward model is given what its card's code gives it: one rendering of the dialogue with its answer, with nothing switched off"
+    tok = mk_tok(name)
+    reader = Reader(classifier, tok)
+    assert reader.form=="chat"
+    for turns in (talk[:1], talk[:3], talk, [S("Be brief."), *talk]):
+        if turns[0].role=="system" and name in joins: continue
+        b = reader.batch([HH.prompt(turns)], [[" Four.", " I do not know.\n"]])
+        rows = [p+r for p, rs in zip(b.prompts, b.tokens()) for r in rs]
+        assert rows==[tok.apply_chat_template(to_messages([*turns, A(text)]), return_dict=False) for text in ("Four.", "I do not know.\n")]
+        names = f" {tok.eos_token}{tok.convert_ids_to_tokens(templates[name].form.end[-1])}"
+        special = set(templates[name].form.own_tokens.values())
+        said, plain = (reader.batch([HH.prompt(turns)], [[o]]) for o in (names, " x"))
+        said, plain = ([i for i in o.prompts[0]+o.tokens()[0][0] if i in special] for o in (said, plain))
+        assert said==plain                                             # what an answer spells ends no turn

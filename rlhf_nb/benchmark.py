@@ -20,7 +20,6 @@ from .core import *
 from .config import *
 from .text import *
 from .world import *
-from .shapes import *
 from .data import *
 from .load import *
 from .peers import *
@@ -181,7 +180,7 @@ def prepare(
     rows = [rows[i] for i in order.tolist()]
     seed_all(seed)
     # without dropout, whatever a side does with it
-    c = GPT2Config(**shapes[size], vocab_size=max(len(tok), 50257 if size=='gpt2' else 0),
+    c = GPT2Config(**model_sizes[size], vocab_size=max(len(tok), 50257 if size=='gpt2' else 0),
                    resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                    eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)
     GPT2LMHeadModel(c).save_pretrained(folder/'lm')

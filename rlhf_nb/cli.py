@@ -109,6 +109,7 @@ _gauge_flags = {
     '--template': _flag(_template_help, choices=reward_forms, default='auto'),
     '--data-dir': _flag('subset of a Hub data set or folder, such as harmless-base'),
     '--device': _flag('auto, cpu, cuda, cuda:N or mps', default='auto'),
+    '--scores': _flag('write a line of JSON for each pair to this file: where it stands, its scores', metavar='FILE'),
     '--out': _flag('write the numbers to this JSON file too', metavar='FILE')}
 
 _kind_help = 'how it reads a dialogue: its own chat template, Human: and Assistant:, or a text alone'
@@ -300,15 +301,17 @@ def _llm(a)->LLMJudge:
 def cmd_check(a):
     "What can be known of a model before anybody trains it, on one page"
     from rlhf_nb.train import pick_device
-    print(preflight_page(a.model, preflight(a.model, a.tokenizer, a.template, None, pick_device(a.device), a.question)))
+    print(check_page(a.model, check_model(a.model, a.tokenizer, a.template, None, pick_device(a.device), a.question)))
 
 def cmd_eval_reward(a):
     "How right any reward model is on any pairs"
-    if a.out and Path(a.out).is_dir():
-        raise IsADirectoryError(f'--out {a.out}: a folder; expected the name of a file')
+    for flag,f in (('--out',a.out),('--scores',a.scores)):
+        if f and Path(f).is_dir(): raise IsADirectoryError(f'{flag} {f}: a folder; expected the name of a file')
     if a.n is not None and a.n<1: raise ValueError(f'--n: expected a number of rows above 0, got {a.n}')
     d = eval_reward(a.model, a.data, a.by, a.split, a.n, a.template, a.data_dir, a.device)
+    pairs = d.pop('pairs')
     print(gauge_md(d))
+    if a.scores: write_text(a.scores, ''.join(json.dumps(o)+'\n' for o in pairs))
     if a.out: write_json(a.out, dict(d, command=_said(a)))
 
 def cmd_failures(a):

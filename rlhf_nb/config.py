@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Below1', 'BelowHalf', 'From0', 'From2', 'Seed', 'Share', 'Heat', 'Schedule',
-           'Names', 'Sources', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataSource', 'DataConfig',
-           'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig',
-           'EvalConfig', 'Config', 'mk_config', 'nested', 'load_config', 'config_yaml']
+           'Names', 'Sources', 'Options', 'Device', 'Heat0', 'presets', 'own_data', 'WorldConfig', 'DataSource',
+           'DataConfig', 'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig',
+           'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config', 'mk_config', 'nested', 'load_config', 'config_yaml']
 
 # %% ../nbs/01_config.ipynb #confh003
 import difflib,json,math,re
@@ -455,8 +455,16 @@ def _without_penalty(d:dict)->dict:
 @cache
 def _adapter(): return TypeAdapter(Config)
 
+# the key by which a stage that trains has data of its own
+own_data = dict(sft='data', reward='data', dpo='data', ppo='prompts', grpo='prompts')
+
 def _together(c:Config)->Config:
     "Values that are right alone and not together"
+    for stage,k in own_data.items():
+        own = getattr(getattr(c, stage), k)
+        if own and own.test_split and stage!='reward':
+            raise ValueError(f'{stage}.{k}.test_split: nothing is tested on these; only reward.data has a test split')
+    if c.sft.data and c.sft.skip: raise ValueError('sft.data: with sft.skip nothing learns from it')
     two = c.ppo.reward,c.grpo.reward
     if None not in two and two[0]!=two[1]:
         raise ValueError('ppo.reward and grpo.reward: expected the same, since all answers of a run are scored by one; '

@@ -447,8 +447,7 @@ def load_splits(
 
 def _own_data(config):
     "{key: its section}, of the stages that have data of their own"
-    keys = {k:'prompts' if need=='prompt' else 'data' for k,need in needs_of.items()}
-    found = {f'{k}.{v}':getattr(getattr(config, k), v) for k,v in keys.items()}
+    found = {f'{k}.{v}':getattr(getattr(config, k), v) for k,v in own_data.items()}
     return {k:v for k,v in found.items() if v}
 
 def _read_own(key, own, config, tokenizer):

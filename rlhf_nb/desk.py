@@ -159,7 +159,7 @@ def _load_players(self:Desk):
     "All models that load; what is wrong with the others is told"
     with no_gc():
         from rlhf_nb.load import load_policy,load_reward_model
-        from rlhf_nb.line import run_template
+        from rlhf_nb.line import run_talks,run_template
         from rlhf_nb.checks import by_model,named_source,own_reward
         from rlhf_nb.sources import mk_scorer
         from rlhf_nb.template import as_template
@@ -186,7 +186,7 @@ def _load_players(self:Desk):
     for k,(policy,tok) in loaded.items():
         # a model of somebody else says itself how it reads
         t = as_template(tok) if k in self.policies else run_template(c.model, self.places.data_file, tok)
-        scorers = [o and mk_scorer(o, t) for o in (reward,gold)]
+        scorers = [o and mk_scorer(o, t, talks=run_talks(self.places)) for o in (reward,gold)]
         self.players[k] = Player(policy, t, *scorers)
 
 @patch

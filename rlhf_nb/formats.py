@@ -367,7 +367,7 @@ def _frame(df):
 def _is_columns(o, columns):
     "Is a dictionary {column: its values}, and not {split: its rows}?"
     if not o or not all(map(_is_list, o.values())): return False
-    known = {k for s in shapes.values() for k in (*s.columns,*s.also)} | {*columns.values()}
+    known = {k for s in shape_table.values() for k in (*s.columns,*s.also)} | {*columns.values()}
     return bool(known & o.keys()) and not all(isinstance(x, dict) for v in o.values() for x in v)
 
 def _by_row(o):

@@ -224,7 +224,7 @@ def eval_reward(
     form:str='auto',    # How dialogues are told to the model: `chat`, `pair`, `text`, or what suits it
     data_dir:str=None,  # Subset of a Hub data set or folder
     device:str='auto'
-)->dict: # As `gauge`, with model, data, form, refused, cut
+)->dict: # As `gauge`, with model, data, form, refused, cut, and `pairs`: place and scores of each
     "How right a reward model is on any pairs"
     split = _split_of(data, data_dir, split)
     prefs = load_preferences(data, data_dir, split, n)
@@ -244,7 +244,12 @@ def eval_reward(
     out = dict(model=str(model), data=report.name, form=form_of, read=report.read, kept=report.kept)
     if report.kept<report.read: out['dropped'] = report.reasons()
     # what a function returns is on no scale of probabilities
-    return out|gauge(s, pairs, by, not is_function)|dict(refused=no, cut=cut, column=by)
+    out |= gauge(s, pairs, by, not is_function)
+    def row(p, scores):
+        "Where a pair stands, and what was said of its answers"
+        c,r = (None if math.isnan(x) else x for x in scores)
+        return dict(source=p['source'], chosen=c, rejected=r)
+    return out|dict(refused=no, cut=cut, column=by, pairs=list(map(row, pairs, s.tolist())))
 
 def _row(name, o):
     "A line of the table"

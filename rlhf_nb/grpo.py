@@ -70,6 +70,7 @@ def sum_normalised(
     weights        # (S), or (B,S)
 ): # (B,G); NaN where no source says anything
     "The weighted sum of the sources, each in deviations from its group's mean (Liu et al. 2026, GDPO, before its batch normalisation)"
+    weights = weights.to(source_scores)
     each = [w[...,None]*group_advantages(s) for s,w in zip(source_scores.unbind(-1), weights.unbind(-1))]
     return sum(each).masked_fill(source_scores.isnan().all(-1), torch.nan)
 

@@ -158,7 +158,8 @@ def _check_guesses(tok, name, missing):
 
 def load_tokenizer(
     name,         # Hub name or folder
-    eos:bool=True # Must it have an EOS? A classifier's need not
+    eos:bool=True,# Must it have an EOS? A classifier's need not
+    say=print     # Who is told of a new PAD
 ):
     "A tokenizer that has an EOS and a PAD of its own"
     check_folder(name, weights=False)
@@ -180,9 +181,9 @@ def load_tokenizer(
     if eos and tok.eos_token_id is None:
         raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     used = set().union(*(_ids(v) for k,v in g.items() if k.endswith('token_id')))
-    return _own_pad(tok, _ids(c.get('eos_token_id'))|used-_ids(g.get('pad_token_id')), name, c.get('vocab_size'))
+    return _own_pad(tok, _ids(c.get('eos_token_id'))|used-_ids(g.get('pad_token_id')), name, c.get('vocab_size'), say)
 
-def _own_pad(tok, stops, name, n=None):
+def _own_pad(tok, stops, name, n=None, say=print):
     "Another PAD where there is none, or where it ends responses; a chat model of `n` embeddings gets no new token"
     stops = {tok.eos_token_id,*stops,*_ends_of(tok)}
     # where PAD is EOS, padding and the end of an answer cannot be told apart
@@ -190,14 +191,14 @@ def _own_pad(tok, stops, name, n=None):
     old = tok.pad_token
     if template_kind(tok)!='chat':
         tok.add_special_tokens({'pad_token':'<|pad|>'})
-        print(f'{name}: added the token <|pad|> (id {tok.pad_token_id}), because PAD was missing or the same as EOS')
+        say(f'{name}: added the token <|pad|> (id {tok.pad_token_id}), because PAD was missing or the same as EOS')
         return tok
     spare = _spare(tok, stops, n)
     tok.pad_token = spare or tok.eos_token
     if tok.pad_token!=old:
         why = 'PAD was missing' if old is None else f'{old} ends answers'
         free = '' if spare else '; the vocabulary has no special token that nothing uses'
-        print(f'{name}: PAD is {tok.pad_token} (id {tok.pad_token_id}), because {why}{free}')
+        say(f'{name}: PAD is {tok.pad_token} (id {tok.pad_token_id}), because {why}{free}')
     return tok
 
 def _ends_of(tok):
@@ -332,8 +333,9 @@ def load_policy(
     more = len(tok)-len(m.get_input_embeddings().weight)-(tok.pad_token=='<|pad|>')
     _own_pad(tok, _stops(m, tok, own), tokenizer or name, len(m.get_input_embeddings().weight))
     if more>0: print(f'{name}: made room for {more} token{"s"*(more>1)} that the tokenizer has and the model lacks')
+    t = Template(tok, template)
     with _named(name):
-        return _ready(fit_tokenizer(m, Template(tok, template), own), forward).to(device),tok
+        return _ready(fit_tokenizer(m, t, own), forward).to(device),tok
 
 def _keep_memory():
     "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
@@ -386,8 +388,10 @@ def load_reward_model(
     "A reward model, or any sequence classifier with one label, and its tokenizer"
     path = Path(name)
     if (path/POINTER).is_file(): return _pointed_to(path/POINTER, forward, device)
-    tok = load_tokenizer(name, eos=False)
     d = _json_file(path/'config.json', {})
+    # a foreign model is read where its own PAD says, so that nobody need know of another
+    say = print if 'reward_mean' in d else lambda said: None
+    tok = load_tokenizer(name, eos=False, say=say)
     if d.get('head')=='log_prob':
         try: m = _load_log_prob(path, d)
         except (LookupError,RuntimeError,TypeError,AttributeError) as e:

@@ -228,7 +228,8 @@ def _drawn(answer, at, others, silent, most):
 def _chosen(b, silent, size):
     "The first `size` groups that teach something, in the order of their drawing; where those are too few, silent ones as well"
     if len(b)==size: return b
-    return b[silent(b).int().argsort(stable=True)[:size].sort().values]
+    first = silent(b).int().argsort(stable=True)[:size]
+    return b[first.sort().values.cpu()]
 
 def _draw_update(answered, n, size, seed, i, silent, resample):
     "What update `i` trains on, all that was drawn for it, and the seconds of sampling; `n` prompts to draw from"

@@ -174,6 +174,11 @@ def _spoken(dialogue):
     if turns and turns[-1].role=='assistant': return turns[:-1],turns[-1].text
     return turns,''
 
+def _useless(tok, why):
+    "The error of a chat template that can't be used"
+    where = f'{tok.name_or_path}: ' if getattr(tok, 'name_or_path', '') else ''
+    return ValueError(f'{where}the chat template {why}: mend it, or set model.template to hh or plain')
+
 class _ChatForm:
     "A dialogue as the tokenizer's own template writes it"
     def __init__(self, tok, kwargs=None, date=None, ends=True):
@@ -190,8 +195,9 @@ class _ChatForm:
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
         self.system = True
-        self.kwargs = {k:False for k in _off if k in asked and self._matters(k)}|self.kwargs
-        # who only reads finished answers, as a reward model does, needs no end
+        # who only reads finished answers, as a reward model does, needs no end, and nobody has told it not to think
+        off = [k for k in _off if ends and k in asked and self._matters(k)]
+        self.kwargs = dict.fromkeys(off, False)|self.kwargs
         self.end = self._probe() if ends else []
         self.system = self._has_system()
     def _matters(self, k):
@@ -204,11 +210,9 @@ class _ChatForm:
         asked,said = Turn('user', _other),Turn('assistant', _word)
         try: prompt,whole = self.write([asked]),self.write([asked,said], answer=True)
         except BadPair as e:
-            raise ValueError(f'the chat template fails on a question and an answer ({e.detail}): '
-                             'mend it, or set model.template to hh or plain') from None
+            raise _useless(self.tok, f'fails on a question and an answer ({e.detail})') from None
         if _other not in prompt or _word not in whole:
-            raise ValueError('the chat template leaves out what is said: it expects contents that are no text. '
-                             'Mend it, or set model.template to hh or plain')
+            raise _useless(self.tok, 'leaves out what is said, it expects contents that are no text')
         try: longer = self.write([asked,said,asked], answer=True)
         except BadPair: longer = whole
         return self._end(whole, longer)
@@ -229,8 +233,7 @@ class _ChatForm:
         both = [a for i,(a,b) in enumerate(zip(last, inner)) if last[:i+1]==inner[:i+1]]
         end,eos = both or last[:1] or inner[:1],self.tok.eos_token_id
         if not end:
-            raise ValueError('the chat template writes no special token behind an answer, so that it could never end: '
-                             'mend it, or set model.template to hh or plain')
+            raise _useless(self.tok, 'writes no special token behind an answer, so that it could never end')
         return end[:end.index(eos)+1] if eos in end else end
     def write(self, turns, answer=False, **kwargs):
         "The template's rendering, with the beginning of an answer unless the last turn is one"

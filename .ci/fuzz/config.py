@@ -14,7 +14,7 @@ optim = dict(lr=rate, updates=null(count), epochs=count, batch_size=count, warmu
 rollout = dict(optim, max_new_tokens=count, temperature=heat, no_eos_penalty=rate, target_kl=null(rate), max_kl=null(rate), eval_samples=count)
 table = {
     '': dict(seed=num(int, -2**63, 2**64-1), device=words('auto', 'cpu', 'mps', 'cuda', 'cuda:0', 'cuda:3'), jobs=count),
-    'data': dict(name=name, data_dir=null(name), n_pairs=null(count), test_size=num(float, 0, .5, open_hi=True), max_prompt=count, max_response=count),
+    'data': dict(name=name, data_dir=null(name), config=null(name), format=name, n_pairs=null(count), test_size=num(float, 0, .5, open_hi=True), max_prompt=count, max_response=count),
     'world': dict(n_corpus=count, n_facts=num(int, 0, big), n_pairs=count, n_dev=count, n_test=count, n_ood=count),
     'model': dict(tokenizer=null(name), n_layer=count, n_positions=count, precision=words('auto', 'fp32', 'bf16', 'fp16'), forward=words('grouped', 'padded')),
     'sft': dict(optim, skip=flag),
