@@ -475,6 +475,9 @@ def _together(c:Config)->Config:
     if c.ppo.value_from=='reward' and not c.reward.model and c.reward.head!='last_token':
         raise ValueError('ppo.value_from: reward needs a reward model with the plain head (reward.head: last_token), '
                          f'got reward.head: {c.reward.head}')
+    own = c.grpo.reward or c.ppo.reward
+    if c.grpo.normalise_each and not (isinstance(own, list) and len(own)>1):
+        raise ValueError(f'grpo.normalise_each: expected several reward sources in grpo.reward, got {_shown(own)}')
     if c.dpo.loss_type=='ipo' and not c.dpo.beta:
         raise ValueError('dpo.beta: expected a number above 0 with dpo.loss_type ipo, '
                          'whose margin is 1/(2 beta), got 0')
