@@ -475,12 +475,23 @@ def _together(c:Config)->Config:
     if c.ppo.value_from=='reward' and not c.reward.model and c.reward.head!='last_token':
         raise ValueError('ppo.value_from: reward needs a reward model with the plain head (reward.head: last_token), '
                          f'got reward.head: {c.reward.head}')
+    own = c.grpo.reward or c.ppo.reward
+    if c.grpo.normalise_each and not (isinstance(own, list) and len(own)>1):
+        raise ValueError(f'grpo.normalise_each: expected several reward sources in grpo.reward, got {_shown(own)}')
     if c.dpo.loss_type=='ipo' and not c.dpo.beta:
         raise ValueError('dpo.beta: expected a number above 0 with dpo.loss_type ipo, '
                          'whose margin is 1/(2 beta), got 0')
     if c.model.name=='scratch' and c.model.n_embd%c.model.n_head:
         raise ValueError(f'model.n_head: expected a divisor of model.n_embd ({c.model.n_embd}), got {c.model.n_head}')
     return c
+
+def _start(name, data)->dict:
+    "The values of a preset with these data (None: its own)"
+    if name=='demo': return presets['demo'] if data in (None,'world') else _demo_elsewhere
+    own = presets[name]['data']
+    if data in (None,own['name']): return presets[name]
+    # which subset is a question of its own data set
+    return {**presets[name], 'data':{k:v for k,v in own.items() if k!='data_dir'}}
 
 def mk_config(
     d:dict # Nested keys and values; what is missing comes from the preset that `preset` names
@@ -489,9 +500,8 @@ def mk_config(
     d = _checked(d, Config)
     name = d.get('preset', 'demo')
     if name not in presets: raise ValueError(f"unknown preset {_shown(name)}, expected one of {', '.join(presets)}")
-    data = (d.get('data') or {}).get('name', 'world')
-    start = _demo_elsewhere if name=='demo' and data!='world' else presets[name]
-    try: return _together(_adapter().validate_python(_merge(_merge({**start, 'preset':name}, _without_penalty(d)), d)))
+    start = {**_start(name, (d.get('data') or {}).get('name')), 'preset':name}
+    try: return _together(_adapter().validate_python(_merge(_merge(start, _without_penalty(d)), d)))
     except ValidationError as e:
         o = e.errors()[0]
         key = '.'.join(k for k in o['loc'] if isinstance(k, str) and k.isidentifier())

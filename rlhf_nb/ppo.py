@@ -141,4 +141,5 @@ def train_ppo(
                    epochs=o.epochs, mini_batches=o.mini_batches, watch=watch, rows=rows)
     look = partial(unseen, policy, reference, dev, o, score, o.kl_coef, watch=watch, rows=dev_rows) if dev else None
     step = partial(ppo_step, o=o)
-    return fit_rollouts(models, reference, draw, step, o, len(prompts), 'ppo', seed, run, acc, look, show, opt, o.value_warmup)
+    n = len(prompts)
+    return fit_rollouts(models, reference, draw, step, o, n, 'ppo', seed, run, acc, look, show, opt, o.value_warmup)

@@ -120,6 +120,11 @@ def _spread(x):
     s = x.std().item() if x.numel()>1 else 0.
     return s if math.isfinite(s) else x.double().std().item()
 
+def _precision(policy, acc):
+    "The context in which training reads, and whether that is less than the sampler's float32"
+    if acc is None: return nullcontext,policy.dtype!=torch.float32
+    return acc.autocast,acc.mixed_precision!='no' or policy.dtype!=torch.float32
+
 def _read(model, b, parts, o, precision):
     "Log-probabilities (B,G,R) under the precision of the training forward, part by part"
     def read(x): return log_probs(model, x, o.temperature)
@@ -264,8 +269,7 @@ def rollouts(
     if isinstance(score, Scorer): score.check(rows)
     total = n_rollouts(o, len(prompts))
     answered = partial(_answered, policy, score, prompts, rows, n, o, seed)
-    precision,low = (nullcontext,False) if acc is None else (acc.autocast,acc.mixed_precision!='no')
-    low = low or policy.dtype!=torch.float32
+    precision,low = _precision(policy, acc)
     for i in range(start, total):
         began = time.perf_counter()
         _begin(score, i, total, i*size/len(prompts))
@@ -277,8 +281,7 @@ def rollouts(
         row.update(_about(b, b if len(drawn)==size else drawn, watch))
         row.update(_of_sources(score, drawn, row))
         with precision(): b = prepare(b)                      # a value model is read there
-        now = time.perf_counter()
-        scoring = now-began-sampling
+        scoring = time.perf_counter()-began-sampling
         row.update(_explained(b), sample_seconds=round(sampling, 4), score_seconds=round(scoring, 4))
         far = o.max_kl is not None and row['kl']>o.max_kl
         if far: row['stopped'] = True                         # the row says so: who resumes must not go on

@@ -211,7 +211,8 @@ def steps(
         if acc.num_processes>1:
             tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
         took = round(time.perf_counter()-began, 4)
-        yield dict(update=i, **row, **means, lr=opt.param_groups[0]['lr'], steps=done, tokens=tokens, train_seconds=took,
+        lr = opt.param_groups[0]['lr']
+        yield dict(update=i, **row, **means, lr=lr, steps=done, tokens=tokens, train_seconds=took,
                    **peak_memory(acc.device))
 
 def _weighted_pieces(batch, tokens, acc):
@@ -312,7 +313,7 @@ class Best:
         self.acc = acc
         self.total = total
         self.from_start = from_start
-        self.still = still                # updates at the beginning that cannot make it better: patience begins behind them
+        self.still = still                # updates at the beginning that cannot make it better
         self.kept = None                  # the best state so far: how good it is, after how many updates, its weights
         self.at,self.bad = None,False     # the last look: after how many updates, and was that state impossible?
         self.every,e = None,o.eval_every  # updates between looks; given as their number, or as a share of the stage

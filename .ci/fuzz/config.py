@@ -93,6 +93,7 @@ def one(rng, folder):
     wrong_together |= d.get('loss_type', ('', ''))[1] == 'ipo' and d.get('beta', ('', .4))[1] == 0
     head = 'log_prob' if given.get('data', {}).get('name', ('', 'world'))[1] == 'world' else 'last_token'
     wrong_together |= p.get('value_from', ('', ''))[1] == 'reward' and given.get('reward', {}).get('head', ('', head))[1] != 'last_token'
+    wrong_together |= given.get('grpo', {}).get('normalise_each', ('', False))[1] is True
     if as_sets:
         if damage in ('twice', 'section twice', 'bytes'): damage = None
         sets = [f"{s+'.' if s else ''}{k}={w}" for s, ks in given.items() for k, (w, _) in ks.items()]
