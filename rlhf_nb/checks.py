@@ -207,7 +207,11 @@ def reward_parts(
 
 def own_reward(c:Config):
     "What the answers of a run are scored with: what GRPO learns from, or PPO, or the reward model (None)"
-    return c.grpo.reward or c.ppo.reward
+    specs = {k:getattr(c, k).reward for k in ('grpo','ppo')}
+    for k,spec in specs.items():
+        try: reward_parts(spec)
+        except ValueError as e: raise ValueError(f'{k}.reward: {e}') from None
+    return specs['grpo'] or specs['ppo']
 
 def by_function(spec)->bool:
     "Is any of the sources a function?"

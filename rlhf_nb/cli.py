@@ -135,8 +135,6 @@ def _config(a)->Config:
     # a flag of its own for what is set most often; --set goes after it, so it wins
     given = {'seed':a.seed, 'data.name':a.data, 'model.name':a.model, 'model.tokenizer':a.tokenizer, 'device':a.device}
     sets = [nested(k.split('.'), v) for k,v in given.items() if v is not None]
-    # a file has no subsets
-    if a.data and a.data!='world' and Path(a.data).is_file(): sets.append(dict(data=dict(data_dir=None)))
     return load_config(a.config, sets+a.sets)
 
 def _said(a)->str:

@@ -485,6 +485,14 @@ def _together(c:Config)->Config:
         raise ValueError(f'model.n_head: expected a divisor of model.n_embd ({c.model.n_embd}), got {c.model.n_head}')
     return c
 
+def _start(name, data)->dict:
+    "The values of a preset with these data (None: its own)"
+    if name=='demo': return presets['demo'] if data in (None,'world') else _demo_elsewhere
+    own = presets[name]['data']
+    if data in (None,own['name']): return presets[name]
+    # which subset is a question of its own data set
+    return {**presets[name], 'data':{k:v for k,v in own.items() if k!='data_dir'}}
+
 def mk_config(
     d:dict # Nested keys and values; what is missing comes from the preset that `preset` names
 )->Config:
@@ -492,9 +500,8 @@ def mk_config(
     d = _checked(d, Config)
     name = d.get('preset', 'demo')
     if name not in presets: raise ValueError(f"unknown preset {_shown(name)}, expected one of {', '.join(presets)}")
-    data = (d.get('data') or {}).get('name', 'world')
-    start = _demo_elsewhere if name=='demo' and data!='world' else presets[name]
-    try: return _together(_adapter().validate_python(_merge(_merge({**start, 'preset':name}, _without_penalty(d)), d)))
+    start = {**_start(name, (d.get('data') or {}).get('name')), 'preset':name}
+    try: return _together(_adapter().validate_python(_merge(_merge(start, _without_penalty(d)), d)))
     except ValidationError as e:
         o = e.errors()[0]
         key = '.'.join(k for k in o['loc'] if isinstance(k, str) and k.isidentifier())

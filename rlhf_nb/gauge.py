@@ -78,14 +78,14 @@ _sections = {
 def _values(pairs, by):
     "What each pair says in the column, as text; a ValueError where that is no way to group them"
     if not any(by in p for p in pairs):
-        named = ', '.join(sorted({k for p in pairs for k in p}-{'source'}))
-        raise ValueError(f"--by {by}: the data have no such column; they have {named}")
+        columns = {k for p in pairs for k in p}-{'source'}
+        raise ValueError(f"--by {by}: the data have no such column; they have {', '.join(sorted(columns))}")
     out = ['none' if p.get(by) is None else str(p[by]) for p in pairs]
     sizes = _counted(out)
-    if len(sizes)>max(50, len(out)//4):
-        some = ', '.join(f'{md_inline(k[:30])} {n}' for k,n in list(sizes.items())[:3])
-        raise ValueError(f'--by {by}: {len(sizes)} different values in {len(out)} pairs ({some}, ...) group nothing')
-    return out
+    if len(sizes)<=max(50, len(out)//4): return out
+    first = list(sizes.items())[:3]
+    some = ', '.join(f'{md_inline(k[:30])} {n}' for k,n in first)
+    raise ValueError(f'--by {by}: {len(sizes)} different values in {len(out)} pairs ({some}, ...) group nothing')
 
 def _counted(values):
     "{value: how often}, in the order in which they come"
@@ -93,20 +93,42 @@ def _counted(values):
     for v in values: out[v] = out.get(v, 0)+1
     return out
 
+def _weights(subsets, values, heavy):
+    "What each pair weighs in a section: as much as any other, but for the mathematics"
+    def one(v):
+        if v not in subsets: return 0.
+        return heavy if v=='math-prm' else 1.
+    return torch.tensor(list(map(one, values)), dtype=torch.float64)
+
 def _by_section(points, keys, values):
     "RewardBench's sections and their mean; empty where the subsets are not its own"
     own = {s for subsets in _sections.values() for s in subsets}
     if not set(values)<=own: return {}
-    n,out,total = _counted(values),{},torch.zeros(len(values), dtype=torch.float64)
+    n = _counted(values)
     # the mathematics weighs as much as all code
     heavy = sum(n.get(s, 0) for s in _code)/n.get('math-prm', 1)
+    out = {}
+    total = torch.zeros(len(values), dtype=torch.float64)
     for name,subsets in _sections.items():
         if not all(s in n for s in subsets): continue
-        w = torch.tensor([(heavy if v=='math-prm' else 1.)*(v in subsets) for v in values], dtype=torch.float64)
+        w = _weights(subsets, values, heavy)
         i = w.nonzero()[:,0].tolist()
         out[name] = clustered_share(points[i], [keys[k] for k in i], w[i])
         total += w/w.sum()
-    if len(out)==len(_sections): out['mean of the sections'] = clustered_share(points, keys, total)
+    if len(out)==len(_sections):
+        out['mean of the sections'] = clustered_share(points, keys, total)
+    return out
+
+def _by_rule(points, keys, sizes):
+    "How right the rules about length are, and how much more the points are than theirs"
+    chosen,rejected = sizes.unbind(1)
+    rules = {
+        'shorter wins': score_points(-chosen, -rejected),
+        'longer wins': score_points(chosen, rejected)}
+    out = {}
+    for k,r in rules.items():
+        more = clustered_mean(points-r, keys)
+        out[k] = dict(clustered_share(r, keys), difference=more)
     return out
 
 def gauge(
@@ -123,18 +145,22 @@ def gauge(
     s,pairs = s[at],[pairs[i] for i in at]
     keys = [prompt_key(p['prompt']) for p in pairs]
     x = score_points(*s.unbind(1))
-    sizes = torch.tensor([[len(p[k].strip()) for k in ('chosen','rejected')] for p in pairs], dtype=torch.float64)
-    extra = sizes[:,0]-sizes[:,1]
-    def share(where): return clustered_share(x[where], [k for k,o in zip(keys, where.tolist()) if o])
-    kinds = {'chosen longer':extra>0, 'same length':extra==0, 'chosen shorter':extra<0}
+    sizes = [[len(p[k].strip()) for k in ('chosen','rejected')] for p in pairs]
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    def share(where):
+        "The accuracy where `where` (n) holds"
+        i = where.nonzero()[:,0].tolist()
+        return clustered_share(x[i], [keys[k] for k in i])
     out = dict(accuracy=clustered_share(x, keys), ties=int((x==.5).sum()))
     if by:
         values = [values[i] for i in at]
-        out['by'] = {v:share(torch.tensor([o==v for o in values])) for v in _counted(values)}
+        def has(v): return torch.tensor([o==v for o in values])
+        out['by'] = {v:share(has(v)) for v in _counted(values)}
         out['sections'] = _by_section(x, keys, values)
+    more = sizes[:,0]-sizes[:,1]
+    kinds = {'chosen longer':more>0, 'same length':more==0, 'chosen shorter':more<0}
     out['length'] = {k:share(w) for k,w in kinds.items() if w.any()}
-    rules = {'shorter wins':score_points(-sizes[:,0], -sizes[:,1]), 'longer wins':score_points(*sizes.unbind(1))}
-    out['rules'] = {k:dict(clustered_share(r, keys), difference=clustered_mean(x-r, keys)) for k,r in rules.items()}
+    out['rules'] = _by_rule(x, keys, sizes)
     if log_odds: out['ece'] = calibration(s)['ece']
     return out
 
@@ -151,15 +177,17 @@ def pair_rewards(
     reader,no = Reader(rm, tok, form),{}
     out = torch.full((len(pairs),2), math.nan, dtype=torch.float64)
     # pairs of similar length together: an encoder's rows are padded
-    order = sorted(range(len(pairs)), key=lambda i: sum(len(pairs[i][k]) for k in ('prompt','chosen','rejected')))
+    def length(i): return sum(len(pairs[i][k]) for k in ('prompt','chosen','rejected'))
+    order = sorted(range(len(pairs)), key=length)
     def read(at):
         "Scores of some pairs"
         def refused(i, e):
-            p = pairs[at[i]]
-            o = no.setdefault(e.reason, dict(n=0, first=p.get('source', f'pair {at[i]+1}'), detail=e.detail))
+            first = pairs[at[i]].get('source', f'pair {at[i]+1}')
+            o = no.setdefault(e.reason, dict(n=0, first=first, detail=e.detail))
             o['n'] += 1
-        some = [pairs[i] for i in at]
-        b = reader.batch([p['prompt'] for p in some], [[p['chosen'],p['rejected']] for p in some], refused=refused)
+        prompts = [pairs[i]['prompt'] for i in at]
+        answers = [[pairs[i]['chosen'],pairs[i]['rejected']] for i in at]
+        b = reader.batch(prompts, answers, refused=refused)
         if b is None: return
         s = pair_scores(rm, b.to(rm.device), micro_tokens)
         if not s.isfinite().all():
@@ -167,7 +195,12 @@ def pair_rewards(
             raise FloatingPointError(f'{bad} of {s.numel()} scores of the reward model are not finite')
         out[torch.tensor(at)[b.index.cpu()]] = s.double().cpu()
     parts = [order[i:i+size] for i in range(0, len(order), size)]
-    for _ in progress(({} for at in parts if read(at) is None), len(parts), 'pairs'): pass
+    def steps():
+        "A row of the bar for each part"
+        for at in parts:
+            read(at)
+            yield {}
+    for _ in progress(steps(), len(parts), 'pairs'): pass
     return out,reader,no
 
 @functools.cache
@@ -191,9 +224,13 @@ def function_rewards(
     score.check(pairs)
     def ids(texts): return encode(texts, tok)
     prompts = ids([p['prompt'] for p in pairs])
-    answers = zip(*(ids([p[k] for p in pairs]) for k in ('chosen','rejected')))
-    b = Batch.from_tokens([o or [0] for o in prompts], [[[*r,0] for r in rs] for rs in answers],
-                          rows=pairs, finished=torch.ones(len(pairs), 2).bool())
+    chosen,rejected = (ids([p[k] for p in pairs]) for k in ('chosen','rejected'))
+    end = tok.eos_token_id
+    b = Batch.from_tokens(
+        [o or [end] for o in prompts],
+        [[[*c,end],[*r,end]] for c,r in zip(chosen, rejected)],
+        rows=pairs,
+        finished=torch.ones(len(pairs), 2).bool())
     s = score(b).double()
     silent = s.isnan().any(1).nonzero()[:,0].tolist()
     if not silent: return s,{}
@@ -215,6 +252,21 @@ def _is_function(model)->bool:
     try: return by_function(model)
     except ValueError: return False                      # a Hub name
 
+def _asked(model, pairs, form, device)->tuple:
+    "Scores (n,2) by a model or a function that is named; how it was asked"
+    if _is_function(model):
+        if form!='auto': raise ValueError(f'form {form}: a function is given texts, a form is for models')
+        s,refused = function_rewards(named_source(model, None), pairs)
+        return s,dict(form='function', refused=refused)
+    rm,tok = load_reward_model(model, device=mk_accelerator('fp32', device).device)
+    s,reader,refused = pair_rewards(rm, tok, pairs, form)
+    return s,dict(form=reader.form, refused=refused, cut=reader.cut)
+
+def _placed(pair, scores):
+    "Where a pair stands, and what was said of its answers"
+    chosen,rejected = (None if math.isnan(x) else x for x in scores)
+    return dict(source=pair['source'], chosen=chosen, rejected=rejected)
+
 def eval_reward(
     model:str,          # Hub name or folder of a reward model, `module:function` or `FILE.py:function`
     data,               # Hub name, file, folder or rows: pairs
@@ -230,48 +282,54 @@ def eval_reward(
     prefs = load_preferences(data, data_dir, split, n)
     pairs,report = prefs.pairs,prefs.report
     if by: _values(pairs, by)                            # before anything is loaded
-    is_function,form_of,cut = _is_function(model),'function',0
-    if is_function:
-        if form!='auto': raise ValueError(f'form {form}: a function is given texts, a form is for models')
-        s,no = function_rewards(named_source(model, None), pairs)
-    else:
-        rm,tok = load_reward_model(model, device=mk_accelerator('fp32', device).device)
-        s,reader,no = pair_rewards(rm, tok, pairs, form)
-        form_of,cut = reader.form,reader.cut
+    s,how = _asked(model, pairs, form, device)
     if s.isnan().any(1).all():
-        why = '; '.join(f"{o['n']} {k}: {o['detail']} (first: {o['first']})" for k,o in no.items())
-        raise ValueError(f'{model}: none of the {len(pairs)} pairs can be read: {why}')
-    out = dict(model=str(model), data=report.name, form=form_of, read=report.read, kept=report.kept)
+        whys = [f"{o['n']} {k}: {o['detail']} (first: {o['first']})" for k,o in how['refused'].items()]
+        raise ValueError(f"{model}: none of the {len(pairs)} pairs can be read: {'; '.join(whys)}")
+    out = dict(how, model=str(model), data=report.name, column=by, read=report.read, kept=report.kept)
     if report.kept<report.read: out['dropped'] = report.reasons()
     # what a function returns is on no scale of probabilities
-    out |= gauge(s, pairs, by, not is_function)
-    def row(p, scores):
-        "Where a pair stands, and what was said of its answers"
-        c,r = (None if math.isnan(x) else x for x in scores)
-        return dict(source=p['source'], chosen=c, rejected=r)
-    return out|dict(refused=no, cut=cut, column=by, pairs=list(map(row, pairs, s.tolist())))
+    out |= gauge(s, pairs, by, log_odds=how['form']!='function')
+    return dict(out, pairs=list(map(_placed, pairs, s.tolist())))
 
 def _row(name, o):
     "A line of the table"
-    return name,f"{o['accuracy']:.3f}",f"{o['low']:.3f} to {o['high']:.3f}",o['n'],o['prompts']
+    ends = f"{o['low']:.3f} to {o['high']:.3f}"
+    return name,f"{o['accuracy']:.3f}",ends,o['n'],o['prompts']
+
+def _share_table(d):
+    "Accuracies: overall, by column, by section, by length"
+    column = d.get('column') or 'group'
+    named = [('**all**',d['accuracy'])]
+    named += [(md_inline(f'{column}: {k}'),o) for k,o in d.get('by', {}).items()]
+    named += [(f'RewardBench: {k}',o) for k,o in d.get('sections', {}).items()]
+    named += d['length'].items()
+    head = 'pairs','accuracy','95% interval','n','prompts'
+    return md_table([head,*(_row(*o) for o in named)], 'lrrrr')
+
+def _rule_table(d):
+    "What length alone reaches"
+    rows = [('rule','accuracy','95% interval','model minus rule (95%)')]
+    for k,o in d['rules'].items():
+        more = interval(o['difference'], '+.3f')
+        rows.append((*_row(k, o)[:3],more))
+    return md_table(rows, 'lrrr')
+
+def _notes(d):
+    "What a reader must know beside the tables"
+    yield f"Ties, which count half: {d['ties']}. Lengths are characters. Intervals are clustered by prompt."
+    if 'ece' in d: yield f"ECE (scores as log-odds): {d['ece']:.3f}."
+    if d.get('cut'): yield f"{d['cut']} dialogues lost their oldest turns, which the model has no room for."
+    for k,o in d.get('refused', {}).items():
+        yield f"Left out: {o['n']} {k}, {md_inline(o['detail'])} (first: {md_inline(o['first'])})."
+    if 'dropped' in d: yield f"Of {d['read']} rows {d['kept']} are pairs: {md_inline(d['dropped'])}."
 
 def gauge_md(
     d:dict # From `eval_reward` or `gauge`
 )->str:
-    "The table, and what a reader must know beside it"
-    rows = [('pairs','accuracy','95% interval','n','prompts'),_row('**all**', d['accuracy'])]
-    if d.get('by'): rows += [_row(md_inline(f"{d.get('column') or 'group'}: {k}"), o) for k,o in d['by'].items()]
-    rows += [_row(f'RewardBench: {k}', o) for k,o in d.get('sections', {}).items()]
-    rows += [_row(k, o) for k,o in d['length'].items()]
-    rules = [('rule','accuracy','95% interval','model minus rule (95%)')]
-    for k,o in d['rules'].items(): rules.append((*_row(k, o)[:3],interval(o['difference'], '+.3f')))
-    said = [f"Ties, which count half: {d['ties']}. Lengths are characters. Intervals are clustered by prompt."]
-    if 'ece' in d: said.append(f"ECE (scores as log-odds): {d['ece']:.3f}.")
-    if d.get('cut'): said.append(f"{d['cut']} dialogues lost their oldest turns, which the model has no room for.")
-    for k,o in d.get('refused', {}).items():
-        said.append(f"Left out: {o['n']} {k}, {md_inline(o['detail'])} (first: {md_inline(o['first'])}).")
-    if 'dropped' in d: said.append(f"Of {d['read']} rows {d['kept']} are pairs: {md_inline(d['dropped'])}.")
+    "The tables, and what a reader must know beside them"
     title = []
-    read = 'a function' if d.get('form')=='function' else f"read as `{d.get('form')}`"
-    if 'model' in d: title = [f"{md_inline(d['model'])} on {md_inline(d['data'])}, {read}"]
-    return '\n\n'.join([*title,md_table(rows, 'lrrrr'),md_table(rules, 'lrrr'),'  \n'.join(said)])
+    if 'model' in d:
+        how = 'a function' if d['form']=='function' else f"read as `{d['form']}`"
+        title = [f"{md_inline(d['model'])} on {md_inline(d['data'])}, {how}"]
+    return '\n\n'.join([*title, _share_table(d), _rule_table(d), '  \n'.join(_notes(d))])

@@ -441,7 +441,8 @@ def possible_stages(line:Line)->dict: # {stage: why it can't run; empty where it
     out = dict.fromkeys(usual_stages, '')
     if not by_function(own_reward(line.config)): return out
     for s in usual_stages:
-        is_given = s=='sft' and skips_sft(line) or s=='reward' and line.config.reward.model
+        # without a reference nothing goes on: SFT says itself what it lacks
+        is_given = s=='sft' or s=='reward' and line.config.reward.model
         lacks = [n for n in line.needs(s) if out[n]]
         if s in trained and not is_given and not _serves(line, s):
             out[s] = f'the data hold no {said_of[needs_of[kind_of(s)]]}'

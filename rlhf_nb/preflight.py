@@ -7,7 +7,7 @@ __all__ = ['half_range', 'Finding', 'check_model', 'check_page']
 
 # %% ../nbs/41b_preflight.ipynb #pref0003
 import io
-from contextlib import contextmanager,redirect_stdout
+from contextlib import redirect_stdout
 from datetime import date
 from typing import NamedTuple
 
@@ -88,7 +88,8 @@ def _activations(m, ids):
         for h in hooks: h.remove()
     name = max(most, key=most.get)
     said = f'activations up to {most[name]:,.0f} ({name}), fp16 ends at {half_range:,.0f}'
-    return Finding('half precision', said, '' if most[name]<half_range/4 else 'model.precision=bf16 or fp32, never fp16')
+    fits = most[name]<half_range/4
+    return Finding('half precision', said, '' if fits else 'model.precision=bf16 or fp32, never fp16')
 
 def _stages(m):
     "Which stages the architecture serves"
@@ -117,32 +118,36 @@ def _ends(m, t):
 def _border(t):
     "Is an answer taught as the template itself would write it?"
     asked,long = HH.ask('What is 2+2?'),HH.prompt([Turn('user', 'Hi'),Turn('assistant', 'Hello!'),Turn('user', '2+2?')])
-    if all(t.agrees(d, ' 4') for d in (asked,long)): return Finding('border', 'prompt and answer have the ids of the whole dialogue')
+    if all(t.agrees(d, ' 4') for d in (asked,long)):
+        return Finding('border', 'prompt and answer have the ids of the whole dialogue')
     # the sampler begins where the prompt ends, whatever the template would write there
-    return Finding('border', "the template writes something between a prompt and an answer that the model has to write itself; "
-                             "answers of data lack it, sampled ones don't")
+    return Finding('border', 'the template writes something between prompt and answer that the model has to write '
+                             "itself; answers of data lack it, sampled ones don't")
 
 def _thinking(t):
     "Does it think aloud?"
     told = t.form.kwargs if t.kind=='chat' else {}
     said = ', '.join(f'{k}={str(v).lower()}' for k,v in told.items()) or 'the template has no switch for it'
     begins = t.tok.decode(t.prompt(HH.ask('Hi')))[-80:]
-    if begins.rstrip().endswith('<think>'): return Finding('thinking', f'{said}; an answer begins within a thought', 'grpo.max_new_tokens: a thought needs room')
+    if begins.rstrip().endswith('<think>'):
+        return Finding('thinking', f'{said}; an answer begins within a thought', 'max_new_tokens: a thought needs room')
     return Finding('thinking', said)
 
 def _pad(t, resized):
     "What fills rows"
-    pad = t.tok.pad_token
+    pad = f'{t.tok.pad_token} (id {t.tok.pad_token_id})'
     if t.tok.pad_token_id in t.stops:
-        return Finding('PAD', f'{pad}, which ends answers too: everything goes by the place of a token, and no vocabulary grows')
-    return Finding('PAD', f'{pad} (id {t.tok.pad_token_id})'+('; the embedding was made larger for it' if resized else ', and the embedding keeps its size'))
+        return Finding('PAD', f'{pad}, which ends answers too: everything goes by the place of a token')
+    size = 'the embedding was made larger for it' if resized else 'the embedding keeps its size'
+    return Finding('PAD', f'{pad}, {size}')
 
 @torch.no_grad()
 def _answer(m, t, question, n):
     "What it answers, the likeliest token each time"
     b = sample(m, [t.prompt(HH.ask(question))], 1, n, temperature=0., seed=0)
     ids,ended = b.tokens()[0][0],bool(b.finished[0,0])
-    return Finding('answer', f'{question} {visible(t.text(ids, ended)).strip()!r} ({len(ids)} tokens, {"ended" if ended else "not ended"})')
+    said = visible(t.text(ids, ended)).strip()
+    return Finding('answer', f'{question} {said!r} ({len(ids)} tokens, {"ended" if ended else "not ended"})')
 
 def check_model(
     name:str,                  # Hub name or folder of a causal LM
@@ -181,7 +186,10 @@ def check_page(
 )->str:
     "One page, a line for each point"
     wide = max(len(o.point) for o in found)
-    def line(o): return f"  {'set' if o.set else 'ok ':3}  {o.point:{wide}}  {o.said}"+(f'\n       {"":{wide}}  -> {o.set}' if o.set else '')
+    def line(o):
+        "A point, and below it what to set"
+        to_set = f'\n       {"":{wide}}  -> {o.set}' if o.set else ''
+        return f'  {"set" if o.set else "ok ":3}  {o.point:{wide}}  {o.said}{to_set}'
     n = sum(bool(o.set) for o in found)
     end = 'Nothing needs to be set.' if not n else f'{n} of {len(found)} points need a setting (--set KEY=VALUE).'
     return '\n'.join([f'{name}',*map(line, found),end])

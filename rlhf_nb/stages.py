@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sft_stage', 'reward_stage', 'dpo_stage', 'ppo_stage', 'grpo_stage', 'last_token_stage', 'frontier_stage',
-           'overoptimise_stage', 'evaluate_stage', 'world_rates', 'judge_stage', 'failures_stage', 'analyze_stage']
+           'overoptimise_stage', 'with_rewards', 'evaluate_stage', 'world_rates', 'judge_stage', 'failures_stage',
+           'analyze_stage']
 
 # %% ../nbs/40_stages.ipynb #stag0h03
 from dataclasses import asdict,replace
@@ -22,6 +23,7 @@ from .sft import *
 from .reward import *
 from .sampling import *
 from .sources import *
+from .checks import *
 from .ppo import *
 from .grpo import *
 from .dpo import *
@@ -219,6 +221,17 @@ def overoptimise_stage(
     keys = 'update','reward','gold','kl','length'
     write_json(line.run.overoptimise, [{k:r[k] for k in keys if k in r} for r in rows])
 
+def with_rewards(
+    records:dict # {name: records}
+)->dict:         # The same of fewer prompts
+    "Without the prompts about whose answers a reward function says nothing: models are compared on the same prompts"
+    lacks = {r['prompt'] for rs in records.values() for r in rs if 'reward' not in r}
+    out = {k:[r for r in rs if r['prompt'] not in lacks] for k,rs in records.items()}
+    n = len({r['prompt'] for r in records['reference']})
+    if lacks: print(f'{len(lacks)} of {n} prompts are left out: the reward function says nothing about an answer to them')
+    if len(lacks)==n: raise ValueError(f'the reward function says nothing about any of the {n} held-out prompts')
+    return out
+
 def evaluate_stage(line:Line):
     "The comparison"
     # accuracies are there if the reward model was trained here
@@ -226,6 +239,7 @@ def evaluate_stage(line:Line):
     prompts = unique_prompts(line.held())[:c.eval.n_prompts]
     # a held-out prompt that a model learned from would be an error here
     recs = line.records(prompts, train=s.learned)
+    if by_function(line.reward_of()): recs = with_rewards(recs)
     write_results(
         line.run,
         recs,

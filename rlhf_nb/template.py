@@ -59,16 +59,16 @@ class _TextForm:
     def end(self):
         "The ids that end an answer; none where the tokenizer has no EOS, as an encoder's"
         return [] if self.tok.eos_token_id is None else [self.tok.eos_token_id]
-    def own(self, text, begun):
-        "What the model itself writes of an answer: all, since the blank behind the marker is the answer's"
-        return text
+    def own_all(self, texts, begun):
+        "What the model itself writes of answers: all, since the blank behind the marker is the answer's"
+        return texts
     def agrees(self, dialogue, text, ids):
         "There is no other rendering"
         return True
     def said(self, dialogue):
         "The text that a model is given, or why it can't be"
         if self.notation.names:
-            if not self.notation.escape.search(dialogue): return dialogue
+            if '\\' not in dialogue or not self.notation.escape.search(dialogue): return dialogue
             raise BadPair('mismatched prompt', 'a turn marker inside a turn')
         turns = [t.text for t in parse_turns(dialogue) if t.text]
         if len(turns)<2: return ''.join(turns)
@@ -85,7 +85,8 @@ class _TextForm:
         said,bad = _each(self.said, dialogues, refused)
         full = zip(said, encode(said.values(), self.tok))
         done = {d:Cut(self._fit(d, ids, bos, room), len(ids), len(ids)>room) for d,ids in full}
-        return [(done|bad)[d] for d in dialogues]
+        done |= bad
+        return [done[d] for d in dialogues]
     def _fit(self, dialogue, ids, bos, room):
         "The ids that there is room for"
         if len(ids)<=room: return bos+ids if ids else _start(self.tok)
@@ -194,7 +195,7 @@ class _ChatForm:
         self.names = _any_of(special_ids(tok).values())
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
-        self.system = True
+        self.system,self.told = True,False
         # who only reads finished answers, as a reward model does, needs no end, and nobody has told it not to think
         off = [k for k in _off if ends and k in asked and self._matters(k)]
         self.kwargs = dict.fromkeys(off, False)|self.kwargs
@@ -249,12 +250,17 @@ class _ChatForm:
 
     def _rendering(self, turns, begun='', answer=False):
         "A rendering with the beginning of the answer; a name of a special token in a turn is a sign, {sign: name}"
+        if not self.system and turns[:1] and turns[0].role=='system': self._tell()
         said = ''.join([t.text for t in turns]+[begun])
         free = (chr(c) for c in range(0xe000, 0xf900) if chr(c) not in said)
         signs = dict(zip(dict.fromkeys(self.names.findall(said)), free))
         def veiled(text): return self.names.sub(lambda m: signs[m[0]], text) if signs else text
         text = self.write([Turn(t.role, veiled(t.text)) for t in turns], answer)+veiled(begun)
         return text,{s:name for name,s in signs.items()}
+    def _tell(self):
+        "Say once that the template has no system role"
+        if not self.told: print('the chat template has no system role: a system turn joins the first turn of the user')
+        self.told = True
     def _plain(self, texts):
         "Ids of texts in which a special token's name is that token"
         return self.tok(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
@@ -264,7 +270,8 @@ class _ChatForm:
         out = []
         for is_said,some in groupby(parts, lambda o: not signs.keys().isdisjoint(o)):
             s = ''.join(some)
-            out += encode([s.translate({ord(k):v for k,v in signs.items()})], self.tok)[0] if is_said else self._plain([s])[0]
+            named = s.translate({ord(k):v for k,v in signs.items()})
+            out += encode([named], self.tok)[0] if is_said else self._plain([s])[0]
         return out
     def _encode(self, renderings):
         "Ids of many renderings"
@@ -273,6 +280,9 @@ class _ChatForm:
     def own(self, text, begun):
         "What the model itself writes of an answer: the blank behind the marker is the notation's"
         return text if begun else text.removeprefix(' ')
+    def own_all(self, texts, begun):
+        "The same of many answers"
+        return list(map(self.own, texts, begun))
     def check(self, answers):
         "An answer is text, whatever it says"
     def agrees(self, dialogue, text, ids):
@@ -292,7 +302,8 @@ class _ChatForm:
         ids = dict(zip(written, self._encode(list(written.values()))))
         def cut(d): return Cut(self._fit(d, ids[d], room), len(ids[d]), len(ids[d])>room)
         done,more = _each(cut, ids, refused)
-        return [(done|bad|more)[d] for d in dialogues]
+        done |= bad|more
+        return [done[d] for d in dialogues]
     def _fit(self, dialogue, ids, room):
         "The ids that there is room for: whole turns go first, never the system turn"
         if len(ids)<=room: return ids or _start(self.tok)
@@ -331,7 +342,8 @@ class Template:
     "What a model reads of a dialogue, how its answers end, and what is read of them"
     def __init__(self,
         tok,                 # Tokenizer
-        kind:str='auto',     # `chat`: the tokenizer's own template; `hh`, `plain`: text; `auto`: `chat` where there is one, else `hh`
+        # `chat`: the tokenizer's own template; `hh`, `plain`: text; `auto`: `chat` where there is one, else `hh`
+        kind:str='auto',
         template_kwargs:dict=None, # What a chat template is told, such as dict(enable_thinking=True)
         date=None            # What a chat template that prints the date takes for today
     ):
@@ -340,8 +352,8 @@ class Template:
             raise ValueError(f"model.template: expected one of {', '.join(template_kinds)}, got {kind!r}")
         if kind=='auto': kind = template_kind(tok)
         if kind!='chat' and template_kwargs:
-            raise ValueError(f"model.template_kwargs: {', '.join(template_kwargs)} {'is' if len(template_kwargs)==1 else 'are'} "
-                             f'for a chat template, and model.template is {kind}')
+            raise ValueError(f"model.template_kwargs: {', '.join(template_kwargs)}: these are told a chat template, "
+                             f'and model.template is {kind}')
         self.tok,self.kind = tok,kind
         self.form = _ChatForm(tok, template_kwargs, date) if kind=='chat' else _TextForm(tok, kind)
     @property
@@ -384,7 +396,7 @@ class Template:
     )->list: # A `Cut` of each
         "Answers as tokens; what is not cut ends with the end token, which its size does not count"
         tok,end = self.tok,self.form.end or [_eos(self.tok)]
-        texts = [self.form.own(*o) for o in zip(texts, begun or [False]*len(texts))]
+        texts = self.form.own_all(texts, begun or [False]*len(texts))
         most = float('inf') if most is None else most
         def one(text, ids):
             while ids and ids[-1]==end[-1]: ids = ids[:-1]       # an EOS that is an ordinary character
@@ -401,7 +413,7 @@ class Template:
         ids:list,    # Token ids of a response
         ended=False  # Is the last one a stop, whichever?
     )->list:
-        "The ids that make a response's text: without the stop at the end, and without PAD; special tokens within it stay"
+        "The ids that make a response's text: without the stop at its end, and without PAD; special tokens within stay"
         pad = self.tok.pad_token_id if self.tok.pad_token_id!=self.tok.unk_token_id else None
         end = self.form.end
         if end and ids[-len(end):]==end: ids = ids[:-len(end)]
@@ -452,10 +464,10 @@ def _tokenize(prompts, groups, tok, max_prompt, max_response, refused=None, keep
     t,G = as_template(tok),len(groups[0])
     ps = t.prompts(prompts, max_prompt, refused)
     if refused: # told of each row that the model can't read; without it the first one raises
-        ps = [p if isinstance(p, BadPair) else _checked(t.form, p, g) for p,g in zip(ps, groups)]
+        ps = [_checked(t.form, p, g) if isinstance(p, Cut) else p for p,g in zip(ps, groups)]
         for i,p in enumerate(ps):
             if isinstance(p, BadPair): refused(i, p)
-    begun = [_begun(p) for p in prompts for _ in range(G)]
+    begun = [_begun(p) for p in prompts for _ in range(G)] if t.kind=='chat' else None
     flat = t.responses([o for g in groups for o in g], max_response, begun)
     answers = [flat[i:i+G] for i in range(0, len(flat), G)]
     kept = [(i,p,g) for i,(p,g) in enumerate(zip(ps, answers)) if isinstance(p, Cut) and keep(i, g)]

@@ -144,7 +144,7 @@ class Notation:
         return self._pattern(rf'\\(?:\\*(?:{self._said})|\\+System)', start).sub(lambda m: f'{m[1]}{m[2][1:]}:', text)
     def inside(self, text:str)->bool:
         "Does a turn's text spell a marker?"
-        return self._escaped(text)!=text
+        return any(f'{o}:' in text for o in (*self.names.values(),'System')) and self._escaped(text)!=text
     def mark(self, role:str)->str:
         "What stands before a turn of `role`; a system message has no marker, it comes before the first"
         return '' if role=='system' or not self.names else f'\n\n{self.names[role]}:'
