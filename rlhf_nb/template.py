@@ -195,7 +195,7 @@ class _ChatForm:
         self.names = _any_of(special_ids(tok).values())
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
-        self.system = True
+        self.system,self.told = True,False
         # who only reads finished answers, as a reward model does, needs no end, and nobody has told it not to think
         off = [k for k in _off if ends and k in asked and self._matters(k)]
         self.kwargs = dict.fromkeys(off, False)|self.kwargs
@@ -250,12 +250,17 @@ class _ChatForm:
 
     def _rendering(self, turns, begun='', answer=False):
         "A rendering with the beginning of the answer; a name of a special token in a turn is a sign, {sign: name}"
+        if not self.system and turns[:1] and turns[0].role=='system': self._tell()
         said = ''.join([t.text for t in turns]+[begun])
         free = (chr(c) for c in range(0xe000, 0xf900) if chr(c) not in said)
         signs = dict(zip(dict.fromkeys(self.names.findall(said)), free))
         def veiled(text): return self.names.sub(lambda m: signs[m[0]], text) if signs else text
         text = self.write([Turn(t.role, veiled(t.text)) for t in turns], answer)+veiled(begun)
         return text,{s:name for name,s in signs.items()}
+    def _tell(self):
+        "Say once that the template has no system role"
+        if not self.told: print('the chat template has no system role: a system turn joins the first turn of the user')
+        self.told = True
     def _plain(self, texts):
         "Ids of texts in which a special token's name is that token"
         return self.tok(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
