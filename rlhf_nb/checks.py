@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_number', 'exact_number', 'chosen', 'choice', 'regex_format', 'length', 'repetition', 'math_answer', 'last_code',
-           'code_runs', 'RewardPart', 'reward_parts', 'own_reward', 'by_function', 'by_model', 'load_function',
+           'code_runs', 'RewardPart', 'reward_parts', 'own_reward', 'by_function', 'reads_model', 'load_function',
            'named_source']
 
 # %% ../nbs/15c_checks.ipynb #chk563f9
@@ -39,7 +39,7 @@ _chosen = (re.compile(r'(?i:answer|option|choice)\W{0,12}(?:is\b\W{0,12})?([A-Z]
            re.compile(r'\(([A-Z])\)|\\boxed\{([A-Z])\}'), re.compile(r'^\W*([A-Z])(?:\W*$|[.:)])', re.M))
 
 def chosen(text:str)->str:
-    "The letter that a response chooses: behind the word answer, in brackets, or alone on a line; the last one, empty without any"
+    "The letter that a response chooses: behind the word answer, in brackets, or alone on a line; of several the last"
     for form in _chosen:
         found = form.findall(text)
         if found: return ''.join(found[-1])
@@ -63,7 +63,7 @@ def length(
     most:int=50, # Words
     least:int=0
 ):
-    "1 for a response of `least` to `most` words; less for others, in proportion to the words too many or missing, down to 0"
+    "1 for a response of `least` to `most` words; less, down to 0, in proportion to the words too many or missing"
     def one(n):
         off = max(n-most, least-n, 0)
         return max(0., 1-off/max(1, most))
@@ -141,8 +141,8 @@ def math_answer(
 _runner = '''
 import resource,sys
 seconds,megabytes = map(int, sys.argv[1:])
-for what,most in ((resource.RLIMIT_CPU,seconds),(resource.RLIMIT_AS,megabytes<<20),(resource.RLIMIT_FSIZE,1<<20),(resource.RLIMIT_CORE,0)):
-    resource.setrlimit(what, (most,most))
+limits = dict(CPU=seconds, AS=megabytes<<20, FSIZE=1<<20, CORE=0)
+for name,most in limits.items(): resource.setrlimit(getattr(resource, f'RLIMIT_{name}'), (most,most))
 exec(compile(sys.stdin.read(), 'answer', 'exec'), {'__name__':'__main__'})
 '''
 
@@ -156,9 +156,10 @@ def _passes(code, tests, seconds, megabytes):
     end = os.urandom(8).hex()
     whole = f'{code}\n{tests}\nprint(); print({end!r})\n'
     with tempfile.TemporaryDirectory() as folder:
-        p = subprocess.Popen([sys.executable,'-I','-c',_runner,str(max(1, int(seconds))),str(megabytes)], cwd=folder, text=True,
-                             env={}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             errors='replace', start_new_session=True)
+        command = [sys.executable,'-I','-c',_runner,str(max(1, int(seconds))),str(megabytes)]
+        # a session of its own, so that it can be ended with all that it starts
+        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, text=True, errors='replace',
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try: out = p.communicate(whole, timeout=seconds+1)[0]
         except subprocess.TimeoutExpired: return False
         finally:
@@ -177,7 +178,7 @@ def code_runs(
     jobs:int=4         # Responses that run at once
 ):
     "Does the code of the response run, with the tests behind it? No sandbox: it may do whatever you may"
-    if not hasattr(os, 'killpg'): raise ValueError('code_runs needs a system with process groups and limits (not Windows)')
+    if not hasattr(os, 'killpg'): raise ValueError('code_runs needs process groups, which this system does not have')
     def one(said, test): return None if test is None else float(_passes(last_code(said), test, seconds, megabytes))
     with ThreadPoolExecutor(jobs) as pool: return list(pool.map(one, responses, tests))
 
@@ -201,8 +202,9 @@ def reward_parts(
     found = [_reward_part.fullmatch(o.strip()) for o in texts]
     bad = next((o for o,m in zip(texts, found) if not m or not float(m[1] or 1)), None)
     if bad is not None or not texts:
+        got = _shown(spec if bad is None else bad)
         raise ValueError('expected module:function, FILE.py:function or reward_model, or a list of these, each with a '
-                         f'weight in front if it has one (0.2*mine.py:short), got {_shown(spec if bad is None else bad)}')
+                         f'weight in front if it has one (0.2*mine.py:short), got {got}')
     return [RewardPart(float(m[1] or 1), m[3] or '', m[4] or m[2], m[5] or '') for m in found]
 
 def own_reward(c:Config):
@@ -217,7 +219,7 @@ def by_function(spec)->bool:
     "Is any of the sources a function?"
     return any(o.where for o in reward_parts(spec))
 
-def by_model(spec)->bool:
+def reads_model(spec)->bool:
     "Is the run's reward model one of the sources?"
     return not all(o.where for o in reward_parts(spec))
 

@@ -434,7 +434,7 @@ def scored(
     score,  # From `mk_scorer`, or any function of batches
     b:Batch
 )->tuple: # The batch, its rewards (B,G)
-    "The rewards of a batch. Of several sources it gets what each says, `source_scores` (B,G,S), and `source_weights` (B,S)"
+    "The rewards of a batch; of several sources it gets each one's `source_scores` (B,G,S) and `source_weights` (B,S)"
     if not isinstance(score, Scorer) or len(score.parts)<2: return b,score(b)
     each = score.each(b)
     weights = torch.tensor(score.weights, dtype=each.dtype, device=each.device).expand(len(b), -1)
