@@ -111,7 +111,7 @@ class Line:
         "The prompts of the rows as tokens, each once"
         return tokenize_prompts(unique_prompts(rows), self.template, self.config.data.max_prompt)
     def asked(self, rows, spec=None)->tuple: # Token lists, rows
-        "Prompts as tokens, each once, with the first row of each; without those too long for a reward that is a function"
+        "Prompts as tokens, each once, with its first row; without those too long for a reward that is a function"
         most = self.config.data.max_prompt
         rows = first_rows(rows)
         cuts = self.template.prompts([r['prompt'] for r in rows], most)
@@ -182,7 +182,7 @@ class Line:
     def needs(self, stage:str)->tuple:
         "The stages that must be done before: where the reward is a function, nobody needs a reward model"
         usual,value_from = stage_table[stage].needs,self.config.ppo.value_from
-        reads = by_model(self.reward_of(stage)) or stage=='ppo' and value_from=='reward'
+        reads = reads_model(self.reward_of(stage)) or stage=='ppo' and value_from=='reward'
         return usual if reads else tuple(dict.fromkeys('sft' if s=='reward' else s for s in usual))
     def scorer(self, stage:str=None, **how)->Scorer:
         "What a stage learns from, or what all answers are scored with"
