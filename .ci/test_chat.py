@@ -123,7 +123,6 @@ def test_the_page(run):
 
 
 def test_its_reward_model_is_read_as_it_was_trained(run):
-    line = Line(Run(run))
     rm, tok = load_reward_model(str(run/"reward_model"))
     assert as_template(tok).kind=="chat" and rm.config.pad_token_id==259
 

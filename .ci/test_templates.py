@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTra
 
 from rlhf_nb.reward import Reader
 from rlhf_nb.template import Template,tokenize_sft
-from rlhf_nb.text import HH,BadPair,Turn,parse_turns,to_messages
+from rlhf_nb.text import HH,BadPair,Turn,to_messages
 
 # The originals are in TRL's wheel, a development requirement; they are read, TRL itself is not imported
 spec = importlib.util.find_spec("trl")

@@ -9,8 +9,7 @@ __all__ = ['length_stats', 'DataReport', 'Preferences', 'load_preferences', 'spl
 # %% ../nbs/08_data.ipynb #7ae80b09
 import math,re
 from dataclasses import dataclass,field,replace
-from itertools import chain,islice
-from typing import NamedTuple
+from itertools import islice
 
 import numpy as np
 
