@@ -8,9 +8,9 @@ __all__ = ['template_kinds', 'Cut', 'template_kind', 'saved_template', 'Template
 
 # %% ../nbs/07b_template.ipynb #tmpl0003
 import re
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -423,16 +423,17 @@ class Template:
         "What a person reads of an answer: EOS and PAD are gone, everything else is as it was written"
         return self.tok.decode(self.written(ids, ended), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-_templates = WeakKeyDictionary()
+@lru_cache(maxsize=8)
+def _made(tok, chat):
+    "The template of a tokenizer while its chat template is this one; a few are kept, and their tokenizers with them"
+    return Template(tok)
 
 def as_template(
     x # Tokenizer, or a `Template`, which stays as it is
 )->Template:
     "The template of a tokenizer, made once"
     if isinstance(x, Template): return x
-    chat = getattr(x, 'chat_template', None)
-    if x not in _templates or _templates[x][0]!=chat: _templates[x] = chat,Template(x)
-    return _templates[x][1]
+    return _made(x, str(getattr(x, 'chat_template', None)))
 
 # %% ../nbs/07b_template.ipynb #tmpl0009
 def encode_prompt(
