@@ -304,7 +304,7 @@ def _attempt(name, f, faults):
 
 
 def tiny_config(precision='fp32', device='auto', **sets):
-    from rlhf_nb.config import load_config
+    from rlhf_nb.settings import load_config
     base = dict(jobs=1, device=device, **{'model.precision':precision, 'world.n_corpus':300, 'world.n_facts':40, 'world.n_pairs':120, 'world.n_dev':24, 'world.n_test':24, 'world.n_ood':12,
         'model.n_layer':1, 'model.n_embd':32, 'model.n_head':2, 'sft.updates':4, 'reward.updates':4, 'reward.n_normalise':16, 'dpo.updates':3, 'dpo.n_pairs':60,
         'ppo.updates':2, 'ppo.batch_size':6, 'ppo.max_new_tokens':10, 'ppo.checkpoint_every':1, 'grpo.updates':2, 'grpo.batch_size':3, 'grpo.group_size':6, 'grpo.checkpoint_every':1,

@@ -27,7 +27,7 @@ from rlhf_nb.desk import Desk
 from rlhf_nb.guard import host_name
 from rlhf_nb.app import launch
 from rlhf_nb.core import write_json
-from rlhf_nb.config import load_config
+from rlhf_nb.settings import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.data import load_preferences
 from rlhf_nb.evaluate import sample_records

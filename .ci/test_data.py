@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhf_nb import cli
-from rlhf_nb.config import load_config,mk_config
+from rlhf_nb.settings import load_config,mk_config
 from rlhf_nb.data import load_splits
 from rlhf_nb.line import Line
 from rlhf_nb.run import Places,Run,usual_stages

@@ -18,7 +18,7 @@ from tiny import batch, fork, lm, timeless
 import rlhf_nb.report  # noqa: F401 forks need not import it
 from rlhf_nb.cli import main
 from rlhf_nb.core import replacing
-from rlhf_nb.config import load_config
+from rlhf_nb.settings import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.dpo import train_dpo
 from rlhf_nb.grpo import train_grpo

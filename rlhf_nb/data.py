@@ -16,6 +16,7 @@ import numpy as np
 
 from .core import *
 from .config import *
+from .settings import *
 from .text import *
 from .stats import *
 from .world import *

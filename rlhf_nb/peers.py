@@ -19,6 +19,7 @@ from transformers import GPT2ForSequenceClassification,GPT2LMHeadModel
 
 from .core import *
 from .config import *
+from .settings import *
 from .run import *
 from .models import *
 from .load import *

@@ -15,6 +15,7 @@ from typing import NamedTuple,TypedDict
 
 from .core import *
 from .config import *
+from .settings import *
 from .core import _has_halves
 
 # %% ../nbs/02_run.ipynb #27528a12

@@ -1,6 +1,6 @@
 "Configurations: YAML files and --set lists, right ones and damaged ones, against a table of our own of what each key may hold"
 from fuzz import REFUSED, Case
-from rlhf_nb.config import load_config
+from rlhf_nb.settings import load_config
 
 big, most = 2**53, 1e6   # the largest count; rates have no largest value, we try so far
 # key: kind, smallest, largest, whether the ends are out, null allowed; for words: those that are allowed

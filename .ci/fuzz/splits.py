@@ -29,7 +29,7 @@ def one(rng, folder):
     held = {key(r) for k in ('test', 'dev', 'ood') if k in names for r in data[names[k]]}
     free = {key(r) for r in data[train]} - held
     parts = 1 + sum(k not in names for k in ('test', 'dev'))
-    from rlhf_nb.config import load_config
+    from rlhf_nb.settings import load_config
     from rlhf_nb.data import load_splits
     def got(): return load_splits(load_config('demo', sets), source=data)
     def right(s):
