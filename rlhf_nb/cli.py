@@ -17,6 +17,7 @@ from . import __version__
 
 from .core import *
 from .config import *
+from .settings import *
 from .run import *
 from .world import *
 from .shapes import *

@@ -15,6 +15,7 @@ import torch
 
 from .core import *
 from .config import *
+from .settings import *
 from .run import *
 from .text import *
 from .world import *
