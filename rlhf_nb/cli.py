@@ -212,7 +212,8 @@ def cmd_generate(a):
         raise FileExistsError(f'--to: {there[0]} is there already; '
                               'add --replace to write over it, or choose another folder')
     source = file_source(a.prompts) if a.prompts else split_source(o.split, run.config.data.name)
-    with only_writer(dest): _generate(Line(run), prompts, o, dest, source, _said(a))
+    rows = _rows_beside(a.prompts, prompts) if a.prompts else ()
+    with only_writer(dest): _generate(Line(run), prompts, o, dest, source, _said(a), rows)
 
 def _eval_config(
     o:EvalConfig, # Of the run
@@ -229,13 +230,18 @@ def _eval_config(
         flag = '--n' if named[1]=='n_samples' else _as_flag(named[1])
         raise ValueError(flag+named[2]) from None
 
+def _rows_beside(path, prompts)->list:
+    "The rows of a file of prompts, with the columns that a reward function may ask for; a text file has none"
+    return [Row({**x, 'prompt':p}, x) for p,x in zip(prompts, rows_beside(path)) if isinstance(x, dict)]
+
 def _generate(
     line:Line,
     prompts,      # Texts (None: the held-out prompts)
     o:EvalConfig,
     dest,         # Folder of the samples
     source,       # Whose prompts they are, for samples.json
-    command       # What made them
+    command,      # What made them
+    rows=()       # Of a file of prompts, where it has columns
 ):
     "Sample, tell of prompts that are cut, and write"
     most,room = line.config.data.max_prompt,max_tokens(line.model('sft'))
@@ -248,7 +254,7 @@ def _generate(
     if cut:
         print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={most} tokens '
               f'and lost their oldest turns; the first: {cut[0][:80]!r}')
-    recs = line.records(prompts, o)
+    recs = line.records(prompts, o, rows=rows)
     how = dict(temperature=o.temperature, max_new_tokens=o.max_new_tokens)
     write_samples(dest, recs, source, command, seed=line.config.seed, **how)
     for f in dest.glob('*_samples.json'):

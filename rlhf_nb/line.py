@@ -234,11 +234,12 @@ class Line:
     def records(self,
         prompts:list,      # Texts
         o:EvalConfig=None, # How to sample (None: as the configuration says)
-        train=()           # Texts that the models learned from; none of them may be among the prompts
+        train=(),          # Texts that the models learned from; none of them may be among the prompts
+        rows=()            # Rows with columns of prompts that are not among the held-out ones
     )->dict:               # {name: records}
         "Samples of all models there are"
         c,score = self.config,self.scorer()
-        rows = self.rows_of(prompts)
+        rows = self.rows_of(prompts, rows)
         if why := score.lacks(columns_of(rows)):
             print(f'no rewards: {why}')
             score = silent_scorer
@@ -254,9 +255,10 @@ class Line:
             train,
             family,           # only prompts of a family have a true reward
             rows)
-    def rows_of(self, prompts)->list:
-        "The row of each prompt: one of the held-out ones, where it is among them"
-        known = {r['prompt']:r for r in self.held()} if by_function(self.reward_of()) else {}
+    def rows_of(self, prompts, rows=())->list:
+        "The row of each prompt: one of `rows`, or a held-out one, where it is among them"
+        held = self.held() if by_function(self.reward_of()) else ()
+        known = {r['prompt']:r for r in (*held,*rows)}
         return [known.get(p) or dict(prompt=p) for p in prompts]
 
 def run_talks(
