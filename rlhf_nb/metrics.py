@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['stage_order', 'guide', 'checked_rows', 'read_logs', 'short', 'guide_table', 'reading_guide', 'stage_of', 'by_seed',
-           'curves', 'costs', 'costs_table', 'Point', 'frontier_data', 'fit_gold', 'flatten_rates', 'failure_data']
+           'curves', 'costs', 'costs_table', 'Point', 'frontier_data', 'fit_gold', 'flatten_rates', 'failure_data',
+           'how_far']
 
 # %% ../nbs/32_metrics.ipynb #met0h003
 import json,math
@@ -363,3 +364,15 @@ def failure_data(
         rows.append(dict(failure=name, model=model,
                          **pool_runs([r[path] for r in runs if path in r])))
     return pd.DataFrame(rows)
+
+# %% ../nbs/32_metrics.ipynb #howf0co1
+def how_far(
+    out # Run folder
+)->dict:
+    "What a run that is being made has done, by its logs: dict(share, text)"
+    run = Run(out)
+    todo = {k:n for k in trained if (n := getattr(run.config, k).updates)}  # {stage: its updates}
+    done = {k:min(n, len(run.rows(k))) for k,n in todo.items()}
+    now = [f'{k} {done[k]} of {n} updates' for k,n in todo.items() if 0<done[k]<n]
+    share = sum(done[k]/n for k,n in todo.items())/len(trained)
+    return dict(share=.9*share, text=', '.join(now) or 'Working')    # the rest is for what comes after training

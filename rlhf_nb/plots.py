@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['colours', 'markers', 'panels', 'axis_units', 'Look', 'look_of', 'label_of', 'md_name', 'Plot', 'plot_training',
-           'save_plot', 'live', 'token_html', 'token_views', 'plot_costs', 'plot_frontier', 'plot_overoptimisation',
-           'plot_win_rates', 'plot_failures']
+           'save_plot', 'live', 'plot_costs', 'plot_frontier', 'plot_overoptimisation', 'plot_win_rates',
+           'plot_failures']
 
 # %% ../nbs/33_plots.ipynb #plo0h003
-import html,io,math,re,time
+import io,math,re,time
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -21,7 +21,6 @@ from .core import *
 from .run import *
 from .text import *
 from .stats import *
-from .template import *
 from .metrics import *
 
 # %% ../nbs/33_plots.ipynb #e265d58d
@@ -228,84 +227,6 @@ def _in_place():
         for place,o in zip(places, (Markdown(table),fig)):
             if place: place.update(o)
     return show
-
-# %% ../nbs/33_plots.ipynb #ce609af1
-_above,_below = (230,159,0),(86,180,233)   # Okabe & Ito's orange and sky blue, as red, green, blue
-
-def _token(
-    text:str,
-    value:float,
-    x:float,     # Share of the full colour, -1 to 1; NaN: not known
-    name:str
-)->str:
-    "One token"
-    shown = html.escape(text).replace('\n', '↵\n') or '∅'
-    if x!=x:
-        return f'<span title="{html.escape(name)}: not known">{shown}</span>'
-    strength = abs(x)
-    full = _above if x>=0 else _below
-    line = 'solid' if x>=0 else 'dashed'                           # the sign for those who do not see the colour
-    # from white to the full colour
-    rgb = ','.join(str(int(255-strength*(255-c))) for c in full)
-    border = f';border-bottom:{1+round(3*strength)}px {line} #333' if strength>=.05 else ''
-    return f'<span style="background:rgb({rgb}){border}" title="{html.escape(name)}: {value:.4g}">{shown}</span>'
-
-def token_html(
-    tokens:list,   # Texts of the tokens
-    values,        # One number each (None or NaN: not known)
-    name:str='',   # Shown in front, and with each value
-    center=0.,     # Value without colour; None: the lowest has none, for values that are never negative
-    scale=None     # Value with the full colour (None: the largest there is)
-)->str:
-    "Tokens coloured by value, with a legend, as HTML"
-    vs = [math.nan if v is None else float(v) for v in values]
-    if len(vs)!=len(tokens):
-        raise ValueError(f'token_html: {len(tokens)} tokens and {len(vs)} values')
-    known = [v for v in vs if math.isfinite(v)]
-    zero = min(known, default=0.) if center is None else center
-    top = scale or max((abs(v-zero) for v in known), default=0.) or 1.
-    def share(v):
-        "Of the full colour; what is beyond the scale has all of it"
-        return max(-1., min(1., (v-zero)/top)) if math.isfinite(v) else math.nan
-    spans = ''.join(_token(t, v, share(v), name) for t,v in zip(tokens, vs))
-    steps = (0,1) if center is None else (-1,0,1)
-    legend = ' '.join(_token(short(zero+x*top), zero+x*top, float(x), name) for x in steps)
-    # its own background: the colours are made for white, also where the page is dark
-    style = 'font-family:monospace;line-height:1.9;white-space:pre-wrap;color:#111;background:#fff;padding:.3em'
-    head = f'<span style="font-size:85%"><b>{html.escape(name)}</b> {legend}</span>'
-    return f'<div style="{style}">{head}\n{spans}</div>'
-
-# %% ../nbs/33_plots.ipynb #0c79da41
-# field of the batch -> what people call it, in the order of the copies
-_token_fields = {'old_log_probs':'log-probability', 'kl':'KL (exact)', 'KL (k1)':'KL (k1)',
-                 'rewards':'reward', 'advantages':'advantage', 'values':'value'}
-
-def token_views(
-    batch:Batch, # With some of `old_log_probs`, `ref_log_probs`, `kl`, `rewards`, `advantages`, `values`
-    tok,
-    i:int=0,     # Which prompt
-    g:int=0,     # Which of its responses
-    prompt=True  # Show the prompt above
-)->str:
-    "All that is known of the tokens of one response, one coloured copy for each, as HTML"
-    n = int(batch.lengths[i,g])
-    tok = as_template(tok).tok
-    texts = [tok.decode([t]) for t in batch.responses[i,g,:n].tolist()]
-    # (R,), or one number for all
-    fields = {k:v[i,g] for k,v in batch.fields.items() if v.shape[:2]==batch.shape[:2]}
-    if 'kl' not in fields and {'old_log_probs','ref_log_probs'}<=fields.keys():
-        fields['KL (k1)'] = fields['old_log_probs']-fields['ref_log_probs']
-    def values(k):
-        "A number for each token: what the response has once, all of them have"
-        return (fields[k][:n] if fields[k].ndim else fields[k].expand(n)).tolist()
-    out = [token_html(texts, values(k), name, 0.) for k,name in _token_fields.items()
-           if k in fields]
-    if not out:
-        raise ValueError(f"token_views: the batch has none of log_probs, kl, rewards, advantages, values; it has "
-                         f"{', '.join(batch.fields) or 'no fields'}")
-    asked = html.escape(tok.decode(batch.prompts[i]).strip())
-    head = f'<div style="white-space:pre-wrap;color:#555">{asked}</div>' if prompt else ''
-    return head+''.join(out)
 
 # %% ../nbs/33_plots.ipynb #plo0cos1
 def plot_costs(

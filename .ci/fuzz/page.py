@@ -6,7 +6,8 @@ import atexit, functools, http.client, json
 
 from rlhf_nb.cards import _limit,find
 from rlhf_nb.cards import mk_prompt
-from rlhf_nb.desk import Desk,shipped_samples
+from rlhf_nb.records import shipped_samples
+from rlhf_nb.desk import Desk
 from rlhf_nb.app import launch
 from rlhf_nb.votes import read_votes
 
