@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_nb.checks import exact_number
+from rlhf_nb.checks import exact_number,last_number
 from rlhf_nb.core import Batch,child_seed,read_json,write_json
 from rlhf_nb.evaluate import sample_with_kl
 from rlhf_nb.line import Line
@@ -61,10 +61,9 @@ def write_data(folder, digits, seed):
 
 def right(b:Batch, line)->torch.Tensor:
     "(B,n): is the last number of the answer the sum?"
-    said = [[line.template.text(ids) for ids in group] for group in b.tokens()]
+    said = [line.template.text(ids) for group in b.tokens() for ids in group]
     answers = [r['answer'] for r in b.rows for _ in range(b.shape[1])]
-    scores = exact_number(responses=[o for g in said for o in g], answer=answers)
-    return torch.tensor(scores, dtype=torch.float64).view(b.shape[:2])
+    return torch.tensor(exact_number(said, answers), dtype=torch.float64).view(b.shape[:2])
 
 def by_pair(x, rows)->torch.Tensor:
     "Means of (B,n) or (B,) over the answers to a sum and its swap, (pairs,)"
@@ -77,9 +76,8 @@ def majority(b:Batch, ok, line)->torch.Tensor:
     "(B,): is the answer that most of the n samples give the sum? Ties share"
     out = []
     for group,good in zip(b.tokens(), ok.tolist()):
-        said = [line.template.text(ids).split() for ids in group]
-        last = [next((w.strip('.,!*=') for w in reversed(s) if any(c.isdigit() for c in w)), '') for s in said]
-        votes = {w:last.count(w) for w in last if w}
+        last = [last_number(line.template.text(ids)) for ids in group]
+        votes = {w:last.count(w) for w in last if w not in (None,'')}
         best = [w for w,n in votes.items() if n==max(votes.values())]
         out.append(sum(good[last.index(w)] for w in best)/len(best) if best else 0.)
     return torch.tensor(out)
@@ -91,21 +89,17 @@ def binary_kl(p, q):
 def reference_rates(line, ids, rows, most)->torch.Tensor:
     "(B,) how often the reference is right, from `LOOKS` samples each, a half added to both counts (Jeffreys)"
     b = sample(line.model('sft'), ids, LOOKS, most, seed=child_seed(line.config.seed, 'looks'))
-    return (right(b.plus_rows(rows) if hasattr(b, 'plus_rows') else with_rows(b, rows), line).sum(1)+.5)/(LOOKS+1)
-
-def with_rows(b:Batch, rows)->Batch:
-    "The batch with the columns of its prompts"
-    return Batch(b.prompts, b.responses, b.mask, rows=rows, **b.fields)
+    return (right(b.plus(rows=rows), line).sum(1)+.5)/(LOOKS+1)
 
 def own_right_answers(line, rows, most, n_answers:int):
     "The reference fine-tuned on its own right answers: as many are drawn as GRPO draws, and the right ones are kept"
     o = line.config.sft
     model,n = line.model('sft'),8
     some = [rows[i%len(rows)] for i in range(n_answers//n)]
-    ids = line.template_prompts(some) if hasattr(line, 'template_prompts') else prompts(line, some)
-    b = with_rows(sample(model, ids, n, most, seed=child_seed(line.config.seed, 'own answers')), some)
+    b = sample(model, prompts(line, some), n, most, seed=child_seed(line.config.seed, 'own answers')).plus(rows=some)
     ok = right(b, line)>0
     kept = [(p,[r]) for p,group,good in zip(b.prompts, b.tokens(), ok.tolist()) for r,g in zip(group, good) if g]
+    if not kept: raise ValueError(f'none of {n_answers} answers of the reference is right: there is nothing to learn from')
     data = Batch.from_tokens(*map(list, zip(*kept)))
     train_sft(model, data, replace(o, lr=1e-5, epochs=2, updates=None, batch_size=16, eval_every=None, skip=False),
               line.config.seed, acc=line.acc)
@@ -117,7 +111,7 @@ def prompts(line, rows)->list:
 
 def measure(run_folder, data):
     "Every policy of a run on the held-out sums; sums.json in its folder"
-    line,began = Line(Run.load(run_folder)),time.process_time()
+    line,began = Line(Run(run_folder)),time.process_time()
     held = [json.loads(o) for o in (Path(data)/'test.jsonl').read_text().splitlines()][:HELD]
     train = [json.loads(o) for o in (Path(data)/'train.jsonl').read_text().splitlines()]
     ids,most,c = prompts(line, held),line.config.eval.max_new_tokens,line.config
@@ -128,8 +122,8 @@ def measure(run_folder, data):
     sampled = sample_with_kl(models, ids, N, most, seed=child_seed(c.seed, 'held out'))
     out = {}
     for name,b in sampled.items():
-        b = with_rows(b, held)
-        greedy = with_rows(sample(models[name], ids, 1, most, temperature=0., seed=0), held)
+        b = b.plus(rows=held)
+        greedy = sample(models[name], ids, 1, most, temperature=0., seed=0).plus(rows=held)
         ok = right(b, line)
         after = ((ok.sum(1)+.5)/(N+1)).clamp(min=before)
         per = dict(
