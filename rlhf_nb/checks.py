@@ -96,8 +96,8 @@ class _Child:
     def begin(self, seconds):
         "Begin it; the first line takes the time of its imports too"
         if self.process and self.process.poll() is None: return seconds
-        self.process = subprocess.Popen([sys.executable,'-c',self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen([sys.executable,'-X','utf8','-c',self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, encoding='utf-8')
         return seconds+60
     def end(self):
         if self.process:
@@ -158,7 +158,7 @@ def _passes(code, tests, seconds, megabytes):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable,'-I','-c',_runner,str(max(1, int(seconds))),str(megabytes)]
         # a session of its own, so that it can be ended with all that it starts
-        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, text=True, errors='replace',
+        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, encoding='utf-8', errors='replace',
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try: out = p.communicate(whole, timeout=seconds+1)[0]
         except subprocess.TimeoutExpired: return False
