@@ -109,6 +109,7 @@ _gauge_flags = {
     '--n': _flag('the first rows only', type=int),
     '--template': _flag(_template_help, choices=reward_forms, default='auto'),
     '--data-dir': _flag('subset of a Hub data set or folder, such as harmless-base'),
+    '--set': _flag('how the data are read, such as data.columns.prompt=question; may be repeated', **_sets),
     '--device': _flag('auto, cpu, cuda, cuda:N or mps', default='auto'),
     '--scores': _flag('write a line of JSON for each pair to this file: where it stands, its scores', metavar='FILE'),
     '--out': _flag('write the numbers to this JSON file too', metavar='FILE')}
@@ -313,7 +314,11 @@ def cmd_eval_reward(a):
     for flag,f in (('--out',a.out),('--scores',a.scores)):
         if f and Path(f).is_dir(): raise IsADirectoryError(f'{flag} {f}: a folder; expected the name of a file')
     if a.n is not None and a.n<1: raise ValueError(f'--n: expected a number of rows above 0, got {a.n}')
-    d = eval_reward(a.model, a.data, a.by, a.split, a.n, a.template, a.data_dir, a.device)
+    for o in a.sets:
+        if not re.match(r'\s*data\.(format|columns|config)\b', o):
+            raise ValueError(f'--set {o}: a reward model is measured with data.format, data.columns and data.config alone')
+    c = load_config('demo', [dict(data=dict(name=a.data)),*a.sets]).data
+    d = eval_reward(a.model, a.data, a.by, a.split, a.n, a.template, a.data_dir, a.device, c.format, c.columns, c.config)
     pairs = d.pop('pairs')
     print(gauge_md(d))
     if a.scores: write_text(a.scores, ''.join(json.dumps(o)+'\n' for o in pairs))

@@ -17,7 +17,7 @@ import yaml
 
 from .text import *
 from .shapes import *
-from .text import _malformed,_names_of,_what
+from .text import _is_missing,_malformed,_names_of,_what
 from .shapes import _cols,_is_list
 
 # %% ../nbs/08_formats.ipynb #de87ad27
@@ -356,17 +356,17 @@ def _chain(files):
     "A split of files, one after the other"
     return lambda: (o for f in files for o in read_rows_of(f))
 
+def _value(x): return None if _is_missing(x) else x
+
 def _frame(df):
     "The rows of a DataFrame; a missing value, of whichever kind, is null"
-    def value(x):
-        is_missing = isinstance(x, float) and x!=x or type(x).__name__ in ('NAType','NaTType')
-        return None if is_missing else x
     names = list(map(str, df.columns))
-    return (_object([*zip(names, map(value, o))]) for o in df.itertuples(index=False, name=None))
+    return (_object([*zip(names, map(_value, o))]) for o in df.itertuples(index=False, name=None))
 
 def _is_columns(o, columns):
     "Is a dictionary {column: its values}, and not {split: its rows}?"
-    if not o or not all(map(_is_list, o.values())): return False
+    # a column may be a `Series`; a `Dataset` or a DataFrame is a split
+    if not o or not all(_is_list(v) or hasattr(v, 'tolist') for v in o.values()): return False
     known = {k for s in shape_table.values() for k in (*s.columns,*s.also)} | {*columns.values()}
     return bool(known & o.keys()) and not all(isinstance(x, dict) for v in o.values() for x in v)
 
@@ -374,7 +374,7 @@ def _by_row(o):
     "The rows of {column: its values}"
     sizes = {str(k):len(v) for k,v in o.items()}
     if len(set(sizes.values()))>1: raise ValueError(f'columns of different lengths: {sizes}')
-    return (dict(zip(o, values)) for values in zip(*o.values()))
+    return (dict(zip(o, map(_value, values))) for values in zip(*o.values()))
 
 def _counted(name, rows, n):
     "The first `n` rows of a stream, which may have no end"
@@ -448,6 +448,9 @@ def _renamed(read, columns, name):
 def _open(source, data_dir=None, config=None, columns=None, n=None):
     "The `Source` of anything: rows, a file, a folder, a Hub name; its columns by our names"
     columns = columns or {}
+    sides = [columns[k] for k in _cols if k in columns]
+    for k in sides:
+        if sides.count(k)>1: raise ValueError(f'data.columns: {k!r} cannot be two of {", ".join(_cols)}')
     src = _found(source, data_dir, config, columns, n)
     if not columns: return src
     return src._replace(splits={k:_renamed(v, columns, f'{src.name} {k}') for k,v in src.splits.items()})

@@ -238,13 +238,14 @@ def function_rewards(
     return s,{'not applicable':dict(n=len(silent), first=first, detail='the function said None of an answer')}
 
 # %% ../nbs/28_gauge.ipynb #gaugrn02
-def _split_of(data, data_dir, split):
+def _split_of(data, data_dir, split, n=None, config=None, columns=None):
     "The split that is meant"
     if split: return split
-    names = list(_open(data, data_dir).splits)
+    src = _open(data, data_dir, config, columns, n)
+    names = list(src.splits)
     if len(names)==1: return names[0]
     if 'test' in names: return 'test'
-    raise ValueError(f"{data}: it has the splits {', '.join(names)}; choose one with --split")
+    raise ValueError(f"{src.name}: it has the splits {', '.join(names)}; choose one with --split")
 
 def _is_function(model)->bool:
     "Does the name mean a function, such as `mine.py:short`?"
@@ -275,11 +276,14 @@ def eval_reward(
     n:int=None,         # The first n rows only
     form:str='auto',    # How dialogues are told to the model: `chat`, `pair`, `text`, or what suits it
     data_dir:str=None,  # Subset of a Hub data set or folder
-    device:str='auto'
+    device:str='auto',
+    format:str='auto',  # Name of a shape, where it is not to be seen
+    columns:dict=None,  # What a column is called there, such as `dict(prompt='question')`
+    config:str=None     # Configuration of a Hub data set
 )->dict: # As `gauge`, with model, data, form, refused, cut, and `pairs`: place and scores of each
     "How right a reward model is on any pairs"
-    split = _split_of(data, data_dir, split)
-    prefs = load_preferences(data, data_dir, split, n)
+    split = _split_of(data, data_dir, split, n, config, columns)
+    prefs = load_preferences(data, data_dir, split, n, format=format, columns=columns, config=config)
     pairs,report = prefs.pairs,prefs.report
     if by: _values(pairs, by)                            # before anything is loaded
     s,how = _asked(model, pairs, form, device)

@@ -8,7 +8,7 @@ __all__ = ['shape_table', 'said_of', 'serves', 'texts_of', 'needs_of', 'split_pa
            'check_serves']
 
 # %% ../nbs/07_shapes.ipynb #w8uo9b4k
-import math,re,unicodedata
+import re,unicodedata
 from collections import Counter
 from contextlib import suppress
 from itertools import chain,islice
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .text import *
-from .text import _malformed,_names_of,_prompt_turns,_turns,_what
+from .text import _is_finite,_is_missing,_malformed,_names_of,_prompt_turns,_turns,_what
 
 # %% ../nbs/07_shapes.ipynb #812f0c5a
 _cols = 'prompt','chosen','rejected'
@@ -123,7 +123,7 @@ def _chat(x, name):
     def one(m):
         if not isinstance(m, dict) or not {'from','value'} <= m.keys(): return m
         who = m['from']
-        if who not in _speakers: raise _malformed(f"a turn of {who!r:.40}; expected {', '.join(_speakers)}")
+        if not isinstance(who, str) or who not in _speakers: raise _malformed(f"a turn of {who!r:.40}; expected {', '.join(_speakers)}")
         return dict(role=_speakers[who], content=m['value'])
     return list(map(one, x))
 
@@ -179,13 +179,14 @@ def _openai_pair(row):
     _no_tools(row['input'])
     return _pair_of(row['input']['messages'], row['preferred_output'], row['non_preferred_output'])
 
-def _is_label(x): return isinstance(x, (bool,int)) and x in (0,1)
+def _is_label(x): return (_is_finite(x) or isinstance(x, (bool,np.bool_))) and x in (0,1)
 
 def _shp(row):
     sides = row['human_ref_B'],row['human_ref_A']
     if not _is_label(row['labels']):
         raise _malformed(f"labels is {_what(row['labels'])}; expected 1 (A is preferred) or 0")
-    return _pair_of(_turn('user', row['history'], 'history'), sides[row['labels']], sides[1-row['labels']])
+    first = int(row['labels'])
+    return _pair_of(_turn('user', row['history'], 'history'), sides[first], sides[1-first])
 
 def _helpsteer3(row):
     by = row['overall_preference']
@@ -193,14 +194,12 @@ def _helpsteer3(row):
     first,second = row['response1'],row['response2']
     return _pair_of(row['context'], *((first,second) if by<0 else (second,first)))
 
-def _is_number(x):
-    "Is it a finite number?"
-    return isinstance(x, (int,float)) and not isinstance(x, bool) and math.isfinite(x)
-
 def _best_and_worst(texts, scores):
     "The answers with the highest and the lowest score, of equal ones the first; those without a score are left out"
     if len(texts)!=len(scores): raise _malformed(f'{len(texts)} answers and {len(scores)} scores')
-    rated = [(s,t) for s,t in zip(scores, texts) if _is_number(s)]
+    wrong = [s for s in scores if not _is_finite(s) and not _is_missing(s)]
+    if wrong: raise _malformed(f'a score is {_what(wrong[0])}; expected a number')
+    rated = [(s,t) for s,t in zip(scores, texts) if _is_finite(s)]
     if len(rated)<2: raise _malformed(f'{len(rated)} answers with a score; a pair needs two')
     best,worst = (f(rated, key=lambda o: o[0]) for f in (max,min))
     if best[0]==worst[0]: raise BadPair('identical pair', f'judged alike: all scores are {best[0]}')
@@ -310,7 +309,7 @@ _pairs = (
           lambda r: _objects_with([r['input']], 'messages')),
     Shape('shp', 'pair', ('history','human_ref_A','human_ref_B','labels'), _shp),
     Shape('helpsteer3', 'pair', ('context','response1','response2','overall_preference'), _helpsteer3,
-          lambda r: _is_number(r['overall_preference'])),
+          lambda r: _is_finite(r['overall_preference'])),
     Shape('ultrafeedback', 'pair', ('instruction','completions'), _ultrafeedback,
           lambda r: _objects_with(r['completions'], 'response', 'overall_score')),
     Shape('scored', 'pair', ('prompt','responses','scores'), _scored,

@@ -9,6 +9,7 @@ __all__ = ['HH', 'visible', 'md_text', 'md_code', 'md_inline', 'md_table', 'inte
 # %% ../nbs/04_text.ipynb #texth003
 import math,re
 from dataclasses import dataclass
+from numbers import Number
 from typing import NamedTuple
 
 import numpy as np
@@ -212,8 +213,17 @@ def _what(x):
     if x is None: return 'null'
     if isinstance(x, str): return 'text'
     if isinstance(x, dict): return f'an object with the keys {_names_of(x)}'
-    if isinstance(x, (bool,int,float)): return f'a number ({x!s:.20})'
+    if isinstance(x, (Number,np.bool_)): return f'a number ({x!s:.20})'
     return 'a list' if isinstance(x, (list,tuple)) else f'a {type(x).__name__}'
+
+def _is_missing(x):
+    "Is it a missing value, of whichever kind?"
+    if isinstance(x, (float,np.floating)): return math.isnan(x)
+    return x is None or type(x).__name__ in ('NAType','NaTType')
+
+def _is_finite(x):
+    "Is it a finite number, of Python or another kind?"
+    return isinstance(x, Number) and not isinstance(x, (bool,complex)) and math.isfinite(x)
 
 # What other projects call the roles
 _synonyms = dict.fromkeys(('human','prompter'), 'user')

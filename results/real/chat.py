@@ -1,0 +1,156 @@
+"""Preferences of people and a real chat model: two halves of the pairs, a reward model of each, tested on the other.
+
+    python results/real/chat.py data PAIRS hh                      # hh/a and hh/b: train is one half, test is the other
+    rlhf_nb run --config results/real/chat.yaml --model MODEL --data hh/a --out runs/hh-a
+    rlhf_nb run --config results/real/chat.yaml --model MODEL --data hh/b --out runs/hh-b --stages sft reward
+    python results/real/chat.py reward runs/hh-a runs/hh-b --out results/real/chat_reward
+    python results/real/chat.py implicit runs/hh-a runs/hh-a1 runs/hh-a2 --out results/real/chat_dpo
+    python results/real/chat.py policies runs/hh-a --other runs/hh-b --out results/real/chat
+
+`PAIRS` is a file of pairs, such as 1,800 of Anthropic's HH-RLHF. A prompt lies in one half, by its hash. Intervals are 95%,
+clustered by prompt. The rule that is measured beside everything is "shorter wins", in tokens.
+"""
+import argparse,json
+from pathlib import Path
+
+import torch
+
+from rlhf_nb.core import child_seed,write_json
+from rlhf_nb.data import load_preferences
+from rlhf_nb.gauge import clustered_mean,clustered_share,pair_rewards
+from rlhf_nb.line import Line
+from rlhf_nb.load import load_reward_model
+from rlhf_nb.models import log_probs
+from rlhf_nb.run import Run,read_samples
+from rlhf_nb.stats import mean_ci,win_rate
+from rlhf_nb.text import interval,md_table
+from rlhf_nb.train import in_pieces
+
+# The data
+
+def write_halves(source, folder):
+    "Two folders, each with its own half as train and the other as test"
+    pairs = load_preferences(source).pairs
+    keys = 'prompt','chosen','rejected'
+    def half(p): return child_seed(0, 'half', p['prompt'])%2
+    halves = [[{k:p[k] for k in keys} for p in pairs if half(p)==i] for i in (0,1)]
+    for name,(train,test) in dict(a=halves, b=halves[::-1]).items():
+        f = Path(folder)/name
+        f.mkdir(parents=True, exist_ok=True)
+        for split,rows in (('train',train),('test',test)):
+            (f/f'{split}.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8')
+
+
+# The measures
+
+def points(d)->torch.Tensor:
+    "1 where a difference is positive, a half where there is none"
+    return (d>0).double()+.5*(d==0).double()
+
+def beside_length(d, pairs, line)->dict:
+    "How often differences (n,) of chosen and rejected are right, and the rule beside them, pair by pair"
+    shorter = -(lengths(pairs, line) @ torch.tensor([1.,-1.]))
+    keys = [p['prompt'] for p in pairs]
+    right,rule = points(d),points(shorter)
+    longer = shorter<0                                # the chosen answer is the longer one
+    return dict(
+        right=right.tolist(),
+        rule=rule.tolist(),
+        longer=longer.tolist(),
+        prompts=keys)
+
+def lengths(pairs, line)->torch.Tensor:
+    "(n,2) tokens of chosen and rejected"
+    said = [o.size for k in ('chosen','rejected') for o in line.template.responses([p[k] for p in pairs])]
+    return torch.tensor(said, dtype=torch.float32).view(2, -1).T
+
+def summary(ds)->dict:
+    "Several measures of pairs as one: accuracy, the rule, their difference, and by which answer is longer"
+    right,rule,longer = (torch.tensor([x for d in ds for x in d[k]]) for k in ('right','rule','longer'))
+    keys = [k for d in ds for k in d['prompts']]
+    def some(at): return clustered_share(right[at], [k for k,o in zip(keys, at.tolist()) if o])
+    return dict(
+        accuracy=clustered_share(right, keys),
+        shorter_wins=clustered_share(rule, keys),
+        difference=clustered_mean(right-rule, keys),
+        chosen_longer=some(longer),
+        chosen_not_longer=some(~longer))
+
+def reward_models(runs, out):
+    "Each run's reward model on its held-out half, and both together"
+    ds = []
+    for r in runs:
+        line = Line(Run(r))
+        pairs = line.held()
+        s,_,_ = pair_rewards(*load_reward_model(line.run.made('reward')), pairs, micro_tokens=4096)
+        ds.append(beside_length(s[:,0]-s[:,1], pairs, line))
+    report({**{Path(r).name:[d] for r,d in zip(runs, ds)}, 'both':ds}, out)
+
+def implicit(runs, out):
+    "DPO's implicit reward on held-out pairs: how much likelier has the policy made the chosen answer?"
+    found = {}
+    for r in runs:
+        line = Line(Run(r))
+        pairs = line.held()
+        b = line.pairs(pairs)
+        def sums(m): return in_pieces(lambda o: log_probs(m, o).sum(-1), b, 4096)
+        with torch.no_grad(): d = sums(line.model('dpo'))-sums(line.model('sft'))      # (n,2)
+        found[f'seed {line.config.seed}'] = [beside_length(d[:,0]-d[:,1], [pairs[i] for i in b.index.tolist()], line)]
+    # the same pairs in each: a prompt's pairs of all seeds belong together
+    report({**found, 'all':[d for o in found.values() for d in o]}, out)
+
+def policies(run, other, out):
+    "Every policy's answers against the reference's, by the reward model that trained them and by the other half's"
+    recs = read_samples(run)
+    rows = [['policy','by its own reward model','by the other half\'s','KL, nats','tokens','n (prompts)']]
+    found = {}
+    judges = [load_reward_model(Run(r).made('reward')) for r in (run,other)]
+    n = len(recs['reference'])//len({r['prompt'] for r in recs['reference']})          # answers to each prompt, in order
+    for name,rs in recs.items():
+        if name=='reference': continue
+        pairs = [dict(prompt=x['prompt'], chosen=' '+x['response'], rejected=' '+y['response'])
+                 for x,y in zip(rs, recs['reference'])]
+        scores = [pair_rewards(*j, pairs, micro_tokens=4096)[0] for j in judges]
+        rates = [dict(win_rate(s[:,0].view(-1, n), s[:,1].view(-1, n))) for s in scores]
+        found[name] = dict(own=rates[0], other=rates[1])
+        far,long = (mean_ci(torch.tensor([r[k] for r in rs], dtype=torch.float64).view(-1, n)) for k in ('kl','n_tokens'))
+        found[name] |= dict(kl=far, tokens=long)
+        rows.append([name,*map(interval, (*rates,far,long)),far['n']])
+    write_json(f'{out}.json', found)
+    Path(f'{out}.md').write_text(md_table(rows)+'\n')
+    print(md_table(rows))
+
+
+# The tables
+
+def report(found, out):
+    "OUT.json and OUT.md: {name: measures of pairs}"
+    d = {k:summary(ds) for k,ds in found.items()}
+    keys = 'accuracy','shorter_wins','difference','chosen_longer','chosen_not_longer'
+    rows = [['',*(k.replace('_', ' ') for k in keys),'n']]
+    rows += [[k,*(interval(o[key], '.3f') for key in keys),o['accuracy']['n']] for k,o in d.items()]
+    write_json(f'{out}.json', d)
+    Path(f'{out}.md').write_text(md_table(rows)+'\n')
+    print(md_table(rows))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = p.add_subparsers(dest='what', required=True)
+    o = sub.add_parser('data')
+    o.add_argument('source')
+    o.add_argument('folder')
+    for name in ('reward','implicit'):
+        o = sub.add_parser(name)
+        o.add_argument('runs', nargs='+')
+        o.add_argument('--out', required=True)
+    o = sub.add_parser('policies')
+    o.add_argument('run')
+    o.add_argument('--other', required=True)
+    o.add_argument('--out', required=True)
+    a = p.parse_args()
+    if a.what=='data': write_halves(a.source, a.folder)
+    elif a.what=='reward': reward_models(a.runs, a.out)
+    elif a.what=='implicit': implicit(a.runs, a.out)
+    else: policies(a.run, a.other, a.out)
+
+if __name__=='__main__': main()
