@@ -51,6 +51,7 @@ def mk_prompt(
 def pieces(
     ids:list,      # Token ids of a response
     tok,           # Tokenizer or `Template`
+    ended=False,   # Is the last one a stop?
     **values       # Lists, one number per token (or None)
 )->list: # dict(text, one sum per name)
     "A response as pieces of text with their values"
@@ -58,7 +59,7 @@ def pieces(
     t = as_template(tok)
     out,start,done = [],0,''
     for i in range(1, len(ids)+1):
-        s = t.text(ids[:i])
+        s = t.text(ids[:i], ended and i==len(ids))
         if s.endswith('\ufffd') and i<len(ids): continue     # half a character: the next tokens complete it
         sums = {k:v and sum(v[start:i]) for k,v in values.items()}
         out.append(dict(text=s[len(done):], **sums))

@@ -287,7 +287,9 @@ class _Writer:
     def text(self)->dict:
         "The first answer, as far as it is written"
         ids = [int(i[0,0]) for i,_,alive in self.steps if alive[0,0]]  # up to its end
-        text = self.player.template.text(ids)
+        from rlhf_nb.load import stop_tokens
+        ended = bool(ids) and ids[-1] in stop_tokens(self.player.policy)
+        text = self.player.template.text(ids, ended)
         return dict(response=text.rstrip('\ufffd'), n_tokens=len(ids), writing=self.goes_on)
 
     def batch(self)->Batch: # One prompt, n answers
@@ -333,7 +335,7 @@ def _record(self:Desk, c, k, writer)->dict:
     if gold: out['gold_reward'] = gold[i]
     out['percentile'] = percentile(reward[i], self.spread) if reward else None
     out['tokens_per_second'] = int(b.mask.sum())/max(writer.seconds, 1e-9)
-    out['tokens'] = pieces(ids, player.template, kl=kl, log_prob=log_probs)
+    out['tokens'] = pieces(ids, player.template, out['finished'], kl=kl, log_prob=log_probs)
     several = responses if c['n']>1 else []
     out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(several)]
     return out

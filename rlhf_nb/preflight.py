@@ -101,7 +101,9 @@ def _stages(m):
 def _template(t, why=''):
     "How it reads a dialogue"
     if why: return Finding('template', why, f'model.template={t.kind}')
-    if t.kind!='chat': return Finding('template', f'{t.kind}: the tokenizer has no chat template of its own')
+    if t.kind!='chat':
+        own = 'is not used' if template_kind(t.tok)=='chat' else 'is not there'
+        return Finding('template', f'{t.kind}: a chat template of its own {own}')
     how = 'has a system role' if t.form.system else 'has no system role: a system turn joins the first question'
     return Finding('template', f'chat, {how}')
 
@@ -118,8 +120,11 @@ def _ends(m, t):
 def _border(t):
     "Is an answer taught as the template itself would write it?"
     asked,long = HH.ask('What is 2+2?'),HH.prompt([Turn('user', 'Hi'),Turn('assistant', 'Hello!'),Turn('user', '2+2?')])
-    if all(t.agrees(d, ' 4') for d in (asked,long)):
-        return Finding('border', 'prompt and answer have the ids of the whole dialogue')
+    # some take one question and nothing behind its answer
+    fits = [d for d in (asked,long) if not t.refusal(d)]
+    few = '' if long in fits else '; no dialogue of several turns'
+    if all(t.agrees(d, ' 4') for d in fits):
+        return Finding('border', f'prompt and answer have the ids of the whole dialogue{few}')
     # the sampler begins where the prompt ends, whatever the template would write there
     return Finding('border', 'the template writes something between prompt and answer that the model has to write '
                              "itself; answers of data lack it, sampled ones don't")

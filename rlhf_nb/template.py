@@ -17,24 +17,10 @@ import torch
 from .core import *
 from .text import *
 from .tokens import *
+from .text import _message
+from .tokens import _bos,_eos,_start_ids
 
 # %% ../nbs/10_template.ipynb #tmpl0006
-def _eos(tokenizer):
-    "The EOS id"
-    if tokenizer.eos_token_id is None:
-        raise ValueError('The tokenizer has no EOS token, so a response could never end. '
-                         "Set one before training, such as tokenizer.add_special_tokens({'eos_token':'<|endoftext|>'})")
-    return tokenizer.eos_token_id
-
-def _bos(tokenizer):
-    "What the tokenizer itself puts in front of a text: BOS or nothing"
-    b = tokenizer.bos_token_id
-    return [b] if b is not None and tokenizer('a').input_ids[:1]==[b] else []
-
-def _start(tokenizer):
-    "The ids of an empty prompt"
-    return [_eos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-
 class Cut(NamedTuple):
     "A text as tokens, cut to what there is room for"
     ids:list   # What is left
@@ -54,7 +40,7 @@ def _each(f, dialogues, refused=None):
 class _TextForm:
     "A dialogue as one text: of kind `hh` or `plain`"
     def __init__(self, tok, kind):
-        self.tok,self.notation = tok,Notation(kind)
+        self.tok,self.notation,self.lead = tok,Notation(kind),''
     @property
     def end(self):
         "The ids that end an answer; none where the tokenizer has no EOS, as an encoder's"
@@ -89,7 +75,7 @@ class _TextForm:
         return [done[d] for d in dialogues]
     def _fit(self, dialogue, ids, bos, room):
         "The ids that there is room for"
-        if len(ids)<=room: return bos+ids if ids else _start(self.tok)
+        if len(ids)<=room: return bos+ids if ids else _start_ids(self.tok)
         # whole turns go first: the longest end that begins with a person and fits, else the end of the last turn
         turns = parse_turns(dialogue) if self.notation.names else []
         starts = [i for i,t in enumerate(turns) if i and t.role=='user']
@@ -135,14 +121,18 @@ def saved_template(
     return _mark%kind+front+_written[kind]
 
 
+
 # %% ../nbs/10_template.ipynb #tmplc002
 _off = 'enable_thinking','thinking'     # what a template is told not to do, unless somebody says otherwise
-_today = re.compile(r'''strftime_now\(\s*(["'])(.*?)\1\s*\)''')
 _word,_other = 'xyzzy','plugh'          # of the probe: in no template
 
 def _dated(source, date):
-    "A template that takes `date` for today"
-    return source if date is None else _today.sub(lambda m: repr(date.strftime(m[2])), source)
+    "A template that takes `date` for today, however it asks"
+    if date is None or 'strftime_now' not in source: return source
+    # transformers lets nobody pass a function: a macro of this name stands before its own, on a line that leaves nothing
+    parts = ['%'+k for k in (*'aAbBcdDeFgGhjmuUVwWxXyYHIMpS','-d','-m')]
+    said = ''.join(f'.replace({k!r}, {date.strftime(k)!r})' for k in parts)
+    return '{%- macro strftime_now(format) -%}{{- format'+said+' -}}{%- endmacro %}\n'+source
 
 def _asked(source):
     "The variables that a template asks for; none where it can't be read, which the probe will say"
@@ -154,11 +144,6 @@ def _asked(source):
 def _why(e):
     "An error's first line"
     return (str(e).splitlines() or [type(e).__name__])[0][:200]
-
-def _any_of(words):
-    "The pattern of one of `words`, the longest first"
-    words = sorted(filter(None, words), key=len, reverse=True)
-    return re.compile('|'.join(map(re.escape, words)) or '(?!)')
 
 def _joined(turns):
     "Turns whose system turn has joined the first of a person"
@@ -185,22 +170,22 @@ class _ChatForm:
     def __init__(self, tok, kwargs=None, date=None, ends=True):
         if not getattr(tok, 'chat_template', None):
             raise ValueError('model.template is chat, and the tokenizer has no chat template: take hh or plain')
-        source = tok.get_chat_template()
-        self.tok,self.source,self.dated = tok,_dated(source, date),'strftime_now' in source
-        asked = _asked(source)
+        self.tok,self.source = tok,_dated(tok.get_chat_template(), date)
+        asked = _asked(self.source)
         for k in kwargs or ():
             if k not in asked:
                 raise ValueError(f'model.template_kwargs: the chat template knows no {k}')
         self.kwargs = dict(kwargs or {})
-        self.names = _any_of(special_ids(tok).values())
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
+        self.names,self._own = any_of(special_ids(tok).values()),any_of(self.own_tokens)
         self.system,self.told = True,False
         # who only reads finished answers, as a reward model does, needs no end, and nobody has told it not to think
         off = [k for k in _off if ends and k in asked and self._matters(k)]
         self.kwargs = dict.fromkeys(off, False)|self.kwargs
         self.end = self._probe() if ends else []
         self.system = self._has_system()
+        self.lead = self._lead() if ends else ''
     def _matters(self, k):
         "Does the beginning of an answer change with an option?"
         def asked(v): return self.write([Turn('user', _other)], **{k:v})
@@ -225,7 +210,7 @@ class _ChatForm:
         "What stands behind an answer, whether it is the last turn or not: special tokens, up to EOS"
         def behind(text):
             rest,ids = text.partition(_word)[2],[]
-            token = re.compile(rf'\s*({_any_of(self.own_tokens).pattern})')
+            token = re.compile(rf'\s*({self._own.pattern})')
             while m := token.match(rest):
                 ids.append(self.own_tokens[m[1]])
                 rest = rest[m.end():]
@@ -236,6 +221,16 @@ class _ChatForm:
         if not end:
             raise _useless(self.tok, 'writes no special token behind an answer, so that it could never end')
         return end[:end.index(eos)+1] if eos in end else end
+    def _lead(self):
+        "What to encode an answer behind; empty where its ids alone are those that it has in a rendering"
+        asked,said = Turn('user', _other),Turn('assistant', _word)
+        begin = self.write([asked])
+        prompt,whole = self._plain([begin, self.write([asked,said], answer=True)])
+        lead = re.match(rf'(?s).*(({self._own.pattern}|{_other}).*)', begin)[1]
+        (alone,),(behind,) = encode([_word], self.tok),encode_behind(lead, [_word], self.tok)
+        # some tokenizers put a blank in front of a text, which may be in the rendering too
+        rest = whole[len(prompt):] if whole[:len(prompt)]==prompt else behind
+        return '' if alone in (behind,rest[:len(alone)]) else lead
     def write(self, turns, answer=False, **kwargs):
         "The template's rendering, with the beginning of an answer unless the last turn is one"
         if not self.system: turns = _joined(turns)
@@ -266,29 +261,27 @@ class _ChatForm:
         return self.tok(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     def _unveiled(self, text, signs):
         "Ids of a rendering with signs: what lies between two special tokens and holds a sign is text as a whole"
-        parts = re.split(f'({_any_of(self.own_tokens).pattern})', text)
-        out = []
+        parts = re.split(f'({self._own.pattern})', text)
+        out,front = [],''
         for is_said,some in groupby(parts, lambda o: not signs.keys().isdisjoint(o)):
             s = ''.join(some)
             named = s.translate({ord(k):v for k,v in signs.items()})
-            out += encode([named], self.tok)[0] if is_said else self._plain([s])[0]
+            out += encode_behind(front, [named], self.tok)[0] if is_said else self._plain([s])[0]
+            front = re.match(f'(?s).*?((?:{self._own.pattern})?)$', s)[1]
         return out
     def _encode(self, renderings):
         "Ids of many renderings"
         easy = iter(self._plain([text for text,signs in renderings if not signs]))
         return [self._unveiled(text, signs) if signs else next(easy) for text,signs in renderings]
-    def own(self, text, begun):
-        "What the model itself writes of an answer: the blank behind the marker is the notation's"
-        return text if begun else text.removeprefix(' ')
     def own_all(self, texts, begun):
-        "The same of many answers"
-        return list(map(self.own, texts, begun))
+        "What the model itself writes of answers: the blank behind the marker is the notation's"
+        return [text if b else text.removeprefix(' ') for text,b in zip(texts, begun)]
     def check(self, answers):
         "An answer is text, whatever it says"
     def agrees(self, dialogue, text, ids):
         "Are the ids of a prompt and its answer those of the whole dialogue's rendering?"
         turns,begun = _spoken(dialogue)
-        said = Turn('assistant', begun+self.own(text, begun))
+        said = Turn('assistant', begun+self.own_all([text], [begun])[0])
         try: return self.whole([*turns,said])[:len(ids)]==ids
         except BadPair: return False
     def whole(self, turns):
@@ -306,7 +299,7 @@ class _ChatForm:
         return [done[d] for d in dialogues]
     def _fit(self, dialogue, ids, room):
         "The ids that there is room for: whole turns go first, never the system turn"
-        if len(ids)<=room: return ids or _start(self.tok)
+        if len(ids)<=room: return ids or _start_ids(self.tok)
         turns,begun = _spoken(dialogue)
         n = sum(t.role=='system' for t in turns[:1])
         tails = [[*turns[:n],*turns[i:]] for i,t in enumerate(turns) if i>n and t.role=='user']
@@ -316,8 +309,8 @@ class _ChatForm:
         return self._shortened(tails[-1] if tails else turns, begun, ids, room)
     def _shortened(self, turns, begun, ids, room):
         "The ids where the last turn of a person, the only one left, has lost its beginning"
-        at = max((i for i,t in enumerate(turns) if t.role=='user'), default=0)
-        said, = encode([turns[at].text], self.tok)
+        at = max((i for i,t in enumerate(turns) if t.role=='user'), default=None)
+        said = [] if at is None else encode([turns[at].text], self.tok)[0]
         while said and len(ids)>room:
             said = said[len(ids)-room:]
             left = self.tok.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -335,7 +328,7 @@ def _begun(prompt):
 def _dialogue(x):
     "A prompt as one str: turns, or messages, as the package writes them"
     if isinstance(x, str): return x
-    turns = [Turn(*o) if isinstance(o, tuple) else Turn(o['role'], o['content']) for o in x]
+    turns = [_message(o if isinstance(o, dict) else dict(role=o[0], content=o[1])) for o in x]
     return HH.write(turns) if turns and turns[-1].role=='assistant' else HH.prompt(turns)
 
 class Template:
@@ -359,7 +352,7 @@ class Template:
     @property
     def dated(self)->bool:
         "Does its template print today's date?"
-        return self.kind=='chat' and self.form.dated
+        return self.kind=='chat' and 'strftime_now' in self.form.source
     @property
     def end(self)->int:
         "The id that ends an answer; None where there is none"
@@ -405,7 +398,7 @@ class Template:
                                  'as a word; choose another eos_token')
             cut = len(ids)+len(end)>most
             return Cut(ids[:most] if cut else ids+end, len(ids), cut)
-        return [one(t, ids) for t,ids in zip(texts, encode(texts, tok))]
+        return [one(t, ids) for t,ids in zip(texts, encode_behind(self.form.lead, texts, tok))]
     def response(self, text:str)->list:
         "Token ids of a whole answer, its end included"
         return self.responses([text])[0].ids
@@ -416,12 +409,13 @@ class Template:
         "The ids that make a response's text: without the stop at its end, and without PAD; special tokens within stay"
         pad = self.tok.pad_token_id if self.tok.pad_token_id!=self.tok.unk_token_id else None
         end = self.form.end
-        if end and ids[-len(end):]==end: ids = ids[:-len(end)]
+        # of an end of several tokens an answer that was cut has some
+        if n := next((n for n in range(len(end), 0, -1) if ids[-n:]==end[:n]), 0): ids = ids[:-n]
         elif ended or ids and ids[-1] in self.stops: ids = ids[:-1]
         return [i for i in ids if i!=pad]
     def text(self, ids:list, ended=False)->str:
         "What a person reads of an answer: EOS and PAD are gone, everything else is as it was written"
-        return self.tok.decode(self.written(ids, ended), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_behind(self.form.lead, self.written(ids, ended), self.tok)
 
 @lru_cache(maxsize=8)
 def _made(tok, chat):
