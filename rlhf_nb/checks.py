@@ -8,7 +8,7 @@ __all__ = ['last_number', 'exact_number', 'chosen', 'choice', 'regex_format', 'l
            'named_source']
 
 # %% ../nbs/20_checks.ipynb #chk563f9
-import ast,functools,hashlib,importlib.util,inspect,json,os,re,select,signal,subprocess,sys,tempfile,threading
+import ast,functools,hashlib,importlib.util,inspect,json,math,os,re,select,signal,subprocess,sys,tempfile,textwrap,threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -19,14 +19,24 @@ from .sources import *
 from .core import _shown
 
 # %% ../nbs/20_checks.ipynb #1d286c59
-_number = re.compile(r'(?<![\w.])[-−]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\.\d+')
+# digits with commas or without
+_digits = r'(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?'
+# a sign, digits, a power of ten, and what stands behind strokes
+_number = re.compile(rf'(?<![\w.])([-−]?)[$€£]?({_digits}|\.\d+)(?:[eE]([-−+]?\d{{1,3}})(?!\w))?((?:/{_digits})*)')
+_frac = re.compile(r'\\[dt]?frac\{(\d+)\}\{(\d+)\}')
 
 def last_number(
     text:str
 )->Fraction|None:
-    "The last number of a text, thousands with or without commas"
-    found = _number.findall(text)
-    return Fraction(found[-1].replace('−', '-').replace(',', '')) if found else None
+    "The last number of a text: with commas or without, a fraction (`1/2`), a power of ten (`3e5`)"
+    found = _number.findall(_frac.sub(r'\1/\2', text))
+    # Python reads no longer ones, and no answer has them
+    if not found or sum(map(len, found[-1]))>1000: return None
+    sign,number,power,behind = (o.replace('−', '-').replace(',', '') for o in found[-1])
+    *_,below = map(Fraction, behind.split('/')[1:] or [1])
+    # a date, or divided by nothing
+    if behind.count('/')>1 or not below: return below
+    return Fraction(f'{sign}{number}e{power or 0}')/below
 
 def exact_number(responses, answer):
     "Is the last number of the response that of the column `answer`?"
@@ -36,7 +46,7 @@ def exact_number(responses, answer):
     return list(map(one, responses, answer))
 
 _chosen = (re.compile(r'(?i:answer|option|choice)\W{0,12}(?:is\b\W{0,12})?([A-Z])\b(?!\w|\')'),
-           re.compile(r'\(([A-Z])\)|\\boxed\{([A-Z])\}'), re.compile(r'^\W*([A-Z])(?:\W*$|[.:)])', re.M))
+           re.compile(r'\(([A-Z])\)|\\boxed\{(?:\\text\{)?([A-Z])\}'), re.compile(r'^\W*([A-Z])(?:\W*$|[.:)])', re.M))
 
 def chosen(text:str)->str:
     "The letter that a response chooses: behind the word answer, in brackets, or alone on a line; of several the last"
@@ -45,10 +55,16 @@ def chosen(text:str)->str:
         if found: return ''.join(found[-1])
     return ''
 
+_letter = re.compile(r'\W*([A-Za-z])(?:\W*|[.:)]+\s.*)', re.S)
+
 def choice(responses, answer):
-    "Does the response choose the letter of the column `answer`?"
-    def letter(o): return o.strip().strip('().').upper() if isinstance(o, str) else ''
-    return [float(chosen(r)==letter(a)) if letter(a) else None for r,a in zip(responses, answer)]
+    "Does the response choose the letter of the column `answer` (`B`, `(b)`, `B. Paris`)?"
+    def one(said, want):
+        if want is None or want=='': return None
+        letter = isinstance(want, str) and _letter.fullmatch(want)
+        if not letter: raise ValueError(f'choice: expected letters in the column answer, got {_shown(want)}')
+        return float(chosen(said)==letter[1].upper())
+    return list(map(one, responses, answer))
 
 def regex_format(
     responses,
@@ -96,8 +112,9 @@ class _Child:
     def begin(self, seconds):
         "Begin it; the first line takes the time of its imports too"
         if self.process and self.process.poll() is None: return seconds
-        self.process = subprocess.Popen([sys.executable,'-c',self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        command = [sys.executable,'-X','utf8','-c',self.code]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, encoding='utf-8')
         return seconds+60
     def end(self):
         if self.process:
@@ -148,27 +165,29 @@ exec(compile(sys.stdin.read(), 'answer', 'exec'), {'__name__':'__main__'})
 
 def last_code(text:str)->str:
     "The last block of Python in a text; the whole text where there is none"
-    found = re.findall(r'```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)', text, re.S)
-    return found[-1] if found else text
+    found = re.findall(r'```(?:python3?|py)?[ \t\r]*\n(.*?)(?:```|\Z)', text, re.S|re.I)
+    # a block in a list stands further right
+    return textwrap.dedent(found[-1]) if found else text
 
 def _passes(code, tests, seconds, megabytes):
     "Does the code run, and the tests behind it?"
     end = os.urandom(8).hex()
     whole = f'{code}\n{tests}\nprint(); print({end!r})\n'
-    with tempfile.TemporaryDirectory() as folder:
+    # into a file, whose size is limited: what code prints in a second could fill our memory
+    with tempfile.TemporaryDirectory() as folder,tempfile.TemporaryFile() as said:
         command = [sys.executable,'-I','-c',_runner,str(max(1, int(seconds))),str(megabytes)]
         # a session of its own, so that it can be ended with all that it starts
-        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, text=True, errors='replace',
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        try: out = p.communicate(whole, timeout=seconds+1)[0]
+        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, encoding='utf-8', errors='replace',
+                             stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL)
+        try: p.communicate(whole, timeout=seconds+1)
         except subprocess.TimeoutExpired: return False
         finally:
             # whatever it has started too
             try: os.killpg(p.pid, signal.SIGKILL)
             except ProcessLookupError: pass
             p.wait()
-            p.stdout.close()
-    return p.returncode==0 and out.rstrip().endswith(end)
+        said.seek(0)
+        return p.returncode==0 and end.encode() in said.read()
 
 def code_runs(
     responses,
@@ -200,11 +219,12 @@ def reward_parts(
     if spec is None: return [RewardPart(1., '', 'reward_model')]
     texts = [spec] if isinstance(spec, str) else spec
     found = [_reward_part.fullmatch(o.strip()) for o in texts]
-    bad = next((o for o,m in zip(texts, found) if not m or not float(m[1] or 1)), None)
+    bad = next((o for o,m in zip(texts, found) if not m or not 0<abs(float(m[1] or 1))<math.inf), None)
     if bad is not None or not texts:
         got = _shown(spec if bad is None else bad)
+        hint = '; in a list, what has a comma needs quotes' if bad and bad.count('(')!=bad.count(')') else ''
         raise ValueError('expected module:function, FILE.py:function or reward_model, or a list of these, each with a '
-                         f'weight in front if it has one (0.2*mine.py:short), got {got}')
+                         f'weight in front if it has one (0.2*mine.py:short), got {got}{hint}')
     return [RewardPart(float(m[1] or 1), m[3] or '', m[4] or m[2], m[5] or '') for m in found]
 
 def own_reward(c:Config):
@@ -226,7 +246,6 @@ def reads_model(spec)->bool:
 def _file_module(path):
     "The module that a file is; what lies beside it can be imported from there"
     f = Path(path).resolve()
-    if not f.is_file(): raise ValueError(f'{path}: no such file')
     name = 'rlhf_nb_reward_'+hashlib.blake2b(str(f).encode(), digest_size=6).hexdigest()
     if name in sys.modules: return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, f)
@@ -241,13 +260,13 @@ def _file_module(path):
 def _imported(where):
     "The module that a source names; an error is one line"
     if where=='checks': where = 'rlhf_nb.checks'
+    if where.endswith('.py') and not Path(where).is_file(): raise ValueError(f'{where}: no such file')
     try: return _file_module(where) if where.endswith('.py') else importlib.import_module(where)
     except ModuleNotFoundError as e:
         beside = f'{where}.py'
         hint = f'; there is a file: write {beside}:FUNCTION' if Path(beside).is_file() else ''
         raise ValueError(f'{where}: {e}{hint}') from None
-    except ValueError: raise
-    except Exception as e:
+    except (Exception,SystemExit) as e:      # a script that ends itself is no module
         at = f', line {e.lineno}' if isinstance(e, SyntaxError) else ''
         raise ValueError(f"{where}{at}: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
 
@@ -268,7 +287,8 @@ def load_function(
     f = getattr(module, o.name, None)
     if not callable(f):
         # those that it defines itself
-        has = [k for k,v in vars(module).items() if inspect.isfunction(v) and v.__module__==module.__name__]
+        own = [k for k,v in vars(module).items() if inspect.isfunction(v) and v.__module__==module.__name__]
+        has = [k for k in own if k[0]!='_']
         what = f'{o.name} is no function' if hasattr(module, o.name) else f"no function '{o.name}'"
         raise ValueError(f"{o.where}: {what}; it has {', '.join(has) or 'none'}")
     kw = _keywords(o) if o.args else {}

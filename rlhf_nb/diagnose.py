@@ -232,7 +232,7 @@ def _memorised(h):
     "The loss on dev data stands well above that on training data, and falls no more"
     k = 'nll' if 'nll' in h[-1] else 'loss'
     loss = _col(h, k)
-    if loss is None or 'policy_loss' in h[-1]: return              # RL has no data to learn by heart
+    if loss is None or {'policy_loss','new_tokens'} & h[-1].keys(): return   # RL has no data to learn by heart
     at,dev,seen = dev_looks(h, k)
     if dev is None: return _known_by_heart(loss)
     n = h[at[-1]].get('dev_n') or len(h)                           # old rows do not say how many

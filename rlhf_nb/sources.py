@@ -9,8 +9,10 @@ __all__ = ['reserved', 'texts', 'as_read', 'Progress', 'first_rows', 'columns_of
 # %% ../nbs/19_sources.ipynb #srcs0h04
 import asyncio,functools,inspect,math,os,threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import torch
@@ -204,7 +206,10 @@ def _loop(pid):
 def _awaited(out):
     "The result of a coroutine, also where a loop runs already, as in a notebook; anything else as it is"
     if not inspect.isawaitable(out): return out
-    async def wait(): return await out
+    async def wait():
+        try: return await out
+        # it would end the loop, and nobody would be told
+        except SystemExit as e: raise RuntimeError(f'SystemExit: {e}') from e
     # a fork has its parent's loop, but not the thread that runs it
     return asyncio.run_coroutine_threadsafe(wait(), _loop(os.getpid())).result()
 
@@ -263,19 +268,22 @@ def _in_words_of(reader, b, tok):
 
 def _failed(f, lists, hands, seen, e):
     "The error for a function that raised `e`: which prompt it is that it cannot take, if it is one of them alone"
-    n,at = seen.b.shape[1],0
-    for i in range(len(seen.asked)):
-        try: f({k:v[i*n:i*n+n] for k,v in lists.items()}, hands)
-        except Exception as one:
-            e,at = one,i
+    n,where = seen.b.shape[1],f'with no prompt alone; the first of {len(seen.asked)}: {seen.asked[0][-200:]!r}'
+    for i,prompt in enumerate(seen.asked):
+        try: f(_copied({k:v[i*n:i*n+n] for k,v in lists.items()}), hands)
+        except (Exception,SystemExit) as one:
+            e,where = one,f'the prompt: {prompt[-200:]!r}'
             break
     said = ' '.join(str(e).split())[:200]
-    return ValueError(f"the reward function {f.name} failed with {type(e).__name__}: {said}; "
-                      f"the prompt: {seen.asked[at][-200:]!r}")
+    return ValueError(f'the reward function {f.name} failed with {type(e).__name__}: {said}; {where}')
+
+def _copied(lists):
+    "The lists of a call: what a function does to them, and to what they hold, stays there"
+    return {k:[deepcopy(x) for x in v] for k,v in lists.items()}
 
 def _is_weighted(o):
     "Is it a pair of a weight and a source?"
-    return isinstance(o, (list,tuple)) and len(o)==2 and isinstance(o[0], (int,float))
+    return isinstance(o, (list,tuple)) and len(o)==2 and isinstance(o[0], Real) and math.isfinite(o[0])
 
 def _in_threads(calls):
     "The results of several functions that run side by side; of one, here and now"
@@ -330,8 +338,8 @@ class Scorer:
         b = seen.b
         B,G,_ = b.shape
         hands = dict(trainer_state=self.progress, log_extra=self._log_extra, log_metric=self._log_metric)
-        try: out = f({k:list(v) for k,v in lists.items()}, hands)
-        except Exception as e: raise _failed(f, lists, hands, seen, e) from e
+        try: out = f(_copied(lists), hands)
+        except (Exception,SystemExit) as e: raise _failed(f, lists, hands, seen, e) from e
         return torch.tensor(_numbers(out, B*G, f.name), dtype=torch.float32, device=b.device).view(B,G)
 
     def _log_metric(self, name, value): self.logged.setdefault(str(name), []).append(float(value))
@@ -417,7 +425,8 @@ def mk_scorer(
     talks:bool=False     # As for `Scorer`
 )->Scorer:               # `score(batch) -> (B,G)`, batch with `finished`; NaN: no source says anything about a response
     "Turn a reward source into a function of batches"
-    pairs = source if isinstance(source, list) else [(1., source)]
+    several = isinstance(source, list) or isinstance(source, tuple) and source and all(map(_is_weighted, source))
+    pairs = source if several else [(1., source)]
     if not pairs or not all(map(_is_weighted, pairs)):
         raise ValueError(f'several reward sources are a list of (weight, source), got {str(source)[:80]}')
     parts = [_part(o, tok, micro_tokens) for _,o in pairs]
