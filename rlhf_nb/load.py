@@ -209,7 +209,7 @@ def _ends_of(tok):
 
 def _spare(tok, used, n):
     "A special token that the vocabulary has and nobody uses, made for padding if possible; None where there is none"
-    used = {tok.bos_token_id,tok.eos_token_id,tok.unk_token_id,*used}
+    used = {tok.bos_token_id,tok.eos_token_id,tok.unk_token_id,*used,*written_by(tok)}
     chat = str(tok.chat_template)
     free = [(i,t) for i,t in special_ids(tok).items() if i not in used and t not in chat and (not n or i<n)]
     def rank(o): return 'pad' in o[1].lower(),any(k in o[1].lower() for k in ('reserved','unused')),o[0]
