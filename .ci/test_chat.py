@@ -1,5 +1,6 @@
 "A tiny chat model with its own template through everything: what it is asked, what is saved, what the page shows, what transformers makes of it"
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -149,3 +150,29 @@ def test_bad_templates_are_one_line(model, data, tmp_path, bad, why, capsys):
         assert err.startswith(want) and err.count("\n")==1
         assert not (tmp_path/"run"/"reference").exists()
     assert Template(tok, "hh").prompt(HH.ask("a"))==tok("\n\nHuman: a\n\nAssistant:").input_ids
+
+
+def test_a_file_with_a_prompt_that_the_template_refuses(run, tmp_path, capsys):
+    "It is named, before anything is written"
+    f = tmp_path/"prompts.jsonl"
+    rows = [dict(prompt="Fine?"), dict(prompt=[dict(role="system", content="Be brief. "*40)])]
+    f.write_text("".join(json.dumps(r)+"\n" for r in rows))
+    with pytest.raises(SystemExit): cli.main(["generate", "--out", str(run), "--prompts", str(f), "--to", str(tmp_path/"to")])
+    err = capsys.readouterr().err
+    assert err.startswith("rlhf_nb: the prompt 'Be brief. Be brief.") and "too long: without the question it is" in err and err.count("\n")==1
+
+
+def test_a_stop_of_the_model_alone_is_no_text(run):
+    "An answer that ends with it is shown without it, while it is written and piece by piece"
+    desk = Desk(str(run))
+    desk.load()
+    player = desk.players["ppo"]
+    stop = player.template.tok.convert_tokens_to_ids("<|endoftext|>")
+    assert stop not in player.template.stops
+    player.policy.generation_config.eos_token_id = [258, stop]
+    wrote = player.template.tok("Hm").input_ids+[stop]
+    steps = ((torch.tensor([[i]]), torch.zeros(1, 1), torch.ones(1, 1, dtype=bool), None) for i in wrote)
+    c = desk.ask(mk_prompt("Hi"), ["ppo"], None, 6, 0, 1)
+    with mock.patch("rlhf_nb.sampling.decode", lambda *a: steps): shown = [dict(c["answers"]["ppo"])["response"] for c in desk.compare(c, every=0)]
+    answer = c["answers"]["ppo"]
+    assert answer["response"]=="Hm" and answer["finished"] and "".join(p["text"] for p in answer["tokens"])=="Hm" and not any("<|" in o for o in shown)

@@ -46,6 +46,8 @@ def command():
         print(f'rlhf_nb {__version__}')
         return
     _quiet_interrupt()
+    # what a terminal's encoding does not hold is written as its number, as errors are
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     from rlhf_nb.core import in_one_line
     return in_one_line(_start, sys.argv[1] if sys.argv[1:] else '', sys.argv[1:])
 

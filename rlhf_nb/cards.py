@@ -57,10 +57,15 @@ def pieces(
     "A response as pieces of text with their values"
     from rlhf_nb.template import as_template
     t = as_template(tok)
-    out,start,done = [],0,''
+    out,ends,start,done = [],[],0,''
     for i in range(1, len(ids)+1):
         s = t.text(ids[:i], ended and i==len(ids))
         if s.endswith('\ufffd') and i<len(ids): continue     # half a character: the next tokens complete it
+        # bytes that were characters alone may be part of none with the next one
+        while not s.startswith(done):
+            out.pop()
+            start,done = ends.pop()
+        ends.append((start,done))
         sums = {k:v and sum(v[start:i]) for k,v in values.items()}
         out.append(dict(text=s[len(done):], **sums))
         start,done = i,s

@@ -112,8 +112,9 @@ class _Child:
     def begin(self, seconds):
         "Begin it; the first line takes the time of its imports too"
         if self.process and self.process.poll() is None: return seconds
-        self.process = subprocess.Popen([sys.executable,'-c',self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        command = [sys.executable,'-X','utf8','-c',self.code]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, encoding='utf-8')
         return seconds+60
     def end(self):
         if self.process:
@@ -176,7 +177,7 @@ def _passes(code, tests, seconds, megabytes):
     with tempfile.TemporaryDirectory() as folder,tempfile.TemporaryFile() as said:
         command = [sys.executable,'-I','-c',_runner,str(max(1, int(seconds))),str(megabytes)]
         # a session of its own, so that it can be ended with all that it starts
-        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, text=True, errors='replace',
+        p = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, encoding='utf-8', errors='replace',
                              stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL)
         try: p.communicate(whole, timeout=seconds+1)
         except subprocess.TimeoutExpired: return False

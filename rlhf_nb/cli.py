@@ -19,6 +19,7 @@ from .core import *
 from .config import *
 from .settings import *
 from .run import *
+from .text import *
 from .world import *
 from .shapes import *
 from .formats import *
@@ -251,7 +252,10 @@ def _generate(
                          f'and {o.max_new_tokens} new ones, the model takes {room}')
     # each prompt once
     prompts = list(dict.fromkeys(prompts or unique_prompts(line.held())[:o.n_prompts]))
-    cut = [p for p in prompts if encode_prompt(p, line.template, most)[1]]
+    fit = dict(zip(prompts, line.template.prompts(prompts, most, refused=True)))
+    for p,as_read in fit.items():
+        if isinstance(as_read, BadPair): raise ValueError(f'the prompt {p[:80]!r} is none for this model: {as_read}')
+    cut = [p for p in prompts if fit[p].cut]
     if cut:
         print(f'{len(cut)} of {len(prompts)} prompts are longer than data.max_prompt={most} tokens '
               f'and lost their oldest turns; the first: {cut[0][:80]!r}')

@@ -119,6 +119,8 @@ class Batch:
 
     def __getitem__(self, i):
         "Selected prompts with everything about them: a slice, a list or a tensor of indices"
+        # counted on the CPU, wherever the indices were found
+        if torch.is_tensor(i): i = i.cpu()
         at = torch.arange(len(self))[i].reshape(-1)
         def select(x):
             if torch.is_tensor(x): return x[at.to(self.device)]

@@ -340,7 +340,7 @@ def _rows_of(config, source):
     return src._replace(name='the embedded world'),{k:k for k in _own},world
 
 def _without_leaks(train, held, report):
-    "The pairs of train whose prompts are in no held-out split"
+    "The pairs of train (or dev) whose prompts are in no held-out split (or are not tested)"
     keys = {prompt_key(p['prompt']) for p in held}
     out = []
     for p in train:
@@ -402,8 +402,8 @@ def _read_splits(src, names, c, seed, tokenizer, need='pair'):
         rows = src.splits[names[k]]()
         if reading is None: reading,rows = begin_reading(rows, src.name, c.format, need)
         s[k] = _rows(rows, report, reading, f"split '{names[k]}'")
-    what = said_of[reading.gives]
     held = [p for k in _own[1:] for p in s[k]]
+    s['dev'] = _without_leaks(s['dev'], s['test']+s['ood'], report)
     s['train'] = _subset(_without_leaks(s['train'], held, report), c.n_pairs, seed, report)
     # cut once, before splitting: a pair that cutting makes equal must not decide which prompts lie where
     sizes = {}                                                 # {id of a row: lengths before cutting}
@@ -412,7 +412,7 @@ def _read_splits(src, names, c, seed, tokenizer, need='pair'):
         s[k],before = _fit(rows, reading.gives, tokenizer, c, report)
         sizes.update(zip(map(id, s[k]), before))
     lack = [k for k in ('test','dev') if k not in names]
-    if lack: s = _take_from_train(s, lack, c, seed, report, what)
+    if lack: s = _take_from_train(s, lack, c, seed, report, said_of[reading.gives])
     return s,reading,report,sizes
 
 def _mk_splits(s, reading, report, sizes):
@@ -468,9 +468,10 @@ def _read_own(key, own, config, tokenizer):
     return s,reading,*rest
 
 def _keep_apart(read):
-    "What is held out anywhere is learned from nowhere"
-    held = [p for s,*_ in read.values() for k in _own[1:] for p in s.get(k, ())]
-    for s,_,report,_ in read.values(): s['train'] = _without_leaks(s['train'], held, report)
+    "What is held out anywhere is learned from nowhere, and nothing is chosen by what is tested"
+    for split,apart in (('train',_own[1:]),('dev',_own[2:])):
+        held = [p for s,*_ in read.values() for k in apart for p in s.get(k, ())]
+        for s,_,report,_ in read.values(): s[split] = _without_leaks(s[split], held, report)
 
 # %% ../nbs/11_data.ipynb #fcaf35aa
 def n_updates(

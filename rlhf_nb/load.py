@@ -24,6 +24,7 @@ from .tokens import *
 from .template import *
 from .forward import *
 from .models import *
+from .text import _is_finite
 from .models import _first_line
 
 # %% ../nbs/14_load.ipynb #72e135f9
@@ -427,6 +428,7 @@ def save_pointer(
 ):
     "A folder for `load_reward_model` that says where the model is: somebody else's is not copied"
     where = str(Path(name).resolve()) if Path(name).exists() else str(name)
+    if where==str(Path(path).resolve()): raise ValueError(f'{path}: a reward model cannot be given in its own place')
     with replacing(path) as tmp:
         tmp.mkdir(parents=True)
         write_json(tmp/POINTER, dict(model=where, norm=norm))
@@ -435,11 +437,20 @@ def _pointed_to(f, forward, device):
     "The model that a pointer names"
     d = _json_file(f)
     if not isinstance(d.get('model'), str): raise ValueError(f'{f}: expected model, a Hub name or folder, got {str(d)[:80]}')
+    if Path(d['model']).resolve()==f.parent.resolve(): raise ValueError(f'{f}: it names its own folder')
+    norm = [0.,1.] if d.get('norm') is None else d['norm']
+    if not _is_scale(norm): raise ValueError(f'{f}: norm: expected mean and standard deviation, got {str(norm)[:80]}')
     try: m,tok = load_reward_model(d['model'], forward, device)
-    except (ValueError,OSError) as e: raise type(e)(f'{f} names a reward model: {e}') from e
-    norm = d.get('norm')
-    if norm is not None: m.config.reward_norm = norm
+    except (ValueError,OSError) as e:
+        raise type(e)(f'{f} names a reward model: {e} (if it has moved, write its new place there)') from e
+    # what it names may be such a folder too: its scale comes first
+    mean,std = getattr(m.config, 'reward_norm', (0.,1.))
+    m.config.reward_norm = [mean+std*norm[0],std*norm[1]]
     return m,tok
+
+def _is_scale(o):
+    "Are these a mean and a standard deviation?"
+    return isinstance(o, list) and len(o)==2 and all(map(_is_finite, o)) and o[1]>0
 
 def save_model(
     model, # Policy, reward or value model

@@ -112,6 +112,7 @@ def split_answer(
 
 # %% ../nbs/07_shapes.ipynb #x93knyaq
 def _is_list(x): return isinstance(x, (list,tuple,np.ndarray))
+def _is_blank(x): return _is_missing(x) or isinstance(x, str) and not x.strip()
 
 _speakers = dict(system='system', user='user', human='user')    # what ShareGPT calls the roles
 _speakers |= dict.fromkeys(('assistant','gpt','chatgpt','bing','bard'), 'assistant')
@@ -123,7 +124,8 @@ def _chat(x, name):
     def one(m):
         if not isinstance(m, dict) or not {'from','value'} <= m.keys(): return m
         who = m['from']
-        if not isinstance(who, str) or who not in _speakers: raise _malformed(f"a turn of {who!r:.40}; expected {', '.join(_speakers)}")
+        if not isinstance(who, str) or who not in _speakers:
+            raise _malformed(f"a turn of {who!r:.40}; expected {', '.join(_speakers)}")
         return dict(role=_speakers[who], content=m['value'])
     return list(map(one, x))
 
@@ -139,13 +141,12 @@ def _reply(x, name):
 def _said_in(row, k, role='user'):
     "The turn in a column, none where it is empty"
     text = row.get(k)
-    return [] if text is None or isinstance(text, str) and not text.strip() else _turn(role, text, k)
+    return [] if _is_blank(text) else _turn(role, text, k)
 
 def _no_tools(row):
     "A BadPair where the model had tools, which a prompt of ours would lose"
     tools = row.get('tools')
-    if tools is None or isinstance(tools, str) and tools.strip() in ('','[]'): return
-    if _is_list(tools) and not len(tools): return
+    if _is_blank(tools) or str(tools).strip()=='[]': return
     raise _malformed('tools, which would be lost: no stage learns to call them')
 
 # %% ../nbs/07_shapes.ipynb #m58fgiir
@@ -155,10 +156,10 @@ def _pair_of(before, chosen, rejected):
 
 def _instructed(row):
     "The dialogue up to the answer as Alpaca and LLaMA-Factory write it"
-    history = []
-    for o in row.get('history') or []:
-        if not _is_list(o) or len(o)!=2:
-            raise _malformed('history: expected a list of question and answer each')
+    history,before = [],row.get('history')
+    if _is_blank(before): before = []
+    for o in before if _is_list(before) else [before]:
+        if not _is_list(o) or len(o)!=2: raise _malformed('history: expected a list of question and answer each')
         history += _turn('user', o[0], 'history')+_turn('assistant', o[1], 'history')
     asked = [t['content'] for k in ('instruction','input') for t in _said_in(row, k)]
     return [*_said_in(row, 'system', 'system'),*history,*_turn('user', '\n'.join(asked), 'instruction')]
@@ -228,7 +229,7 @@ def _implicit(row):
 def _completion(row, k='completion'):
     "A prompt and what follows it"
     after = _reply(row[k], k)
-    if len(after)!=1: raise _malformed(f'{k} has {len(after)} turns; expected one, the answer')
+    if len(after)!=1 or _is_talk(after): raise _malformed(f'{k}: expected one turn, the answer of the assistant')
     return split_answer([*to_messages(_prompt_turns(row['prompt'])),*after])
 
 def _response(row): return _completion(row, 'response')
