@@ -27,6 +27,7 @@ from .forward import *
 from .models import *
 from .load import *
 from .train import *
+from .reward import *
 from .sampling import *
 from .sources import *
 from .checks import *
@@ -366,6 +367,7 @@ def _check_given(line, left):
     c = line.config
     try:
         rm,tok = load_reward_model(c.reward.model, c.model.forward)
+        Reader(rm, tok).batch([HH.ask('Hi.')], [[' Hello.']])           # its template may refuse everything
         if 'ppo' not in left or c.ppo.value_from!='reward': return
         # the value model will start from it
         check_value_start(line.model('sft') if line.done('sft') else line.first, rm)
