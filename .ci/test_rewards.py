@@ -126,6 +126,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(place, spec, what):
     assert not (place/"bad"/"reference").exists()
 
 
-def test_named_stages_that_lack_pairs(place):
-    said = rlhf_nb(place, "run", "--out", "bad", *data_of(place), "--stages", "sft,dpo", sets=["grpo.reward=mine.py:right", *small], code=2)
-    assert "stage 'dpo' learns from pairs" in said
+@pytest.mark.parametrize("stage", ("dpo", "last_token", "overoptimise"))
+def test_named_stages_that_lack_pairs(place, stage):
+    said = rlhf_nb(place, "run", "--out", "bad", *data_of(place), "--stages", f"sft,{stage}", sets=["grpo.reward=mine.py:right", *small], code=2)
+    assert f"stage '{stage}' learns from pairs" in said and not (place/"bad"/"reference").exists()

@@ -77,10 +77,12 @@ _sections = {
 
 def _values(pairs, by):
     "What each pair says in the column, as text; a ValueError where that is no way to group them"
-    if not any(by in p for p in pairs):
-        columns = {k for p in pairs for k in p}-{'source'}
+    # the data's own columns: ours say where a row stands, and a column may have the same name
+    rows = [getattr(p, 'given', p) for p in pairs]
+    if not any(by in o for o in rows):
+        columns = {k for o in rows for k in o}
         raise ValueError(f"--by {by}: the data have no such column; they have {', '.join(sorted(columns))}")
-    out = ['none' if p.get(by) is None else str(p[by]) for p in pairs]
+    out = ['none' if o.get(by) is None else str(o[by]) for o in rows]
     sizes = _counted(out)
     if len(sizes)<=max(50, len(out)//4): return out
     first = list(sizes.items())[:3]

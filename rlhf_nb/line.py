@@ -427,11 +427,12 @@ def _check_serves(line, left):
     # these models are given
     skipped = {k for k,given in (('sft',skips_sft(line)),('reward',c.reward.model)) if given}
     for stage in left:
-        s = line.splits.of(stage)
-        if stage not in trained or stage in skipped or s.serves(kind_of(stage)): continue
-        key = f'{stage}.{own_data[kind_of(stage)]}'
+        own = stage_table[stage].rows_of or stage
+        s = line.splits.of(own)
+        if own not in trained or stage in skipped or s.serves(kind_of(own)): continue
+        key = f'{own}.{own_data[kind_of(own)]}'
         hint = ', or skip it (sft.skip=true)' if stage=='sft' else ', or leave the stage out (--stages)'
-        raise ValueError(f"stage '{stage}' learns from {said_of[needs_of[kind_of(stage)]]}, and {s.report.name} holds "
+        raise ValueError(f"stage '{stage}' learns from {said_of[needs_of[kind_of(own)]]}, and {s.report.name} holds "
                          f'{said_of[s.gives]}: give other data with {key}{hint}')
 
 def skips_sft(line:Line)->bool:

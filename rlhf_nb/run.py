@@ -121,6 +121,7 @@ class Stage(NamedTuple):
     part:str=''        # Of `RunResults`: what summary.json must have when it is done, since the report writes there too
     classifier:str=''  # What of it needs a sequence classifier of the model's architecture; a setting, where that decides
     scores:bool=False  # It scores answers with what the run is rewarded by
+    rows_of:str=''     # Stage that trains whose rows it learns from, where it has no settings of its own
     light:bool=False   # In the embedded world it needs neither data nor models: it reads what others have left
     @property
     def trains(self)->bool: return bool(self.settings)
@@ -146,11 +147,11 @@ trained = tuple(s.name for s in _training)
 # stages that measure
 _measuring = [
     Stage('last_token', 'results/last_token.json', 'stages:last_token_stage', ('sft',), usual=False, held_out=True,
-          classifier='the plain head'),
+          classifier='the plain head', rows_of='reward'),
     Stage('frontier', 'results/frontier.json', 'stages:frontier_stage', ('reward',), held_out=True,
           scores=True),
     Stage('overoptimise', 'results/overoptimise.json', 'stages:overoptimise_stage', ('sft',), usual=False,
-          classifier='the plain head'),
+          classifier='the plain head', rows_of='reward'),
     Stage('evaluate', 'results/summary.json', 'stages:evaluate_stage', after=trained, part='models', held_out=True,
           scores=True),
     Stage('judge', 'results/WIN_RATES.md', 'stages:judge_stage', ('evaluate',), light=True),
