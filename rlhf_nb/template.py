@@ -178,7 +178,7 @@ class _ChatForm:
         self.kwargs = dict(kwargs or {})
         added = {t.content:i for i,t in getattr(tok, 'added_tokens_decoder', {}).items()}
         self.own_tokens = added|{t:i for i,t in special_ids(tok).items()}
-        self.names,self._own = any_of(special_ids(tok).values()),any_of(self.own_tokens)
+        self.names,self._own = alternatives(special_ids(tok).values()),alternatives(self.own_tokens)
         self.system,self.told = True,False
         # who only reads finished answers, as a reward model does, needs no end, and nobody has told it not to think
         off = [k for k in _off if ends and k in asked and self._matters(k)]
