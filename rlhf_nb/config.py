@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pos', 'Unit', 'NonNeg', 'Above0', 'Below1', 'BelowHalf', 'From0', 'From2', 'Seed', 'Share', 'Heat', 'Schedule',
            'Names', 'Sources', 'Options', 'Device', 'Heat0', 'presets', 'WorldConfig', 'DataSource', 'DataConfig',
-           'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig', 'GRPOConfig', 'DPOConfig',
-           'EvalConfig', 'Config']
+           'LoraConfig', 'ModelConfig', 'Optim', 'SFTConfig', 'RewardConfig', 'RolloutConfig', 'PPOConfig',
+           'GRPOConfig', 'DPOConfig', 'EvalConfig', 'Config']
 
 # %% ../nbs/01_config.ipynb #confh003
 import re
@@ -78,6 +78,14 @@ class DataConfig(DataSource):
     max_response:Pos=64      # Longest response in tokens; a longer one is cut and has no EOS
 
 @dataclass
+class LoraConfig:
+    "Adapters on a frozen base, in the place of full fine-tuning (LoRA, Hu et al. 2022)"
+    r:From0=0                  # Rank of the two matrices beside each layer (0: no adapters, all weights learn; 16 is usual)
+    alpha:Above0|None=None     # What they add is multiplied by alpha/r (None: twice r)
+    dropout:Below1=0.0         # Share of a layer's inputs that an adapter does not see while it learns
+    targets:Sources|None=None  # Names of layers, such as `[q_proj, v_proj]` (None: all linear ones but the head)
+
+@dataclass
 class ModelConfig:
     "The model that everything starts from"
     name:str='scratch'      # `scratch`, a Hub name or a folder of a causal LM
@@ -92,6 +100,11 @@ class ModelConfig:
     # `auto`: bf16 where the hardware has it, fp16 on older GPUs, else fp32
     precision:Literal['auto','fp32','bf16','fp16']='fp32'
     forward:Literal['grouped','padded']='grouped' # `padded` is slower and works for every causal LM
+    dtype:Literal['float32','bfloat16','float16']='float32' # Of the frozen base under adapters
+    quantize:Literal['4bit']|None=None # The frozen base in four bits (needs bitsandbytes)
+    # Keep less for the backward pass and compute each layer again there: less memory, about a third more time
+    gradient_checkpointing:bool=False
+    lora:LoraConfig=field(default_factory=LoraConfig)
 
 @dataclass
 class Optim:

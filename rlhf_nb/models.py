@@ -117,7 +117,8 @@ def log_probs(
 @contextmanager
 def _as(model, dtype):
     "Run `model` in another precision; what is float32 or less comes back from float64 bit for bit"
-    tensors = [*model.parameters(),*model.buffers()]
+    # of a handle, its base's too
+    tensors = [o for m in (model,*getattr(model, 'shares', ())) for o in (*m.parameters(),*m.buffers())]
     was = [o.dtype for o in tensors]
     def cast(kinds):
         "Each tensor in place, so that tied ones stay tied"
@@ -441,6 +442,20 @@ def no_classifier(
     return f"{type(rm).__name__} is not one layer without bias on the last token"
 
 # %% ../nbs/13_models.ipynb #6b9e6c79
+def _copy(policy, seed):
+    "A copy that learns: of an adapter on a shared base the adapter alone"
+    return policy.learner(seed) if hasattr(policy, 'learner') else deepcopy(policy)
+
+def _classifier(policy, own):
+    "A classifier with the body of `policy`, and `own` entered in its configuration"
+    c = _one_label(policy.config, **own, architectures=None, problem_type=None)
+    rm = AutoModelForSequenceClassification.from_config(c, trust_remote_code=False).to(policy.device).eval()
+    missing,extra = body(rm).load_state_dict(body(policy).state_dict(), strict=False)
+    if missing or extra:
+        raise ValueError(f'{type(rm).__name__} has another body than {type(policy).__name__} '
+                         f'(weights {[*missing,*extra][:3]})')
+    return rm
+
 def mk_reward_model(
     policy,                 # Causal LM to start from
     head:str='last_token',  # `last_token` or `log_prob`
@@ -448,15 +463,11 @@ def mk_reward_model(
 ):
     "A reward model with the body of `policy` and an untrained head"
     if head=='log_prob':
-        return LogProbReward(deepcopy(policy)).eval()
+        return LogProbReward(_copy(policy, seed)).eval()
     if why := no_classifier(policy.config):
         raise ValueError(f'{type(policy).__name__}: {why}; the head log_prob needs none')
-    c = _one_label(policy.config, reward_mean=0., head='last_token', architectures=None, problem_type=None)
-    rm = AutoModelForSequenceClassification.from_config(c, trust_remote_code=False).to(policy.device).eval()
-    missing,extra = body(rm).load_state_dict(body(policy).state_dict(), strict=False)
-    if missing or extra:
-        raise ValueError(f'{type(rm).__name__} has another body than {type(policy).__name__} '
-                         f'(weights {[*missing,*extra][:3]})')
+    own = dict(reward_mean=0., head='last_token')
+    rm = policy.classifier(own, seed) if hasattr(policy, 'classifier') else _classifier(policy, own)
     # scores of about unit size: hidden states have numbers of about 1
     d = rm.score.weight.shape[1]
     rm.score.weight.data = torch.randn(1, d, generator=generator(seed, 'head')).to(policy.device)/(d+1)**.5
