@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'OURS', 'Lora', 'layer_size', 'linear_layers', 'chosen_layers', 'mk_pairs', 'Adapted',
-           'is_quantised', 'adapt', 'bare', 'reference_of', 'checkpoint_layers', 'is_adapter', 'save_adapter', 'Saved',
-           'read_adapter', 'on_base', 'merged', 'merge_odd']
+           'is_quantised', 'adapt', 'bare', 'reference_of', 'checkpoint_layers', 'is_adapter', 'place_of',
+           'save_adapter', 'Saved', 'read_adapter', 'on_base', 'merged', 'merge_odd']
 
 # %% ../nbs/13b_adapters.ipynb #b987864e
 import os,threading
@@ -143,7 +143,7 @@ class _Own:
     def own(self): return {k:v for k,v in vars(self).items() if k!='_base'}
 
 # what a handle has from its base
-_of_base = ('config','device','dtype','padded','generation_config','name_or_path','get_input_embeddings',
+_of_base = ('config','device','dtype','padded','is_quantized','generation_config','name_or_path','get_input_embeddings',
             'get_output_embeddings','set_attn_implementation')
 
 class Adapted(nn.Module):
@@ -200,6 +200,9 @@ class Adapted(nn.Module):
         "Where it goes its base goes; four bits stay where they were loaded"
         if not is_quantised(self.base): self.base._apply(fn)
         return super()._apply(fn)
+    def save_pretrained(self, path, more=None, **said):
+        "Its adapter and head, in peft's form"
+        save_adapter(self, path, more, **said)
     def is_base(self)->bool:
         "Does it add nothing to its base?"
         return not any(o.B.any() for o in self.pairs.values())
@@ -314,7 +317,7 @@ def _peft_config(handle, name)->dict:
         bias='none',
         inference_mode=True)
 
-def _place(name)->str:
+def place_of(name)->str:
     "A folder by its whole path, a Hub name as it is"
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
@@ -330,7 +333,7 @@ def save_adapter(
     if not (name := handle.name_or_path):
         raise ValueError('an adapter is saved beside its base, and this base has no place yet: save it and load it from there')
     path.mkdir(parents=True, exist_ok=True)
-    name = _place(name)
+    name = place_of(name)
     write_json(path/CONFIG, _peft_config(handle, name))
     weights = {}
     for k,o in handle.paths().items():

@@ -103,10 +103,6 @@ def check_folder(
     for k in ('config.json','generation_config.json','tokenizer_config.json'):
         if path/k in files: _json_file(path/k)
     if not weights: return
-    # transformers would look for the adapter's base model elsewhere
-    if path/'adapter_config.json' in files:
-        raise ValueError(f'{path}: an adapter (adapter_config.json), not a whole model: '
-                         'merge it into its model (merge_and_unload of peft) and save the result')
     _check_config(path)
     for f in _weight_files(path, files):
         _is_here(f)

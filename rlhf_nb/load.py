@@ -7,7 +7,8 @@ __all__ = ['POINTER', 'stop_tokens', 'load_tokenizer', 'fit_tokenizer', 'load_po
            'save_pointer', 'save_model', 'check_stages']
 
 # %% ../nbs/14_load.ipynb #loadh004
-import ctypes,json,platform,re
+import ctypes,json,platform,re,weakref
+from importlib.util import find_spec
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,13 +26,15 @@ from .template import *
 from .forward import *
 from .models import *
 from .folders import *
+from .adapters import *
 from .text import _is_finite
-from .models import _first_line
+from .models import _first_line,_one_label
 from .folders import _full_weights,_json_file,_of_tokenizer
 
 # %% ../nbs/14_load.ipynb #72e135f9
 def _config(name):
-    "A model's config, or an error in one line"
+    "A model's config, or an error in one line; of an adapter that of its base"
+    if is_adapter(name): name = read_adapter(name).base
     check_folder(name)
     # never code that comes with a model, whatever its config asks for
     try: c = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -64,7 +67,8 @@ def _check_guesses(tok, name, missing):
 def load_tokenizer(
     name,         # Hub name or folder
     eos:bool=True,# Must it have an EOS? A classifier's need not
-    say=print     # Who is told of a new PAD
+    say=print,    # Who is told of a new PAD
+    grow:bool=True# May a PAD be added? Beside a frozen base none can be: an embedding of its own would be saved with each adapter
 ):
     "A tokenizer that has an EOS and a PAD of its own"
     check_folder(name, weights=False)
@@ -86,15 +90,15 @@ def load_tokenizer(
     if eos and tok.eos_token_id is None:
         raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')
     used = set().union(*(_ids(v) for k,v in g.items() if k.endswith('token_id')))
-    return _own_pad(tok, _ids(c.get('eos_token_id'))|used-_ids(g.get('pad_token_id')), name, c.get('vocab_size'), say)
+    return _own_pad(tok, _ids(c.get('eos_token_id'))|used-_ids(g.get('pad_token_id')), name, c.get('vocab_size'), say, grow)
 
-def _own_pad(tok, stops, name, n=None, say=print):
+def _own_pad(tok, stops, name, n=None, say=print, grow=True):
     "Another PAD where there is none, or where it ends responses; a chat model of `n` embeddings gets no new token"
     stops = {tok.eos_token_id,*stops,*_ends_of(tok)}
     # where PAD is EOS, padding and the end of an answer cannot be told apart
     if tok.pad_token_id is not None and tok.pad_token_id not in stops: return tok
     old = tok.pad_token
-    if template_kind(tok)!='chat':
+    if template_kind(tok)!='chat' and grow:
         tok.add_special_tokens({'pad_token':'<|pad|>'})
         say(f'{name}: added the token <|pad|> (id {tok.pad_token_id}), because PAD was missing or the same as EOS')
         return tok
@@ -113,7 +117,8 @@ def _ends_of(tok):
 
 def _spare(tok, used, n):
     "A special token that the vocabulary has and nobody uses, made for padding if possible; None where there is none"
-    used = {tok.bos_token_id,tok.eos_token_id,tok.unk_token_id,*used,*written_by(tok)}
+    written = written_by(tok) if template_kind(tok)=='chat' else ()
+    used = {tok.bos_token_id,tok.eos_token_id,tok.unk_token_id,*used,*written}
     chat = str(tok.chat_template)
     free = [(i,t) for i,t in special_ids(tok).items() if i not in used and t not in chat and (not n or i<n)]
     def rank(o): return 'pad' in o[1].lower(),any(k in o[1].lower() for k in ('reserved','unused')),o[0]
@@ -199,17 +204,27 @@ def _check_shapes(m, info, name):
     for k,was,now in sorted(info['mismatched_keys']):
         raise ValueError(f'{name}: {k} is {tuple(was)} in the checkpoint and {tuple(now)} by config.json: {apart}')
 
-def _load(cls, name):
+def _four_bits(dtype):
+    "How transformers is told of NF4 (Dettmers et al. 2023), computed in the base's precision"
+    if not find_spec('bitsandbytes'):
+        raise ValueError("model.quantize: 4bit needs bitsandbytes (pip install 'rlhf_nb[4bit]'), which is not here")
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)
+
+def _load(cls, name, device='cpu', dtype='float32', quantize=None):
     "Weights and what the checkpoint lacks"
-    c = _config(name)
+    c,dtype = _config(name),getattr(torch, dtype)
+    # straight to the device, in the precision that is kept: the host never holds a large model in float32
+    how = {} if str(device)=='cpu' and not quantize else dict(device_map={'':device})
+    if quantize: how['quantization_config'] = _four_bits(dtype)
     _check_kind(cls, c, name)
     # the same function in one kernel instead of several operations
     if getattr(c, 'activation_function', '')=='gelu_new':
         c.activation_function = 'gelu_pytorch_tanh'
     # sizes that do not match are reported by us, in one line, instead of raised as a table
     try:
-        m,info = cls.from_pretrained(name, config=c, dtype=torch.float32, output_loading_info=True,
-                                     ignore_mismatched_sizes=True, trust_remote_code=False)
+        m,info = cls.from_pretrained(name, config=c, dtype=dtype, output_loading_info=True,
+                                     ignore_mismatched_sizes=True, trust_remote_code=False, **how)
     except Exception as e: raise _not_found(name, 'model', e) from e
     _check_shapes(m, info, name)
     return m.eval(),info['missing_keys']
@@ -225,22 +240,76 @@ def load_policy(
     tokenizer:str=None,   # Hub name or folder (None: the model's own)
     forward:str='grouped',# `padded` for models whose attention is not plain causal softmax
     device='cpu',
-    template:str='auto'   # Kind of a `Template`: its end of an answer is one of the model's stops
+    template:str='auto',  # Kind of a `Template`: its end of an answer is one of the model's stops
+    lora:LoraConfig=None, # An adapter on it, which learns in its place (None: all of it)
+    seed:int=0,           # Of the adapter
+    **base                # `dtype` (float32, bfloat16, float16), `quantize` (4bit), `gradient_checkpointing`, as `model` has them
 ):                        # Model, tokenizer
-    "A causal LM in float32 and its tokenizer"
+    "A causal LM in float32 and its tokenizer; of an adapter's folder, or with `lora`, a handle on a base that others share"
+    how = dict(tokenizer=tokenizer, forward=forward, device=device, template=template, **base)
+    if not is_adapter(name) and lora is None: return _whole(name, **how)
+    if is_adapter(name): return _adapted(name, how)
+    m,tok = _shared(name, **how)
+    m = adapt(m, lora, seed)
+    with _named(name): _check_adapter(m)
+    return m,tok
+
+def _whole(name, tokenizer, forward, device, template, gradient_checkpointing=False, grow=True, **weights):
+    "A whole model and its tokenizer; without `grow` none of its embeddings is new"
     # what is wrong with it is said before what is wrong with its tokenizer
     _config(name)
-    tok = load_tokenizer(tokenizer or name)
+    tok = load_tokenizer(tokenizer or name, grow=grow)
     own = tokenizer is None
-    m,missing = _load(AutoModelForCausalLM, name)
+    m,missing = _load(AutoModelForCausalLM, name, device, **weights)
     if missing: raise ValueError(f'{name}: the checkpoint lacks {", ".join(sorted(missing)[:3])}')
+    n = len(m.get_input_embeddings().weight)
     # our own PAD has had its message
-    more = len(tok)-len(m.get_input_embeddings().weight)-(tok.pad_token=='<|pad|>')
-    _own_pad(tok, _stops(m, tok, own), tokenizer or name, len(m.get_input_embeddings().weight))
+    more = len(tok)-n-(tok.pad_token=='<|pad|>')
+    _own_pad(tok, _stops(m, tok, own), tokenizer or name, n, grow=grow)
+    if len(tok)>n and not grow:
+        raise ValueError(f'{name}: the tokenizer has {len(tok)} tokens, the model {n}: under adapters no embedding can be added')
     if more>0: print(f'{name}: made room for {more} token{"s"*(more>1)} that the tokenizer has and the model lacks')
     t = Template(tok, template)
     with _named(name):
-        return _ready(fit_tokenizer(m, t, own), forward).to(device),tok
+        m = _ready(fit_tokenizer(m, t, own), forward)
+        if gradient_checkpointing: checkpoint_layers(m)
+        return (m if is_quantised(m) else m.to(device)),tok
+
+_bases = weakref.WeakValueDictionary()   # frozen bases, by where they are from and how they were loaded
+
+def _shared(name, tokenizer, **how):
+    "The base of that name and its tokenizer: who asks for the same again gets the same"
+    key = str((place_of(name),weights_mark(name),sorted((k,str(v)) for k,v in how.items())))
+    if (m := _bases.get(key)) is None:
+        m,tok = _whole(name, tokenizer, grow=False, **how)
+        _bases[key] = m.requires_grad_(False)
+    else: tok = load_tokenizer(tokenizer or name, grow=False)
+    return m,tok
+
+def _check_adapter(m):
+    "Raise where an adapter that has learned something would be read otherwise than by plain calls"
+    was = [o.B.data for o in m.pairs.values()]
+    g = generator(0, 'check')
+    for o in m.pairs.values(): o.B.data = torch.randn(o.B.shape, generator=g).to(o.B)/100
+    try: check_forward(m)
+    finally:
+        for o,B in zip(m.pairs.values(), was): o.B.data = B
+
+def _with_tokenizer(saved):
+    "Where the tokenizer of an adapter is: in its folder, or with its base"
+    return str(saved.path if any(map(_of_tokenizer, saved.path.iterdir())) else saved.base)
+
+def _adapted(name, how):
+    "The handle of an adapter's folder and its tokenizer; what only peft can read is merged"
+    saved = read_adapter(name)
+    how = how | dict(tokenizer=how['tokenizer'] or _with_tokenizer(saved))
+    if saved.odd:
+        m,tok = _whole(saved.base, **how)
+        return merge_odd(m, saved),tok
+    m,tok = _shared(saved.base, **how)
+    m = on_base(m, saved)
+    with _named(name): check_forward(m)
+    return m,tok
 
 def _keep_memory():
     "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
@@ -288,11 +357,13 @@ def _load_log_prob(path, d):
 def load_reward_model(
     name:str,              # Hub name or folder
     forward:str='grouped', # As in `load_policy`
-    device='cpu'
+    device='cpu',
+    **base                 # Of an adapter's base: `template`, and as in `load_policy`
 ):                         # Model, tokenizer
     "A reward model, or any sequence classifier with one label, and its tokenizer"
     path = Path(name)
-    if (path/POINTER).is_file(): return _pointed_to(path/POINTER, forward, device)
+    if (path/POINTER).is_file(): return _pointed_to(path/POINTER, forward, device, **base)
+    if is_adapter(name): return _adapted_reward(name, dict(template='auto', forward=forward, device=device) | base)
     d = _json_file(path/'config.json', {})
     # a foreign model is read where its own PAD says, so that nobody need know of another
     say = print if 'reward_mean' in d else lambda said: None
@@ -314,6 +385,27 @@ def load_reward_model(
         forward = 'padded'    # an encoder has no other way
     with _named(name): _ready_scores(m, forward, name)
     return m.to(device),tok
+
+def _adapted_reward(name, how):
+    "A reward model that is an adapter's folder"
+    saved = read_adapter(name)
+    if saved.odd:
+        c = _one_label(_config(saved.base))
+        m = AutoModelForSequenceClassification.from_pretrained(saved.base, config=c, dtype=torch.float32)
+        m,tok = merge_odd(m, saved),load_tokenizer(_with_tokenizer(saved), eos=False)
+        with _named(name): _ready_scores(m, how['forward'], name)
+        return m.to(how['device']),tok
+    m,tok = _shared(saved.base, _with_tokenizer(saved), **how)
+    m = on_base(m, saved)
+    with _named(name):
+        if saved.ours.get('head')!='log_prob':
+            check_scores(m)
+            return m,tok
+        check_forward(m)
+    rm = LogProbReward(m)
+    rm.load_state_dict(load_file(saved.path/'head.safetensors'), strict=False)
+    rm.config.reward_mean = saved.ours['reward_mean']
+    return rm.eval(),tok
 
 def _ready_scores(m, forward, name):
     "The same of a classifier. Of somebody else's nobody has said how it is read: where it cannot be grouped, it is padded"
@@ -337,14 +429,14 @@ def save_pointer(
         tmp.mkdir(parents=True)
         write_json(tmp/POINTER, dict(model=where, norm=norm))
 
-def _pointed_to(f, forward, device):
+def _pointed_to(f, forward, device, **base):
     "The model that a pointer names"
     d = _json_file(f)
     if not isinstance(d.get('model'), str): raise ValueError(f'{f}: expected model, a Hub name or folder, got {str(d)[:80]}')
     if Path(d['model']).resolve()==f.parent.resolve(): raise ValueError(f'{f}: it names its own folder')
     norm = [0.,1.] if d.get('norm') is None else d['norm']
     if not _is_scale(norm): raise ValueError(f'{f}: norm: expected mean and standard deviation, got {str(norm)[:80]}')
-    try: m,tok = load_reward_model(d['model'], forward, device)
+    try: m,tok = load_reward_model(d['model'], forward, device, **base)
     except (ValueError,OSError) as e:
         raise type(e)(f'{f} names a reward model: {e} (if it has moved, write its new place there)') from e
     # what it names may be such a folder too: its scale comes first

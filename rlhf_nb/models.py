@@ -117,8 +117,7 @@ def log_probs(
 @contextmanager
 def _as(model, dtype):
     "Run `model` in another precision; what is float32 or less comes back from float64 bit for bit"
-    # of a handle, its base's too
-    tensors = [o for m in (model,*getattr(model, 'shares', ())) for o in (*m.parameters(),*m.buffers())]
+    tensors = own_tensors(model)
     was = [o.dtype for o in tensors]
     def cast(kinds):
         "Each tensor in place, so that tied ones stay tied"
@@ -166,7 +165,7 @@ def _differs(model, plain, ours, tol):
     except _FAILS as e: return f'its code does not take it, {_first_line(e)}'
     def off(a, b): return (a.double()-b).abs().max().item()
     d = off(got, want)
-    if d<=tol: return ''
+    if d<=tol or d<=.5 and not own_tensors(model): return ''
     # both are rounded: ours may be twice as far from float64 as the plain call is
     try:
         with _as(model, torch.float64): right = plain()
@@ -407,11 +406,15 @@ class LogProbReward(nn.Module):
     def save_pretrained(self, path):
         "A folder for `load_reward_model`"
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         c = self.config
+        weights = {k:v.detach().contiguous().cpu() for k,v in self.state_dict().items() if k!=self.tied()}
+        # on a base that others share: an adapter, and the head beside it
+        if hasattr(self.lm, 'shares'):
+            own = {k:weights[k] for k in 'wgc'}
+            return self.lm.save_pretrained(path, own, head='log_prob', reward_mean=c.reward_mean)
+        path.mkdir(parents=True, exist_ok=True)
         write_json(path/'config.json', {**_tagged(c.to_dict()), 'model_type':HEAD_TYPE, 'base_model_type':c.model_type,
                                         'head':'log_prob', 'reward_mean':c.reward_mean})
-        weights = {k:v.detach().contiguous().cpu() for k,v in self.state_dict().items() if k!=self.tied()}
         save_file(weights, path/'model.safetensors', metadata={'format':'pt'})
     def tied(self):
         "Name of the output matrix, where it is the embedding matrix"
@@ -442,10 +445,6 @@ def no_classifier(
     return f"{type(rm).__name__} is not one layer without bias on the last token"
 
 # %% ../nbs/13_models.ipynb #6b9e6c79
-def _copy(policy, seed):
-    "A copy that learns: of an adapter on a shared base the adapter alone"
-    return policy.learner(seed) if hasattr(policy, 'learner') else deepcopy(policy)
-
 def _classifier(policy, own):
     "A classifier with the body of `policy`, and `own` entered in its configuration"
     c = _one_label(policy.config, **own, architectures=None, problem_type=None)
@@ -463,7 +462,8 @@ def mk_reward_model(
 ):
     "A reward model with the body of `policy` and an untrained head"
     if head=='log_prob':
-        return LogProbReward(_copy(policy, seed)).eval()
+        # of an adapter on a shared base the adapter alone
+        return LogProbReward(policy.learner(seed) if hasattr(policy, 'learner') else deepcopy(policy)).eval()
     if why := no_classifier(policy.config):
         raise ValueError(f'{type(policy).__name__}: {why}; the head log_prob needs none')
     own = dict(reward_mean=0., head='last_token')

@@ -122,8 +122,9 @@ def _spread(x):
 
 def _precision(policy, acc):
     "The context in which training reads, and whether that is less than the sampler's float32"
-    if acc is None: return nullcontext,policy.dtype!=torch.float32
-    return acc.autocast,acc.mixed_precision!='no' or policy.dtype!=torch.float32
+    coarse = policy.dtype!=torch.float32 or getattr(policy, 'is_quantized', False)
+    if acc is None: return nullcontext,coarse
+    return acc.autocast,acc.mixed_precision!='no' or coarse
 
 def _read(model, b, parts, o, precision):
     "Log-probabilities (B,G,R) under the precision of the training forward, part by part"
