@@ -17,6 +17,7 @@ from .core import *
 from .config import *
 from .run import *
 from .models import *
+from .adapters import *
 from .train import *
 from .rollout import *
 
@@ -79,7 +80,7 @@ def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
 
 def train_dpo(
     policy,        # Causal LM; changed in place
-    reference,     # Causal LM
+    reference,     # Causal LM (None: the base under the policy's adapter; `simpo` has no reference)
     data:Batch,    # Pairs: groups of chosen, rejected
     o:DPOConfig,
     seed:int=0,
@@ -94,7 +95,9 @@ def train_dpo(
     if o.loss_type=='ipo' and not o.beta>0:
         dpo_loss(torch.zeros(1), torch.zeros(1), beta=o.beta, loss_type='ipo')
     acc = acc or mk_accelerator()
-    if reference is not None: reference.to(acc.device)       # `fit` moves the policy; `simpo` needs no reference
+    # `simpo` needs none
+    if o.loss_type!='simpo' or reference is not None: reference = reference_of(policy, reference)
+    if reference is not None: reference.to(acc.device)       # `fit` moves the policy
     live = None if o.cache_reference else reference
     def cached(b):
         "Pairs with the reference's sums (B,2), which do not change while the policy learns"

@@ -14,6 +14,7 @@ import torch
 from .config import *
 from .run import *
 from .models import *
+from .adapters import *
 from .sources import *
 from .rollout import *
 from .ppo import *
@@ -173,7 +174,7 @@ def drop_truncated(b):
 
 def train_grpo(
     policy,        # Causal LM; changed in place
-    reference,     # Causal LM
+    reference,     # Causal LM (None: the base under the policy's adapter)
     score,         # From `mk_scorer`
     prompts:list,  # Token lists
     o:GRPOConfig,
@@ -188,6 +189,7 @@ def train_grpo(
 )->list:           # Metrics rows
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size, rows=rows)
+    reference = reference_of(policy, reference)
     if o.group_size<2:
         raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
     if o.normalise_each and (not isinstance(score, Scorer) or len(score.parts)<2):

@@ -14,6 +14,7 @@ from torch import nn
 from .config import *
 from .run import *
 from .models import *
+from .adapters import *
 from .train import *
 from .rollout import *
 
@@ -120,7 +121,7 @@ def _optimizer(policy, value, o, total):
 def train_ppo(
     policy,        # Causal LM; changed in place
     value,         # From `mk_value_model`; changed in place
-    reference,     # Causal LM
+    reference,     # Causal LM (None: the base under the policy's adapter)
     score,         # From `mk_scorer`
     prompts:list,  # Token lists
     o:PPOConfig,
@@ -135,6 +136,7 @@ def train_ppo(
 )->list:           # Metrics rows
     "Proximal policy optimisation"
     check_rollouts(policy, prompts, o, 1, o.mini_batches, rows)
+    reference = reference_of(policy, reference)
     models = nn.ModuleDict(dict(policy=policy, value=value))
     opt = _optimizer(policy, value, o, n_rollouts(o, len(prompts)))
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: ppo_advantages(b, value, o),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dtypes', 'counts', 'micro_batches', 'in_pieces', 'Net', 'lr_factor', 'mk_optimizer', 'pick_device', 'best_precision',
-           'Engine', 'mk_accelerator', 'peak_memory', 'steps', 'from_data', 'check_pairs', 'measured', 'on_dev', 'Best',
-           'StageLog', 'fit', 'fit_data', 'save_checkpoint', 'load_checkpoint']
+           'Engine', 'mk_accelerator', 'peak_memory', 'steps', 'from_data', 'check_pairs', 'measured', 'on_dev',
+           'what_learns', 'put_back', 'Best', 'StageLog', 'fit', 'fit_data', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/15_train.ipynb #c9484837
 import json,math,os,re,sys,time
@@ -304,6 +304,17 @@ def on_dev(model, step, data, o):
         return m,-m['loss']
     return look
 
+def what_learns(model)->dict:
+    "The state of a model without the parameters that are frozen: of one with adapters those alone"
+    frozen = {k for k,p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {k:v for k,v in model.state_dict().items() if k not in frozen}
+
+def put_back(model, state:dict):
+    "What `what_learns` gave, into a model of the same make"
+    lacks,more = model.load_state_dict(state, strict=False)
+    lacks = sorted(set(lacks)&set(what_learns(model)))
+    if lacks or more: raise ValueError(f'it lacks {lacks[:3]}, and has {more[:3]} beside')
+
 class Best:
     "The best state of a stage, by its dev split"
     def __init__(self, model, dev, o:Optim, total:int, acc, from_start=True, still=0):
@@ -335,7 +346,7 @@ class Best:
             good = -math.inf
         if self.kept is None or good>self.kept['good']:
             # on the CPU: a second copy may not fit beside the optimizer
-            weights = {k:v.detach().cpu().clone() for k,v in self.model.state_dict().items()}
+            weights = {k:v.detach().cpu().clone() for k,v in what_learns(self.model).items()}
             self.kept = dict(good=float(good), update=n, model=weights)
         self.at = n
         self.bad = not good>-math.inf
@@ -346,7 +357,7 @@ class Best:
         return self.bad or self.o.patience is not None and n-max(self.kept['update'], self.still)>=self.o.patience*self.every
     def restore(self, n)->int: # After how many updates that state was
         "Put the best state in the place of the one after `n` updates"
-        if self.kept['update']!=n: self.model.load_state_dict(self.kept['model'])
+        if self.kept['update']!=n: put_back(self.model, self.kept['model'])
         return self.kept['update']
 
 # %% ../nbs/15_train.ipynb #70ba4c60
@@ -441,7 +452,7 @@ def fit_data(
 
 def save_checkpoint(path, model, opt, update:int, kept=None):
     "Weights, optimizer, the index of the next update, and the best state so far"
-    state = dict(model=model.state_dict(), opt=opt.state_dict(), update=update, kept=kept)
+    state = dict(model=what_learns(model), opt=opt.state_dict(), update=update, kept=kept)
     with replacing(path) as tmp:
         torch.save(state, tmp)
 
@@ -449,7 +460,7 @@ def load_checkpoint(path, model, opt)->tuple: # Index of the next update; the be
     "Restore weights and optimizer"
     try:
         d = torch.load(path, weights_only=True, map_location='cpu')
-        model.load_state_dict(d['model'])
+        put_back(model, d['model'])
         opt.load_state_dict(d['opt'])
         return d['update'],d.get('kept')
     except Exception as e:
