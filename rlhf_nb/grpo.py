@@ -189,12 +189,12 @@ def train_grpo(
 )->list:           # Metrics rows
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size, rows=rows)
-    reference = reference_of(policy, reference)
     if o.group_size<2:
         raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
     if o.normalise_each and (not isinstance(score, Scorer) or len(score.parts)<2):
         raise ValueError('normalise_each: expected several reward sources, as mk_scorer makes them of a list of '
                          '(weight, source), got one')
+    reference = reference_of(policy, reference)
     def quiet(b): return silent(compared(b, o))[:,0]
     silent_groups = dict(silent_groups=lambda b: quiet(b).float())           # groups without signal
     draw = partial(rollouts, policy, reference, score, prompts, o, lambda b: grpo_advantages(b, o), o.group_size,
