@@ -17,12 +17,12 @@ import torch
 
 from rlhf_nb.core import child_seed,write_json
 from rlhf_nb.data import load_preferences
-from rlhf_nb.gauge import clustered_mean,clustered_share,pair_rewards
+from rlhf_nb.gauge import pair_rewards
 from rlhf_nb.line import Line
 from rlhf_nb.load import load_reward_model
 from rlhf_nb.models import log_probs
 from rlhf_nb.run import Run,read_samples
-from rlhf_nb.stats import mean_ci,win_rate
+from rlhf_nb.stats import clustered_mean,clustered_share,mean_ci,win_rate
 from rlhf_nb.text import interval,md_table
 from rlhf_nb.train import in_pieces
 
