@@ -214,15 +214,17 @@ def _is_function(model)->bool:
     try: return by_function(model)
     except ValueError: return False                      # a Hub name
 
-def _asked(model, pairs, form, device)->tuple:
+def _asked(model, pairs, form, device, precision)->tuple:
     "Scores (n,2) by a model or a function that is named; how it was asked"
     if _is_function(model):
         if form!='auto': raise ValueError(f'form {form}: a function is given texts, a form is for models')
+        if precision!='fp32': raise ValueError(f'model.precision={precision}: a function has none')
         s,refused = function_rewards(named_source(model, None), pairs)
         return s,dict(form='function', refused=refused)
-    rm,tok = load_reward_model(model, device=mk_accelerator('fp32', device).device)
-    s,reader,refused = pair_rewards(rm, tok, pairs, form)
-    return s,dict(form=reader.form, refused=refused, cut=reader.cut)
+    acc = mk_accelerator(precision, device)
+    rm,tok = load_reward_model(model, device=acc.device)
+    with acc.autocast(): s,reader,refused = pair_rewards(rm, tok, pairs, form)
+    return s,dict(form=reader.form, refused=refused, cut=reader.cut, precision=acc.precision)
 
 def _placed(pair, scores):
     "Where a pair stands, and what was said of its answers"
@@ -240,14 +242,15 @@ def eval_reward(
     device:str='auto',
     format:str='auto',  # Name of a shape, where it is not to be seen
     columns:dict=None,  # What a column is called there, such as `dict(prompt='question')`
-    config:str=None     # Configuration of a Hub data set
-)->dict: # As `gauge`, with model, data, form, refused, cut, and `pairs`: place and scores of each
+    config:str=None,    # Configuration of a Hub data set
+    precision:str='fp32' # As `model.precision`, in which it is read
+)->dict: # As `gauge`, with model, data, form, precision, refused, cut, and `pairs`: place and scores of each
     "How right a reward model is on any pairs"
     split = _split_of(data, data_dir, split, n, config, columns)
     prefs = load_preferences(data, data_dir, split, n, format=format, columns=columns, config=config)
     pairs,report = prefs.pairs,prefs.report
     if by: _values(pairs, by)                            # before anything is loaded
-    s,how = _asked(model, pairs, form, device)
+    s,how = _asked(model, pairs, form, device, precision)
     if s.isnan().any(1).all():
         whys = [f"{o['n']} {k}: {o['detail']} (first: {o['first']})" for k,o in how['refused'].items()]
         raise ValueError(f"{model}: none of the {len(pairs)} pairs can be read: {'; '.join(whys)}")
@@ -283,6 +286,8 @@ def _rule_table(d):
 def _notes(d):
     "What a reader must know beside the tables"
     yield f"Ties, which count half: {d['ties']}. Lengths are characters. Intervals are clustered by prompt."
+    precision = d.get('precision', 'fp32')
+    if precision!='fp32': yield f'Read in {precision}: scores that differ by rounding alone may tie.'
     if 'ece' in d: yield f"ECE (scores as log-odds): {d['ece']:.3f}."
     if d.get('cut'): yield f"{d['cut']} dialogues lost their oldest turns, which the model has no room for."
     for k,o in d.get('refused', {}).items():
