@@ -43,7 +43,7 @@ class Line:
     ):
         "Nothing is read or loaded yet"
         self.run,self.config,self.command = run,run.config,command
-        self.data = None        # what the rows are, once they are read
+        self.data,self.functions = None,{}  # what the rows are, and the files of reward functions, once they are read
         self.told = set()       # what was said once
         # small models: a second thread costs more than it gives
         if self.config.jobs>1 and self.on_cpu: torch.set_num_threads(1)
@@ -231,7 +231,7 @@ class Line:
     def begin(self):
         "Write down what the run is: its configuration, what its data are, and its reward functions' files"
         self.run.save()
-        same_functions(self.run.reward_files, self.config, begin=True)
+        if self.functions and not self.run.reward_files.exists(): write_json(self.run.reward_files, self.functions)
         if self.data and not self.run.data_file.exists(): write_json(self.run.data_file, self.data)
     def records(self,
         prompts:list,      # Texts
@@ -412,7 +412,7 @@ def _check_functions(line, left):
             found = [(o.weight,load_function(o)) for o in reward_parts(spec) if o.where]
             if found: mk_scorer(found, line.template).try_out(rows)
         except ValueError as e: raise ValueError(f'{key}: {e}') from None
-    if specs: same_functions(line.run.reward_files, line.config)
+    if specs: line.functions = same_functions(line.run.reward_files, line.config)
 
 def kind_of(stage:str)->str:
     "The kind of training that a stage is: that whose settings it has"

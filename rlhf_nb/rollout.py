@@ -332,7 +332,7 @@ def rollouts(
 def fit_rollouts(
     model,         # What learns
     reference,     # Causal LM
-    draw,          # `draw(seed=..., start=..., acc=...)`: `rollouts` of a method
+    draw,          # `draw(seed=..., start=..., acc=..., note=...)`: `rollouts` of a method
     step,          # As for `fit`
     o:RolloutConfig,
     n:int,         # Prompts to draw from
