@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +28,7 @@ def short(responses): return [-len(r)/100 for r in responses]
 def wide(responses, level): return [0.]*len(responses)
 def one(responses): return 1.
 def fails(responses): return 1/0
+def silent(responses): return [None]*len(responses)
 '''
 
 
@@ -80,6 +82,8 @@ def test_prompts_and_a_function(place):
     run = place/"run"
     rows = read_rows(run/"logs"/"grpo.jsonl")
     assert len(rows) == 3 and all("numbers" in r for r in rows)
+    noted = read_rows(run/"logs"/"extra"/"grpo.jsonl")
+    assert [r["update"] for r in noted] == [i for i in range(3) for _ in range(32)] and all(set(r["extra"]) == {"found"} for r in noted)
     for f in ("summary.json", "frontier.json", "win_rates.json", "ANALYSIS.md", "failure_analysis/failures.json"):
         assert (run/"results"/f).exists(), f
     assert not (run/"reward_model").exists()
@@ -104,8 +108,10 @@ def test_page(place, monkeypatch):
 
 
 def test_several_with_ppo(place):
-    rlhf_nb(place, "run", "--out", "ppo", *data_of(place), "--stages", "sft,ppo,evaluate", sets=["ppo.reward=[mine.py:right, 0.5*mine.py:short, 'checks:length(most=3)']", *small])
+    rlhf_nb(place, "run", "--out", "ppo", *data_of(place), "--stages", "sft,ppo,evaluate", sets=["ppo.reward=[mine.py:right, 0.5*mine.py:short, 'checks:length(most=3)']", "ppo.eval_every=1", *small])
     row = read_rows(place/"ppo"/"logs"/"ppo.jsonl")[0]
+    looked = [row[f"dev_reward/{k}"]*w for k, w in (("short", .5), ("length", 1))]  # right says nothing about some
+    assert row["dev_none/short"] == 0 and "dev_numbers" in row and abs(sum(looked)-row["dev_reward"]) <= 1
     parts = [row[f"reward/{k}"]*w for k, w in (("right", 1), ("short", .5), ("length", 1))]
     assert abs(sum(parts)-row["reward"]) < 1e-5 and row["none/right"] < 1 and row["reward_std/short"] > 0
 
@@ -124,6 +130,24 @@ def test_what_is_wrong_is_said_before_anything_is_trained(place, spec, what):
     said = rlhf_nb(place, "run", "--out", "bad", *data_of(place), sets=[f"grpo.reward={spec}", *small], code=2)
     assert what in said, said
     assert not (place/"bad"/"reference").exists()
+
+
+def test_a_changed_function(place):
+    (place/"own.py").write_text("def f(responses): return [float(len(r)) for r in responses]\n", "utf-8")
+    args = ["run", "--out", "own", *data_of(place), "--stages", "sft,grpo"]
+    sets = ["grpo.reward=own.py:f", *small]
+    rlhf_nb(place, *args, sets=sets)
+    shutil.rmtree(place/"own"/"grpo_model")
+    (place/"own.py").write_text("def f(responses): return [-float(len(r)) for r in responses]\n", "utf-8")
+    assert "was begun with another own.py" in rlhf_nb(place, *args, "--resume", sets=sets, code=2)
+    (place/"own"/"rewards.json").unlink()  # it is meant
+    rlhf_nb(place, *args, "--resume", sets=sets)
+    assert (place/"own"/"grpo_model").exists() and (place/"own"/"rewards.json").exists()
+
+
+def test_nothing_is_rewarded(place):
+    said = rlhf_nb(place, "run", "--out", "none", *data_of(place), "--stages", "sft,grpo", sets=["grpo.reward=mine.py:silent", *small], code=2)
+    assert "the reward function silent said None of all 32 answers of the first update" in said and "the first prompt: " in said, said
 
 
 @pytest.mark.parametrize("stage", ("dpo", "last_token", "overoptimise"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['last_number', 'exact_number', 'chosen', 'choice', 'regex_format', 'length', 'repetition', 'math_answer', 'last_code',
-           'code_runs', 'RewardPart', 'reward_parts', 'own_reward', 'by_function', 'reads_model', 'load_function',
-           'named_source']
+           'code_runs', 'RewardPart', 'reward_parts', 'own_reward', 'by_function', 'reads_model', 'same_functions',
+           'load_function', 'named_source']
 
 # %% ../nbs/20_checks.ipynb #chk563f9
 import ast,functools,hashlib,importlib.util,inspect,json,math,os,re,select,signal,subprocess,sys,tempfile,textwrap,threading
@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from .core import *
 from .config import *
 from .sources import *
 from .core import _shown
@@ -269,6 +270,25 @@ def _imported(where):
     except (Exception,SystemExit) as e:      # a script that ends itself is no module
         at = f', line {e.lineno}' if isinstance(e, SyntaxError) else ''
         raise ValueError(f"{where}{at}: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+
+def _function_files(c:Config)->dict:
+    "The files of a configuration's reward functions; those of the package belong to its version"
+    modules = {o.where:_imported(o.where) for o in reward_parts(own_reward(c)) if o.where}
+    theirs = {k:getattr(m, '__file__', None) for k,m in modules.items() if m.__name__.split('.')[0]!='rlhf_nb'}
+    return {k:hashlib.blake2b(Path(f).read_bytes(), digest_size=16).hexdigest() for k,f in theirs.items() if f}
+
+def same_functions(
+    path,    # Where a run has written down its reward functions' files, if it has
+    c:Config # Its configuration
+)->dict: # {module or file, as it is named: hash of what it says}
+    "What the files of reward functions are; a ValueError where one is not what it was when the run began"
+    now = _function_files(c)
+    then = read_json(path, dict) if path.exists() else {}
+    for k,sha in now.items():
+        if then.get(k, sha)==sha: continue
+        raise ValueError(f'{path.parent} was begun with another {k}, and rewards of two kinds would be compared. '
+                         f'Put the old file back, choose another --out, or, if the change is meant, remove {path}')
+    return now
 
 def _keywords(o):
     "The arguments in brackets, {name: value}"

@@ -110,7 +110,7 @@ _gauge_flags = {
     '--n': _flag('the first rows only', type=int),
     '--template': _flag(_template_help, choices=reward_forms, default='auto'),
     '--data-dir': _flag('subset of a Hub data set or folder, such as harmless-base'),
-    '--set': _flag('how the data are read, such as data.columns.prompt=question; may be repeated', **_sets),
+    '--set': _flag('how data and model are read, such as data.columns.prompt=question; may be repeated', **_sets),
     '--device': _flag('auto, cpu, cuda, cuda:N or mps', default='auto'),
     '--scores': _flag('write a line of JSON for each pair to this file: where it stands, its scores', metavar='FILE'),
     '--out': _flag('write the numbers to this JSON file too', metavar='FILE')}
@@ -121,6 +121,7 @@ _check_flags = {
     'model': _flag('Hub name or folder of a causal LM'),
     '--tokenizer': _flag('Hub name or folder'),
     '--template': _flag(_kind_help, choices=template_kinds, default='auto'),
+    '--set': _flag('as for run: model.template_kwargs.enable_thinking=true, model.template; may be repeated', **_sets),
     '--question': _flag('what it is asked (default: %(default)s)', default='What is the capital of France?'),
     '--device': _flag('auto, cpu, cuda, cuda:N or mps', default='auto')}
 
@@ -311,18 +312,32 @@ def _llm(a)->LLMJudge:
 def cmd_check(a):
     "What can be known of a model before anybody trains it, on one page"
     from rlhf_nb.train import pick_device
-    print(check_page(a.model, check_model(a.model, a.tokenizer, a.template, None, pick_device(a.device), a.question)))
+    _only(a, ('model.template_kwargs','model.template','model.tokenizer'), 'a model is looked at')
+    own = dict(name=a.model, tokenizer=a.tokenizer, template=a.template)
+    c = load_config('demo', [dict(model=own),*a.sets]).model
+    device = pick_device(a.device)
+    print(check_page(a.model, check_model(c.name, c.tokenizer, c.template, c.template_kwargs, device, a.question)))
+
+def _only(
+    a,
+    keys, # Names that `--set` may set
+    what  # Is done, in words
+):
+    "A ValueError for a `--set` of something that a command does not read"
+    known = re.compile('|'.join(re.escape(k)+r'\b' for k in keys))
+    for o in a.sets:
+        if known.match(o.strip()): continue
+        raise ValueError(f"--set {o}: {what} with {', '.join(keys[:-1])} and {keys[-1]} alone")
 
 def cmd_eval_reward(a):
     "How right any reward model is on any pairs"
     for flag,f in (('--out',a.out),('--scores',a.scores)):
         if f and Path(f).is_dir(): raise IsADirectoryError(f'{flag} {f}: a folder; expected the name of a file')
     if a.n is not None and a.n<1: raise ValueError(f'--n: expected a number of rows above 0, got {a.n}')
-    for o in a.sets:
-        if not re.match(r'\s*data\.(format|columns|config)\b', o):
-            raise ValueError(f'--set {o}: a reward model is measured with data.format, data.columns and data.config alone')
-    c = load_config('demo', [dict(data=dict(name=a.data)),*a.sets]).data
-    d = eval_reward(a.model, a.data, a.by, a.split, a.n, a.template, a.data_dir, a.device, c.format, c.columns, c.config)
+    _only(a, ('data.format','data.columns','data.config','model.precision'), 'a reward model is measured')
+    c = load_config('demo', [dict(data=dict(name=a.data)),*a.sets])
+    how = dict(format=c.data.format, columns=c.data.columns, config=c.data.config, precision=c.model.precision)
+    d = eval_reward(a.model, a.data, a.by, a.split, a.n, a.template, a.data_dir, a.device, **how)
     pairs = d.pop('pairs')
     print(gauge_md(d))
     if a.scores: write_text(a.scores, ''.join(json.dumps(o)+'\n' for o in pairs))

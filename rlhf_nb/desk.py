@@ -157,7 +157,7 @@ def _load_players(self:Desk):
     with no_gc():
         from rlhf_nb.load import load_policy,load_reward_model
         from rlhf_nb.line import run_talks,run_template
-        from rlhf_nb.checks import reads_model,named_source,own_reward
+        from rlhf_nb.checks import named_source,own_reward,reads_model,same_functions
         from rlhf_nb.sources import mk_scorer
         from rlhf_nb.template import as_template
         from rlhf_nb.train import pick_device
@@ -175,7 +175,9 @@ def _load_players(self:Desk):
         o = attempt(k, load_policy, folder)
         if o: loaded[k] = o
     folder,spec,reward = self.places.made('reward'),own_reward(c),None
-    def source(path, **kw): return named_source(spec, lambda: load_reward_model(path, **kw))
+    def source(path, **kw):
+        same_functions(self.places.reward_files, c)
+        return named_source(spec, lambda: load_reward_model(path, **kw))
     if loaded and (folder.is_dir() or not reads_model(spec)):
         reward = attempt(folder.name if reads_model(spec) else spec, source, folder)
     elif loaded: self.trouble(f'{folder}: no such folder, so answers come without a reward')

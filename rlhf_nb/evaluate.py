@@ -166,21 +166,12 @@ def sample_records(
     return {k:[r for rs in found for r in rs if r['model']==k]
             for k in models}
 
-def _plain(v):
-    "A value as JSON holds it"
-    return v if v is None or isinstance(v, (str,bool,int,float)) else str(v)
-
 def _read_columns(score, rows)->list:
     "The columns of each row that reward functions have read, so that who reads a record knows what was asked"
-    from rlhf_nb.sources import as_read,columns_of
+    from rlhf_nb.sources import as_plain,as_read,columns_of
     if not hasattr(score, 'asks'): return [{} for _ in rows]
     names = score.asks(columns_of(rows))
-    return [{k:_plain(v) for k,v in as_read(r).items() if k in names} for r in rows]
-
-def _noted(score, n)->list:
-    "What reward functions have noted about each of `n` answers (`log_extra`), {column: value} each"
-    columns = {k:v for k,v in getattr(score, 'extra', {}).items() if len(v)==n}
-    return [{k:_plain(v[i]) for k,v in columns.items()} for i in range(n)]
+    return [{k:as_plain(v) for k,v in as_read(r).items() if k in names} for r in rows]
 
 def _as_records(samples, prompts, tok, score, gold, rows):
     "The records of each prompt, from {model: batch (B,n,R)}"
@@ -195,7 +186,8 @@ def _as_records(samples, prompts, tok, score, gold, rows):
     values = {k:v.tolist() for k,v in values.items()}            # (B,G) each
     writer = [k for k,o in samples.items() for _ in range(o.shape[1])]
     columns = _read_columns(score, b.rows)
-    responses,noted = texts(b, tok)[1],_noted(score, len(writer)*len(prompts))
+    n = len(writer)*len(prompts)
+    responses,noted = texts(b, tok)[1],score.noted(n) if hasattr(score, 'noted') else [{}]*n
     def record(i, g):
         "The record of answer `g` to prompt `i`"
         r = dict(

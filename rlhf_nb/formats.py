@@ -21,7 +21,7 @@ from .text import _is_missing,_malformed,_names_of,_what
 from .shapes import _cols,_is_list
 
 # %% ../nbs/08_formats.ipynb #de87ad27
-_kinds = {'.json':'json', '.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv',
+_file_kinds = {'.json':'json', '.jsonl':'json', '.ndjson':'json', '.csv':'csv', '.tsv':'csv',
           '.parquet':'table', '.arrow':'table'}
 
 def _suffix(path):
@@ -176,7 +176,7 @@ def read_rows_of(
     path # A file of one of the kinds above
 ): # (place, row) each; a row is a dictionary, what else stood there, or a `BadPair`
     "Rows of a data file, each with its place"
-    return dict(json=_json_rows, csv=_csv_rows, table=_table_rows)[_kinds[_suffix(path)]](path)
+    return dict(json=_json_rows, csv=_csv_rows, table=_table_rows)[_file_kinds[_suffix(path)]](path)
 
 # %% ../nbs/08_formats.ipynb #898c9da5
 _words = dict(train=('train','training'), validation=('validation','valid','dev','val'),
@@ -194,7 +194,7 @@ def _below(folder, above=()):
 
 def _is_data(path):
     "Is it (a path within its folder) data by its name, not hidden, not a note, not the cache of `datasets`?"
-    if _suffix(path) not in _kinds or path.name in _notes or re.fullmatch(r'cache-.*\.arrow', path.name): return False
+    if _suffix(path) not in _file_kinds or path.name in _notes or re.fullmatch(r'cache-.*\.arrow', path.name): return False
     return not any(o.startswith(('.','__')) for o in path.parts)
 
 def _data_files(folder):
@@ -274,7 +274,7 @@ def _card(folder, config=None):
             # a name is a name first, and a pattern where no file has it
             found = [name]
             if not (base/name).is_file(): found = sorted(glob.glob(name, root_dir=base, recursive=True))
-            found = [base/o for o in found if (base/o).is_file() and _suffix(o) in _kinds]
+            found = [base/o for o in found if (base/o).is_file() and _suffix(o) in _file_kinds]
             if not found: raise ValueError(f'{card}: no data file here is {name!r}, which it names for {split}')
             files = out.setdefault(split, [])
             files += [o for o in found if o not in files]
@@ -299,7 +299,7 @@ def _folder(folder, name, config=None):
     "Files of each split of a folder, and of none"
     card = _card(folder, config)
     out = card or _by_name(folder)
-    if not out: raise FileNotFoundError(f"{name}: no data files ({', '.join(_kinds)}) found there")
+    if not out: raise FileNotFoundError(f"{name}: no data files ({', '.join(_file_kinds)}) found there")
     for k,fs in out.items():
         if len({_suffix(f) for f in fs})>1:
             some = ', '.join(f.name for f in fs[:4])
@@ -419,8 +419,8 @@ def _local(source, data_dir, name, config=None):
     if data_dir: raise ValueError(f'{source} is a file; data_dir={data_dir!r} is for folders and Hub names')
     if config is not None:
         raise ValueError(f'{source} is a file; data.config={config!r} is for folders with a card and Hub names')
-    if _suffix(path) not in _kinds:
-        raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_kinds)}, or in one of them and .gz")
+    if _suffix(path) not in _file_kinds:
+        raise ValueError(f"{source}: expected a file whose name ends in {', '.join(_file_kinds)}, or in one of them and .gz")
     return Source({'train':_chain([path])}, name)
 
 def _rename(row, columns):
@@ -462,7 +462,7 @@ def _found(source, data_dir, config, columns, n):
     path,name = Path(source),'/'.join(filter(None, (str(source),data_dir)))
     # what is here comes first: a Hub name is asked for only where no file or folder has it
     if path.exists(): return _local(source, data_dir, name, config)
-    if _suffix(path) in _kinds: raise FileNotFoundError(f'{source}: no such file')
+    if _suffix(path) in _file_kinds: raise FileNotFoundError(f'{source}: no such file')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(source)):
         raise FileNotFoundError(f'{source}: no such file or folder')
     splits = _hub(str(source), data_dir, config)
@@ -485,7 +485,7 @@ def read_prompts(
     path = Path(path)
     if path.is_dir(): raise IsADirectoryError(f'{path}: a folder, expected a file of prompts')
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
-    if _suffix(path) in _kinds: rows = read_rows_of(path)
+    if _suffix(path) in _file_kinds: rows = read_rows_of(path)
     else: rows = ((f'{path}:{i}', l) for i,l in _lines(path))
     out = []
     for where,x in rows:
@@ -496,4 +496,4 @@ def read_prompts(
 
 def rows_beside(path)->list:
     "The rows that the prompts of such a file stand in, one for each; none of a text file"
-    return [row for _,row in read_rows_of(path)] if _suffix(path) in _kinds else []
+    return [row for _,row in read_rows_of(path)] if _suffix(path) in _file_kinds else []

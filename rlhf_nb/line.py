@@ -43,7 +43,7 @@ class Line:
     ):
         "Nothing is read or loaded yet"
         self.run,self.config,self.command = run,run.config,command
-        self.data = None        # what the rows are, once they are read
+        self.data,self.functions = None,{}  # what the rows are, and the files of reward functions, once they are read
         self.told = set()       # what was said once
         # small models: a second thread costs more than it gives
         if self.config.jobs>1 and self.on_cpu: torch.set_num_threads(1)
@@ -187,6 +187,7 @@ class Line:
         return usual if reads else tuple(dict.fromkeys('sft' if s=='reward' else s for s in usual))
     def scorer(self, stage:str=None, **how)->Scorer:
         "What a stage learns from, or what all answers are scored with"
+        same_functions(self.run.reward_files, self.config)
         # a reward model that was given has a tokenizer of its own
         source = named_source(self.reward_of(stage), lambda: self._loaded('reward'))
         return mk_scorer(source, self.template, talks=self.talks, **how)
@@ -228,9 +229,9 @@ class Line:
     # what a run leaves
 
     def begin(self):
-        "Write down what the run is: its configuration, and what its data are"
+        "Write down what the run is: its configuration, what its data are, and its reward functions' files"
         self.run.save()
-        # {sha, rows: {split: number}, name}, as the data were when the run began
+        if self.functions and not self.run.reward_files.exists(): write_json(self.run.reward_files, self.functions)
         if self.data and not self.run.data_file.exists(): write_json(self.run.data_file, self.data)
     def records(self,
         prompts:list,      # Texts
@@ -305,8 +306,7 @@ def _said(row)->list:
 
 def _counted(data:dict)->str:
     "How many rows of each split, in words"
-    rows = data.get('rows') or {}
-    return ', '.join(f'{n} {part}' for part,n in rows.items() if n) or 'unknown rows'
+    return ', '.join(f'{n} {part}' for part,n in (data.get('rows') or {}).items() if n) or 'unknown rows'
 
 def _check_same_data(run, now:dict):
     "A ValueError where the run was begun with other rows than there are `now`"
@@ -412,6 +412,7 @@ def _check_functions(line, left):
             found = [(o.weight,load_function(o)) for o in reward_parts(spec) if o.where]
             if found: mk_scorer(found, line.template).try_out(rows)
         except ValueError as e: raise ValueError(f'{key}: {e}') from None
+    if specs: line.functions = same_functions(line.run.reward_files, line.config)
 
 def kind_of(stage:str)->str:
     "The kind of training that a stage is: that whose settings it has"
@@ -470,8 +471,7 @@ def check_room(
 
 def training_plan(line:Line)->dict:
     "How long each stage trains on these data, in words: what was tuned for the world shows here"
-    c = line.config
-    skipped = {s for s,given in (('sft',skips_sft(line)),('reward',c.reward.model)) if given}
+    skipped = {s for s,given in (('sft',skips_sft(line)),('reward',line.config.reward.model)) if given}
     return {s:_planned(line, s) for s in trained if s not in skipped and _serves(line, s)}
 
 def _n_items(line, stage)->int:

@@ -154,6 +154,18 @@ def _answer(m, t, question, n):
     said = visible(t.text(ids, ended)).strip()
     return Finding('answer', f'{question} {said!r} ({len(ids)} tokens, {"ended" if ended else "not ended"})')
 
+def _told(tok, kind, kwargs):
+    "The template that was asked for, and why it can't be used, with `hh` in its place"
+    def asked(kwargs): return Template(tok, kind, kwargs, date.today())
+    try: return asked(kwargs),''
+    except ValueError as e:
+        why = e
+        if kwargs is None: return Template(tok, 'hh'),str(why)
+    # without what it was told it works, or not: the mistake is the asker's, or its own
+    try: asked(None)
+    except ValueError as e: return Template(tok, 'hh'),str(e)
+    raise why
+
 def check_model(
     name:str,                  # Hub name or folder of a causal LM
     tokenizer:str=None,        # Hub name or folder (None: the model's own)
@@ -164,9 +176,8 @@ def check_model(
     n:int=24                   # Longest answer to it, in tokens
 )->list: # A `Finding` of each point; a ValueError where the model can't be used at all
     "What can be known of a model before anybody trains it"
-    with redirect_stdout(io.StringIO()): tok,why = load_tokenizer(tokenizer or name),''
-    try: t = Template(tok, template, template_kwargs, date.today())
-    except ValueError as e: t,why = Template(tok, 'hh'),str(e)
+    with redirect_stdout(io.StringIO()): tok = load_tokenizer(tokenizer or name)
+    t,why = _told(tok, template, template_kwargs)
     with redirect_stdout(io.StringIO()) as said:
         m,tok = load_policy(name, tokenizer, 'padded', device, t.kind)
     t = Template(tok, t.kind, None if why else template_kwargs, date.today())

@@ -205,7 +205,7 @@ def _stage_summary(
     def mean(k, rs):
         "Of the rows that have the metric"
         return float(np.mean([r[k] for r in rs if k in r]))
-    known = [k for k in guide if k in rows[-1] and k in rows[0]]
+    known = [k for k in guided(rows[-1]) if k in rows[0]]
     metrics = {k:dict(first=mean(k, rows[:n]), last=mean(k, rows[-n:])) for k in known}
     return dict(updates=len(rows), metrics=metrics, diagnosis=diagnose(rows))
 
@@ -238,7 +238,7 @@ def _stage_lines(
 )->list:
     "The training of one stage"
     several = len(by)>1
-    known = [k for k in guide if all(k in d['metrics'] for d in by.values())]
+    known = guided(k for k in next(iter(by.values()))['metrics'] if all(k in d['metrics'] for d in by.values()))
     def at(end):
         "{metric: text} at one end, `first` or `last`"
         return {k:with_interval(pool_runs([dict(mean=d['metrics'][k][end])

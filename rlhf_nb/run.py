@@ -231,6 +231,7 @@ class Places:
     "What lies where in a run folder, or in a folder that has only some of it"
     config_file = _Place('config.yaml')
     data_file = _Place('data.json')                      # what the rows were that the run began with
+    reward_files = _Place('rewards.json')                # what the files of its reward functions were then
     logs = _Place('logs')                                # metrics, a file for each stage that trains
     checkpoints = _Place('checkpoints')                  # of stages that have not ended
     value_model = _Place('value_model')                  # of PPO
@@ -283,6 +284,9 @@ class Places:
     def rows(self, stage:str)->list:
         "Metrics rows of `stage`"
         return read_rows(self.log(stage))
+    def extra(self, stage:str)->Path:
+        "What reward functions have noted of answers while `stage` trained (`log_extra`)"
+        return self.logs/'extra'/f'{stage}.jsonl'
     def of_seed(self, seed:int)->Path:
         "The run of one seed, where there are several"
         return self.path/f'seed{seed}'

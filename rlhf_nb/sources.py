@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['reserved', 'texts', 'as_read', 'Progress', 'first_rows', 'columns_of', 'messages_of', 'hold_messages',
-           'RewardFunction', 'Scorer', 'silent_scorer', 'rewards_of', 'mk_scorer', 'scored']
+           'RewardFunction', 'as_plain', 'Scorer', 'silent_scorer', 'rewards_of', 'mk_scorer', 'scored']
 
 # %% ../nbs/19_sources.ipynb #srcs0h04
-import asyncio,functools,inspect,math,os,threading
+import asyncio,functools,inspect,math,os,sys,threading,time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -281,6 +282,31 @@ def _copied(lists):
     "The lists of a call: what a function does to them, and to what they hold, stays there"
     return {k:[deepcopy(x) for x in v] for k,v in lists.items()}
 
+_patience = 60.    # Seconds
+
+@contextmanager
+def _named_when_slow(
+    name,
+    what # It is called with, in words
+):
+    "Tell who waits for which function, after a minute and whenever its time has doubled"
+    began,ended = time.monotonic(),threading.Event()
+    def watch():
+        late = _patience
+        while not ended.wait(began+late-time.monotonic()):
+            said = f'the reward function {name} has been running for {late:.3g} s on {what}'
+            print(said, file=sys.stderr, flush=True)
+            late *= 2
+    threading.Thread(target=watch, daemon=True).start()
+    try: yield
+    finally: ended.set()
+
+def as_plain(v):
+    "A value as JSON holds it"
+    if hasattr(v, 'item') and not getattr(v, 'shape', ()): v = v.item()    # a number of numpy or torch
+    if isinstance(v, float) and not math.isfinite(v): return None
+    return v if v is None or isinstance(v, (str,bool,int,float)) else str(v)
+
 def _is_weighted(o):
     "Is it a pair of a weight and a source?"
     return isinstance(o, (list,tuple)) and len(o)==2 and isinstance(o[0], Real) and math.isfinite(o[0])
@@ -307,7 +333,7 @@ class Scorer:
         talks=False   # Do the data hold prompts as messages? Functions in TRL's form then see those of others so too
     ):
         self.parts,self.weights,self.tok,self.talks = parts,weights,tok,talks
-        self.columns = []
+        self.columns,self.told = [],set()
         self.begin()
         self.names = _once_each([o.name for o in parts])
     @property
@@ -338,12 +364,24 @@ class Scorer:
         b = seen.b
         B,G,_ = b.shape
         hands = dict(trainer_state=self.progress, log_extra=self._log_extra, log_metric=self._log_metric)
-        try: out = f(_copied(lists), hands)
-        except (Exception,SystemExit) as e: raise _failed(f, lists, hands, seen, e) from e
+        at = f', update {self.progress.global_step}' if self.progress.max_steps else ''
+        with _named_when_slow(f.name, f'{B*G} answers{at}'):
+            try: out = f(_copied(lists), hands)
+            except (Exception,SystemExit) as e: raise _failed(f, lists, hands, seen, e) from e
         return torch.tensor(_numbers(out, B*G, f.name), dtype=torch.float32, device=b.device).view(B,G)
 
     def _log_metric(self, name, value): self.logged.setdefault(str(name), []).append(float(value))
     def _log_extra(self, column, values): self.extra.setdefault(str(column), []).extend(values)
+
+    def noted(self,
+        n:int # Answers since `begin`
+    )->list:  # {column: value} of each
+        "What functions have noted about each answer (`log_extra`)"
+        for k in {k for k,v in self.extra.items() if len(v)!=n}-self.told:
+            print(f"log_extra: the column '{k}' is not kept: {len(self.extra[k])} values for {n} answers")
+            self.told.add(k)
+        columns = {k:v for k,v in self.extra.items() if len(v)==n}
+        return [{k:as_plain(v[i]) for k,v in columns.items()} for i in range(n)]
 
     def together(self,
         each # (B,G,S)

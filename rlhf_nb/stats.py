@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['fewest', 'wilson', 't_quantile', 't_interval', 'score_interval', 'by_prompt', 'mean_ci', 'share_ci', 'too_few',
-           'paired_test', 'holm', 'WinRate', 'tally', 'win_rate', 'score_points', 'length_controlled', 'glm', 'mean_of',
-           'pool_runs', 'pool_models']
+           'clustered_share', 'clustered_mean', 'paired_interval', 'clustered_difference', 'paired_test', 'holm',
+           'WinRate', 'tally', 'win_rate', 'score_points', 'length_controlled', 'glm', 'mean_of', 'pool_runs',
+           'pool_models']
 
 # %% ../nbs/05_stats.ipynb #stath003
 import math,statistics
@@ -118,6 +119,88 @@ def too_few(
     if n>=fewest: return ''
     return (f"{n} prompt{'s' if n!=1 else ''}: nothing can be concluded from so few "
             f'(below {fewest} no test reaches p < .05, whatever the answers are).')
+
+# %% ../nbs/05_stats.ipynb #stclu002
+def _by_key(x, keys):
+    "Sums of values (n) by key"
+    at = {}
+    i = torch.tensor([at.setdefault(k, len(at)) for k in keys], dtype=torch.long)
+    return torch.zeros(len(at), dtype=x.dtype).index_add(0, i, x)
+
+def _clustering(off, keys)->tuple: # Its effect, from 1 on; how many keys there are
+    "What clustering does to the variance of a sum of deviations `off` (n) (Kish 1965)"
+    sums,n = _by_key(off, keys),len(off)
+    C = len(sums)
+    alone = off.square().sum()*n/max(1, n-1)
+    together = sums.square().sum()*C/max(1, C-1)
+    # where all values are the same, each key is one toss
+    if alone<=1e-12 or C<2: return n/C,C
+    return max(1., (together/alone).item()),C
+
+def clustered_share(
+    points,      # (n,) 1, .5 or 0 for each trial
+    keys:list,   # Which trials belong together: one prompt, one key
+    weights=None # (n,) what each weighs (None: all the same)
+)->dict:         # accuracy, low, high, n, prompts
+    "The share of points, with Wilson's interval for as many tosses as vary like it"
+    x = torch.as_tensor(points, dtype=torch.float64)
+    n = len(x)
+    if not n: return dict(accuracy=math.nan, low=0., high=1., n=0, prompts=0)
+    w = torch.ones_like(x) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    w = w/w.sum()
+    p = (w*x).sum()
+    effect,C = _clustering(w*(x-p), keys)
+    tosses = 1/w.square().sum().item()/effect
+    low,high = wilson(p.item()*tosses, tosses)
+    return dict(accuracy=p.item(), low=low, high=high, n=n, prompts=C)
+
+def clustered_mean(
+    x,        # (n,) a value for each trial
+    keys:list # As above
+)->dict:      # mean, low, high, n, prompts
+    "A mean with Student's interval, clustered by prompt"
+    x = torch.as_tensor(x, dtype=torch.float64)
+    m,sums = x.mean(),_by_key(x-x.mean(), keys)
+    C,half = len(sums),math.inf
+    if C>1: half = t_quantile(C-1)*(sums.square().sum()*C/(C-1)).sqrt().item()/len(x)
+    m = m.item()
+    return dict(mean=m, low=m-half, high=m+half, n=len(x), prompts=C)
+
+def _paired_end(k, l, n, z):
+    "Upper end of `paired_interval`"
+    def far(d):
+        "Is `d` contradicted?"
+        # the share of trials that only the second wins, at its likeliest for this difference
+        b = (2*n-k+l)*d-k-l
+        q = (math.sqrt(max(0., b*b+8*n*l*d*(1-d)))-b)/(4*n)
+        return (k-l-n*d)**2>z*z*n*(2*q+d*(1-d))
+    low,high = (k-l)/n,1.
+    for _ in range(50):
+        mid = (low+high)/2
+        low,high = (low,mid) if far(mid) else (mid,high)
+    return high
+
+def paired_interval(
+    k:float,      # Trials that only the first wins
+    l:float,      # Trials that only the second wins
+    n:float,      # Trials
+    z:float=1.96  # As for `wilson`
+)->tuple: # Lower and upper end
+    "The score interval for the difference of two shares of the same trials (Tango 1998, Statistics in Medicine 17:891)"
+    return -_paired_end(l, k, n, z),_paired_end(k, l, n, z)
+
+def clustered_difference(
+    a, b,     # (n,) points of each trial, 1, .5 or 0, by two who judge it
+    keys:list # As above
+)->dict:      # mean, low, high, n, prompts
+    "How much higher the first share is, with Tango's interval for as many trials as vary like it"
+    d = torch.as_tensor(a, dtype=torch.float64)-torch.as_tensor(b, dtype=torch.float64)
+    if not len(d): return dict(mean=math.nan, low=-1., high=1., n=0, prompts=0)
+    effect,C = _clustering(d-d.mean(), keys)
+    n = len(d)/effect
+    first,second = (o.clamp(min=0).mean().item()*n for o in (d,-d))
+    low,high = paired_interval(first, second, n)
+    return dict(mean=d.mean().item(), low=low, high=high, n=len(d), prompts=C)
 
 # %% ../nbs/05_stats.ipynb #f2b76cde
 def _bits(n):

@@ -18,7 +18,7 @@ from .core import *
 from .text import *
 from .tokens import *
 from .text import _message
-from .tokens import _bos,_eos,_start_ids
+from .tokens import _bos,_eos,_plain_ids,_start_ids
 
 # %% ../nbs/10_template.ipynb #tmpl0006
 class Cut(NamedTuple):
@@ -258,7 +258,7 @@ class _ChatForm:
         self.told = True
     def _plain(self, texts):
         "Ids of texts in which a special token's name is that token"
-        return self.tok(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+        return _plain_ids(texts, self.tok) if texts else []
     def _unveiled(self, text, signs):
         "Ids of a rendering with signs: what lies between two special tokens and holds a sign is text as a whole"
         parts = re.split(f'({self._own.pattern})', text)

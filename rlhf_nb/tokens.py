@@ -8,7 +8,7 @@ __all__ = ['alternatives', 'special_ids', 'encode', 'around', 'encode_behind', '
 # %% ../nbs/09_tokens.ipynb #tk00h003
 import re
 
-from .text import _one_line
+from .text import _one_line,_whole_characters
 
 # %% ../nbs/09_tokens.ipynb #tk1e2n3c
 def alternatives(words):
@@ -40,6 +40,16 @@ def _spell(text, tokenizer, special, plain):
         return one if one and all(o is not None and o not in special for o in one) else [i]
     return [j for i in ids for j in letters(i)]
 
+def _plain_ids(texts, tokenizer, **kw):
+    "Token ids of texts as the tokenizer itself reads them, without BOS or EOS; a ValueError that shows a text that none can read"
+    try: return tokenizer(texts, add_special_tokens=False, verbose=False, **kw).input_ids
+    except (TypeError,UnicodeEncodeError):
+        bad = next((t for t in texts if isinstance(t, str) and not _whole_characters(t)), None)
+        if bad is None: raise
+        at = next(i for i,c in enumerate(bad) if not _whole_characters(c))
+        raise ValueError('half of a character (a lone surrogate), which no tokenizer can read, in '
+                         f'{bad[max(0, at-30):at+30]!a}') from None
+
 def encode(
     texts,    # Texts
     tokenizer # Any of Hugging Face
@@ -47,7 +57,7 @@ def encode(
     "Token ids of texts as they are written: the name of a special token in a text is text"
     unique,special,unk = list(dict.fromkeys(texts)),special_ids(tokenizer),tokenizer.unk_token_id
     if not unique: return []
-    def plain(texts, **kw): return tokenizer(texts, add_special_tokens=False, verbose=False, **kw).input_ids
+    def plain(texts, **kw): return _plain_ids(texts, tokenizer, **kw)
     probe = plain(['a'])[0]                                    # some add BOS or EOS even so
     def extra(k): return bool(probe) and probe[k]!=unk and probe[k] in special
     first,last = extra(0),extra(-1)
@@ -102,11 +112,10 @@ def encode_behind(
     "Token ids of texts as `encode` makes them, with the beginning that they have behind `front`"
     alone = encode(texts, tokenizer)
     if not front or not texts: return alone
-    def plain(texts): return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     names = alternatives(special_ids(tokenizer).values())
     # up to the first name; the beginning is all that may differ
     begins = [t[:m.start()] or t[:1] if (m := names.search(t)) else t for t in texts]
-    head,*whole = plain([front,*(front+o for o in begins)])
+    head,*whole = _plain_ids([front,*(front+o for o in begins)], tokenizer)
     def one(ids, begin, there):
         if there[:len(head)]!=head: return ids
         here,behind = _unlike(begin, there[len(head):])

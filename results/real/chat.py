@@ -17,12 +17,12 @@ import torch
 
 from rlhf_nb.core import child_seed,write_json
 from rlhf_nb.data import load_preferences
-from rlhf_nb.gauge import clustered_mean,clustered_share,pair_rewards
+from rlhf_nb.gauge import pair_rewards
 from rlhf_nb.line import Line
 from rlhf_nb.load import load_reward_model
 from rlhf_nb.models import log_probs
 from rlhf_nb.run import Run,read_samples
-from rlhf_nb.stats import mean_ci,win_rate
+from rlhf_nb.stats import clustered_mean,clustered_share,mean_ci,win_rate
 from rlhf_nb.text import interval,md_table
 from rlhf_nb.train import in_pieces
 
@@ -82,19 +82,24 @@ def reward_models(runs, out):
     for r in runs:
         line = Line(Run(r))
         pairs = line.held()
-        s,_,_ = pair_rewards(*load_reward_model(line.run.made('reward')), pairs, micro_tokens=4096)
+        with line.acc.autocast():
+            s,_,_ = pair_rewards(*load_reward_model(line.run.made('reward')), pairs, micro_tokens=4096)
         ds.append(beside_length(s[:,0]-s[:,1], pairs, line))
     report({**{Path(r).name:[d] for r,d in zip(runs, ds)}, 'both':ds}, out)
 
+def answer_log_probs(model, b)->torch.Tensor:
+    "(n,2) log-probability of chosen and rejected, in float32: what DPO moves is little, and rounding would cover it"
+    with torch.no_grad(): return in_pieces(lambda o: log_probs(model, o).sum(-1), b, 4096)
+
 def implicit(runs, out):
     "DPO's implicit reward on held-out pairs: how much likelier has the policy made the chosen answer?"
-    found = {}
+    found,before = {},None
     for r in runs:
         line = Line(Run(r))
         pairs = line.held()
         b = line.pairs(pairs)
-        def sums(m): return in_pieces(lambda o: log_probs(m, o).sum(-1), b, 4096)
-        with torch.no_grad(): d = sums(line.model('dpo'))-sums(line.model('sft'))      # (n,2)
+        if before is None: before = answer_log_probs(line.model('sft'), b)     # the same chat model in every run
+        d = answer_log_probs(line.model('dpo'), b)-before
         found[f'seed {line.config.seed}'] = [beside_length(d[:,0]-d[:,1], [pairs[i] for i in b.index.tolist()], line)]
     # the same pairs in each: a prompt's pairs of all seeds belong together
     report({**found, 'all':[d for o in found.values() for d in o]}, out)
@@ -104,13 +109,14 @@ def policies(run, other, out):
     recs = read_samples(run)
     rows = [['policy','by its own reward model','by the other half\'s','KL, nats','tokens','n (prompts)']]
     found = {}
+    acc = Line(Run(run)).acc
     judges = [load_reward_model(Run(r).made('reward')) for r in (run,other)]
     n = len(recs['reference'])//len({r['prompt'] for r in recs['reference']})          # answers to each prompt, in order
     for name,rs in recs.items():
         if name=='reference': continue
         pairs = [dict(prompt=x['prompt'], chosen=' '+x['response'], rejected=' '+y['response'])
                  for x,y in zip(rs, recs['reference'])]
-        scores = [pair_rewards(*j, pairs, micro_tokens=4096)[0] for j in judges]
+        with acc.autocast(): scores = [pair_rewards(*j, pairs, micro_tokens=4096)[0] for j in judges]
         rates = [dict(win_rate(s[:,0].view(-1, n), s[:,1].view(-1, n))) for s in scores]
         found[name] = dict(own=rates[0], other=rates[1])
         far,long = (mean_ci(torch.tensor([r[k] for r in rs], dtype=torch.float64).view(-1, n)) for k in ('kl','n_tokens'))

@@ -25,7 +25,7 @@ from rlhf_nb.stats import mean_ci,share_ci
 from rlhf_nb.text import HH,interval,md_table
 
 N = 8              # sampled answers to each held-out prompt
-LOOKS = 64         # of the reference, for how often it is right before training
+LOOKS = 32         # of the reference, for how often it is right before training
 HELD = 100         # held-out prompts, at most
 
 
