@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'OURS', 'Lora', 'layer_size', 'linear_layers', 'chosen_layers', 'mk_pairs', 'Adapted',
-           'is_quantised', 'adapt', 'bare', 'reference_of', 'checkpoint_layers', 'is_adapter', 'place_of',
-           'save_adapter', 'Saved', 'read_adapter', 'on_base', 'merged', 'merge_odd']
+           'is_quantised', 'loading', 'adapt', 'bare', 'reference_of', 'is_adapter', 'place_of', 'save_adapter',
+           'Saved', 'read_adapter', 'on_base', 'merged', 'merge_odd']
 
 # %% ../nbs/13b_adapters.ipynb #b987864e
-import os,threading
-from contextlib import contextmanager,nullcontext
-from functools import partial
+import os
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from safetensors.torch import load_file,save_file
@@ -109,23 +106,21 @@ def mk_pairs(
     return out
 
 # %% ../nbs/13b_adapters.ipynb #218f0a44
-_now = threading.local()               # `on`: the handle whose call this is
-
 def _add(layer, args, out):
     "Hook of a base's layer: what the adapter of this call adds to it"
-    on = getattr(_now, 'on', None)
+    on = getattr(calls, 'on', None)
     pair = None if on is None else on.at.get(layer)
     return out if pair is None else pair(args[0], out)
 
 @contextmanager
 def _called(handle):
     "This is a call of that handle"
-    before = getattr(_now, 'on', None)
+    before = getattr(calls, 'on', None)
     if before is not None and before is not handle:
         raise RuntimeError('using: another model of this base is being called. It surrounds one call, never a yield')
-    _now.on = handle
+    calls.on = handle
     try: yield
-    finally: _now.on = before
+    finally: calls.on = before
 
 @contextmanager
 def _silenced(layers):
@@ -232,6 +227,11 @@ def is_quantised(model)->bool:
     "Has the model weights of four bits?"
     return getattr(model, 'is_quantized', False)
 
+def loading(m:ModelConfig)->dict:
+    "How a configuration has models loaded, as `load_policy` and `load_reward_model` take it"
+    keys = 'forward','template','dtype','quantize','gradient_checkpointing'
+    return {k:getattr(m, k) for k in keys}
+
 def adapt(
     model,           # Causal LM: frozen from now on, and shared by all handles that are made of this one
     lora:LoraConfig,
@@ -266,23 +266,6 @@ def reference_of(
                          'would stay 0; give a copy, or None for the base of adapters')
     # one that adds nothing is read without
     return bare(reference) if isinstance(reference, Adapted) and reference.is_base() else reference
-
-# %% ../nbs/13b_adapters.ipynb #f70151bb
-def _again(layer, *args, **kw):
-    "A layer's forward that keeps what it was given, and computes the rest again in the backward pass"
-    run = partial(type(layer).forward, layer)
-    if not torch.is_grad_enabled(): return run(*args, **kw)
-    on = getattr(_now, 'on', None)
-    # computed again as a call of the same model
-    def contexts(): return nullcontext(),nullcontext() if on is None else on.using()
-    return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kw)
-
-def checkpoint_layers(model):
-    "Gradient checkpointing: each layer of the body is computed again in the backward pass, in eval mode too"
-    layers = [o for o in body(model).modules() if isinstance(o, GradientCheckpointingLayer)]
-    if not layers: raise ValueError(f'model.gradient_checkpointing: transformers has no layers of {type(model).__name__} to compute again')
-    for o in layers: o.forward = partial(_again, o)
-    return model
 
 # %% ../nbs/13b_adapters.ipynb #4cb900f9
 CONFIG,WEIGHTS,OURS = 'adapter_config.json','adapter_model.safetensors','rlhf_nb.json'

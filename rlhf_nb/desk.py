@@ -155,6 +155,7 @@ def _model_folders(self:Desk)->dict:
 def _load_players(self:Desk):
     "All models that load; what is wrong with the others is told"
     with no_gc():
+        from rlhf_nb.adapters import loading
         from rlhf_nb.load import load_policy,load_reward_model
         from rlhf_nb.line import run_talks,run_template
         from rlhf_nb.checks import named_source,own_reward,reads_model,same_functions
@@ -164,7 +165,7 @@ def _load_players(self:Desk):
     from rlhf_nb.world import gold_reward
     c = self.config = self._read_config()
     if not c: return
-    where = dict(forward=c.model.forward, device=pick_device(c.device))  # all on one device, and read the same way
+    where = dict(loading(c.model), device=pick_device(c.device))  # all on one device, and read the same way
     def attempt(name, load, path):
         "What is there, or None and a line of trouble"
         try: return load(str(path), **where)

@@ -72,14 +72,16 @@ def load_tokenizer(
 ):
     "A tokenizer that has an EOS and a PAD of its own"
     check_folder(name, weights=False)
-    folder = Path(name)
+    # of an adapter its own, or its base's
+    folder = Path(read_adapter(name).base if is_adapter(name) else name)
+    if is_adapter(name) and not any(map(_of_tokenizer, Path(name).iterdir())): name = str(folder)
     # read by hand: a tokenizer's folder need not hold a model
     c,g = (_json_file(folder/f, {}) for f in ('config.json','generation_config.json'))
     # our reward head's folder: transformers doesn't know its type
     kw = dict(config=AutoConfig.for_model(c['base_model_type'])) if 'base_model_type' in c else {}
     missing = (f'{name}: no tokenizer in this folder; copy its files there (tokenizer.json, tokenizer_config.json), '
                'or name another with --tokenizer')
-    if folder.is_dir() and not any(map(_of_tokenizer, folder.iterdir())):
+    if Path(name).is_dir() and not any(map(_of_tokenizer, Path(name).iterdir())):
         raise ValueError(missing)
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
@@ -295,14 +297,10 @@ def _check_adapter(m):
     finally:
         for o,B in zip(m.pairs.values(), was): o.B.data = B
 
-def _with_tokenizer(saved):
-    "Where the tokenizer of an adapter is: in its folder, or with its base"
-    return str(saved.path if any(map(_of_tokenizer, saved.path.iterdir())) else saved.base)
-
 def _adapted(name, how):
     "The handle of an adapter's folder and its tokenizer; what only peft can read is merged"
     saved = read_adapter(name)
-    how = how | dict(tokenizer=how['tokenizer'] or _with_tokenizer(saved))
+    how = how | dict(tokenizer=how['tokenizer'] or str(name))
     if saved.odd:
         m,tok = _whole(saved.base, **how)
         return merge_odd(m, saved),tok
@@ -337,7 +335,8 @@ def mk_policy(
     c = GPT2Config(**sizes, vocab_size=len(tok), activation_function='gelu_pytorch_tanh',
                    bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     m = AutoModelForCausalLM.from_config(c, trust_remote_code=False).eval()
-    return fit_tokenizer(_ready(m, config.forward), tok)
+    m = fit_tokenizer(_ready(m, config.forward), tok)
+    return checkpoint_layers(m) if config.gradient_checkpointing else m
 
 def _load_log_prob(path, d):
     "A reward model with the head `log_prob`, from a folder whose config.json is `d`"
@@ -392,10 +391,10 @@ def _adapted_reward(name, how):
     if saved.odd:
         c = _one_label(_config(saved.base))
         m = AutoModelForSequenceClassification.from_pretrained(saved.base, config=c, dtype=torch.float32)
-        m,tok = merge_odd(m, saved),load_tokenizer(_with_tokenizer(saved), eos=False)
+        m,tok = merge_odd(m, saved),load_tokenizer(name, eos=False)
         with _named(name): _ready_scores(m, how['forward'], name)
         return m.to(how['device']),tok
-    m,tok = _shared(saved.base, _with_tokenizer(saved), **how)
+    m,tok = _shared(saved.base, str(name), **how)
     m = on_base(m, saved)
     with _named(name):
         if saved.ours.get('head')!='log_prob':

@@ -453,7 +453,7 @@ def _classifier(policy, own):
     if missing or extra:
         raise ValueError(f'{type(rm).__name__} has another body than {type(policy).__name__} '
                          f'(weights {[*missing,*extra][:3]})')
-    return rm
+    return checkpoint_layers(rm) if is_checkpointed(policy) else rm
 
 def mk_reward_model(
     policy,                 # Causal LM to start from
@@ -481,7 +481,7 @@ def check_value_start(policy, reward_model):
         raise ValueError("a value model cannot start from a reward model whose head is 'log_prob': it reads whole "
                          'responses; train one with reward.head=last_token, or set ppo.value_from=reference')
     def shapes(m): return {k:tuple(v.shape) for k,v in body(m).state_dict().items()}
-    if type(policy.config) is not type(reward_model.config) or shapes(policy)!=shapes(reward_model):
+    if type(body(policy).config) is not type(body(reward_model).config) or shapes(policy)!=shapes(reward_model):
         raise ValueError(f'a value model cannot start from this reward model: {type(reward_model).__name__} has '
                          f'another body than the policy, {type(policy).__name__}; set ppo.value_from=reference')
 

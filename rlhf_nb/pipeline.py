@@ -261,11 +261,21 @@ def run_one(run:Run, todo:list, command=None)->Line:
         if todo is None: todo = _possible(line, say)
         check_line(line, todo)
         line.begin()
+        if line.lora: say(_adapters(line))
         if not line.world: _say_plan(line, [s for s in todo if not line.done(s)], say)
         secs = {k:round(v, 1) for k,v in run_stages(line, todo, say).items()}
         before = read_json(run.seconds, dict) if run.seconds.exists() else {}
         if secs: write_json(run.seconds, before | secs)
     return line
+
+def _adapters(line)->str:
+    "What learns in the place of whole models, in words"
+    o,c = line.lora,line.config
+    rates = {f'{s}.{k}':getattr(line.settings(s), k, None) for s in trained for k in ('lr','value_lr')}
+    said = ', '.join(f'{k} {v:g}' for k,v in rates.items() if v)
+    first = ' (of the model that SFT makes from scratch, as a whole)' if c.model.name=='scratch' else ''
+    return (f'adapters of rank {o.r} on one frozen base{first}; learning rates that nobody has set are ten times those '
+            f'of whole models: {said}')
 
 def _possible(line, say)->list:
     "The usual stages, without those that have nothing to learn from where a function rewards; a line says which"

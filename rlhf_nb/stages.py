@@ -18,6 +18,7 @@ from .world import *
 from .shapes import *
 from .forward import *
 from .models import *
+from .adapters import *
 from .load import *
 from .sft import *
 from .reward import *
@@ -58,7 +59,7 @@ def reward_stage(line:Line):
 def _given_reward(line):
     "A finished reward model: nothing is trained, and what is saved says where it is"
     c = line.config
-    rm,tok = load_reward_model(c.reward.model, c.model.forward, line.acc.device)
+    rm,tok = load_reward_model(c.reward.model, device=line.acc.device, **loading(c.model))
     if accuracies := _given_accuracies(line, rm, tok): write_json(line.run.reward_accuracy, accuracies)
     norm = None
     if c.reward.normalise:
