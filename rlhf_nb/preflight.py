@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .core import *
 from .config import *
 from .text import *
 from .shapes import *
@@ -21,6 +22,7 @@ from .template import *
 from .data import *
 from .forward import *
 from .models import *
+from .adapters import *
 from .load import *
 from .sampling import *
 from .models import _check_batch,_in_float32,_plain_log_probs
@@ -40,7 +42,7 @@ def _size(n):
 
 def _model(m):
     "What model it is"
-    n = sum(p.numel() for p in m.parameters())
+    n = sum(p.numel() for o in (m,*getattr(m, 'shares', ())) for p in o.parameters())
     said = f'{type(m).__name__}, {_size(n)} parameters, {len(head(m).weight):,} tokens'
     room = max_tokens(m)
     return Finding('model', said+(f', {room:,} positions' if room<10**9 else ''))
@@ -86,7 +88,7 @@ def _activations(m, ids):
             x = out[0] if isinstance(out, tuple) else out
             if isinstance(x, torch.Tensor) and x.is_floating_point(): most[name] = x.abs().max().item()
         return hook
-    hooks = [o.register_forward_hook(look(k)) for k,o in m.named_modules() if k]
+    hooks = [o.register_forward_hook(look(k)) for k,o in getattr(m, 'base', m).named_modules() if k]
     try: m(input_ids=torch.tensor([ids], device=m.device))
     finally:
         for h in hooks: h.remove()
@@ -94,6 +96,23 @@ def _activations(m, ids):
     said = f'activations up to {most[name]:,.0f} ({name}), fp16 ends at {half_range:,.0f}'
     fits = most[name]<half_range/4
     return Finding('half precision', said, '' if fits else 'model.precision=bf16 or fp32, never fp16')
+
+def _adapters(m, r=16):
+    "How much would learn, and whether adapters that have learned something are read and trained right"
+    r = min([r,*(min(layer_size(o)) for o in linear_layers(getattr(m, 'base', m)).values())])
+    try: h = m if isinstance(m, Adapted) else adapt(m, LoraConfig(r=r))
+    except ValueError as e: return Finding('adapters', str(e), 'model.lora.targets')
+    g = generator(0, 'check')
+    if h is not m:
+        for o in h.pairs.values(): o.B.data = torch.randn(o.B.shape, generator=g).to(o.B)/100
+    off,n = _off(h),sum(p.numel() for p in h.parameters())
+    log_probs(h, _check_batch(h, len(head(h).weight))).sum().backward()
+    dead = [k for k,o in h.paths().items() if o.A.grad is None or not o.A.grad.any()]
+    h.zero_grad()
+    rank,share = next(iter(h.pairs.values())).A.shape[0],n/sum(p.numel() for p in h.base.parameters())
+    said = f'{len(h.pairs)} layers, {share:.2%} of the weights at rank {rank}, within {off:.1g} of its own log-probabilities'
+    if dead: return Finding('adapters', f'{said}; no gradient reaches {dead[0]} ({len(dead)} layers)', 'model.lora.targets')
+    return Finding('adapters', f'{said}; gradients reach all')
 
 def _stages(m):
     "Which stages the architecture serves"
@@ -198,6 +217,7 @@ def check_model(
         Finding('date', "the run's, in every prompt" if t.dated else 'the template prints none'),
         _pad(t, 'added the token' in said.getvalue()),
         _stages(m),
+        _adapters(m),
         _answer(m, t, question, n)]
 
 def check_page(

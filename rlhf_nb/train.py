@@ -20,6 +20,7 @@ from .core import *
 from .config import *
 from .run import *
 from .data import *
+from .adapters import *
 
 # %% ../nbs/15_train.ipynb #48cce0a9
 def counts(
@@ -189,8 +190,11 @@ def steps(
     "Train `model`, yielding a metrics row after each update"
     acc = acc or mk_accelerator()
     net,opt = acc.prepare(Net(model, acc.autocast), opt or mk_optimizer(model, o))
+    drops = any(getattr(m, 'dropout', 0.) for m in model.modules() if isinstance(m, Lora))
     for i,(batches,row) in enumerate(updates, start):
         began = time.perf_counter()
+        # an adapter's dropout is a function of the update: who resumes sees the same
+        if drops: torch.manual_seed(child_seed(i, 'dropout'))
         f = lr_factor(o, i, total)
         # each group has its own peak, as a policy and its value model do
         for g in opt.param_groups:
