@@ -18,11 +18,13 @@ from tiny import batch, fork, lm, timeless
 import rlhf_nb.report  # noqa: F401 forks need not import it
 from rlhf_nb.cli import main
 from rlhf_nb.core import replacing
+from rlhf_nb.config import LoraConfig
 from rlhf_nb.settings import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.dpo import train_dpo
 from rlhf_nb.grpo import train_grpo
 from rlhf_nb.models import mk_reward_model,mk_value_model
+from rlhf_nb.adapters import adapt
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
 from rlhf_nb.sft import train_sft
@@ -44,8 +46,12 @@ def even(b):
 
 
 def train(stage, run=None):
-    "Train the stage in the run folder; its model and its metrics rows"
+    "Train the stage in the run folder, `+lora`: adapters on one base; its model and its metrics rows"
+    stage, _, lora = stage.partition("+")
     o, model, prompts = getattr(config, stage), lm(), batch(1, sizes).prompts
+    reference = None if lora else lm()
+    if lora:
+        model = adapt(model, LoraConfig(r=4, dropout=.1))
     unseen = lambda groups: batch(groups, sizes, longest=4, seed=1)
     last = dict(seed=3, run=run, acc=mk_accelerator(device="cpu"))
     if stage == "sft":
@@ -55,11 +61,11 @@ def train(stage, run=None):
         rows = train_reward(model, batch(2, sizes, longest=4), o, **last, dev=unseen(2))
     elif stage == "ppo":
         model = nn.ModuleDict(dict(policy=model, value=mk_value_model(model)))
-        rows = train_ppo(*model.values(), lm(), even, prompts, o, **last, dev=unseen(1).prompts)
+        rows = train_ppo(*model.values(), reference, even, prompts, o, **last, dev=unseen(1).prompts)
     elif stage == "grpo":
-        rows = train_grpo(model, lm(), even, prompts, o, **last, dev=unseen(1).prompts)
+        rows = train_grpo(model, reference, even, prompts, o, **last, dev=unseen(1).prompts)
     else:
-        rows = train_dpo(model, lm(), batch(2, sizes, longest=4), o, **last, dev=unseen(2))
+        rows = train_dpo(model, reference, batch(2, sizes, longest=4), o, **last, dev=unseen(2))
     return model, rows
 
 
@@ -109,21 +115,21 @@ def check(stage, folder, want):
     assert [r["update"] for r in got["rows"]] == list(range(updates))
     assert [r["dev_update"] for r in got["rows"] if "dev_update" in r] == [0, *range(4, updates+1, 4)] and "kept" in got["rows"][-1]
     assert timeless(got["rows"]) == timeless(want["rows"])
-    assert Run(folder/"run").rows(stage) == got["rows"]
+    assert Run(folder/"run").rows(stage.partition("+")[0]) == got["rows"]
     return got["rows"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("stage", [s+more for s in ("sft", "reward", "ppo", "grpo", "dpo") for more in ("", "+lora")])
 def test_killed(stage, begin, tmp_path):
     "SIGKILL at five random moments, then once while a checkpoint is being written, all in one run folder"
     rng = random.Random(f"7 {stage}")
     alone, folder = tmp_path/"alone", tmp_path/"killed"
     begin(alone)
     assert not go(stage, alone)
-    want = torch.load(alone/"done.pt")
+    want, kind = torch.load(alone/"done.pt"), stage.partition("+")[0]
     pace = sum(v for r in want["rows"] for k, v in r.items() if "seconds" in k)/updates  # seconds of an update
-    log, checkpoint = folder/"run"/"logs"/f"{stage}.jsonl", folder/"run"/"checkpoints"/f"{stage}.pt"
-    part = checkpoint.with_name(f".{stage}.pt.part")
+    log, checkpoint = folder/"run"/"logs"/f"{kind}.jsonl", folder/"run"/"checkpoints"/f"{kind}.pt"
+    part = checkpoint.with_name(f".{kind}.pt.part")
     begin(folder)
 
     def kill(moment, pause=0.):
