@@ -12,16 +12,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
 from tiny import batch, configs, lm, timeless
-from rlhf_nb.core import generator, seed_all
+from rlhf_nb.core import generator,seed_all
 from rlhf_nb.config import LoraConfig
 from rlhf_nb.settings import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.forward import checkpoint_layers
-from rlhf_nb.models import log_probs, mk_reward_model, mk_value_model, scores
-from rlhf_nb.adapters import Adapted, adapt, bare, is_adapter
-from rlhf_nb.load import load_policy, load_reward_model, save_model
+from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model,scores
+from rlhf_nb.adapters import Adapted,adapt,bare,is_adapter
+from rlhf_nb.load import load_policy,load_reward_model,save_model
 from rlhf_nb.train import mk_accelerator
-from rlhf_nb.sampling import decode, sample
+from rlhf_nb.sampling import decode,sample
 from rlhf_nb.sft import train_sft
 from rlhf_nb.reward import train_reward
 from rlhf_nb.dpo import train_dpo

@@ -338,7 +338,10 @@ def _merge(folder, to):
     "A whole model of an adapter's folder, in the precision that its base has on disk"
     saved = read_adapter(folder)
     rewards = saved.peft.get('task_type')=='SEQ_CLS' or 'head' in saved.ours
-    m,tok = (load_reward_model if rewards else load_policy)(str(folder), dtype=saved_dtype(saved.base))
+    from transformers import AutoConfig      # late: --help needs none of it
+    dtype = AutoConfig.from_pretrained(saved.base, trust_remote_code=False).dtype
+    how = dict(dtype=str(dtype or 'float32').removeprefix('torch.'))
+    m,tok = (load_reward_model if rewards else load_policy)(str(folder), **how)
     # what only peft can read is merged when it is loaded
     whole = m if saved.odd else merged(m)
     save_model(whole, tok, to)

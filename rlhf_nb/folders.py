@@ -9,7 +9,7 @@ __all__ = ['TOKENIZER_FILES', 'check_folder', 'weights_mark']
 import hashlib,json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from transformers.utils import cached_file
 
 from .models import _first_line
 
@@ -116,7 +116,7 @@ def weights_mark(
     folder = Path(name)
     if not folder.is_dir():
         # what was loaded from the Hub lies in its cache
-        try: folder = Path(snapshot_download(str(name), local_files_only=True))
+        try: folder = Path(cached_file(str(name), 'config.json', local_files_only=True)).parent
         except (OSError,ValueError): return ''
     h = hashlib.blake2b(digest_size=16)
     for f in sorted(folder.glob('*.safetensors')) or sorted(folder.glob('*.bin')):
