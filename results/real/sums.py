@@ -21,7 +21,7 @@ from rlhf_nb.line import Line
 from rlhf_nb.run import Run
 from rlhf_nb.sampling import sample
 from rlhf_nb.sft import train_sft
-from rlhf_nb.stats import mean_ci,share_ci
+from rlhf_nb.stats import clustered_mean,clustered_share
 from rlhf_nb.text import HH,interval,md_table
 
 N = 8              # sampled answers to each held-out prompt
@@ -72,6 +72,16 @@ def by_pair(x, rows)->torch.Tensor:
     for i,r in enumerate(rows): at.setdefault(r['pair'], []).append(i)
     return torch.stack([x[i].mean() for i in at.values()])
 
+def first(rows)->list:
+    "Of each pair the row that comes first, in the order of `by_pair`"
+    at = {}
+    for r in rows: at.setdefault(r['pair'], r)
+    return list(at.values())
+
+def names(rows)->list:
+    "The unordered pairs"
+    return [r['pair'] for r in first(rows)]
+
 def majority(b:Batch, ok, line)->torch.Tensor:
     "(B,): is the answer that most of the n samples give the sum? Ties share"
     out = []
@@ -120,7 +130,8 @@ def measure(run_folder, data):
     models['own answers'],kept = own_right_answers(line, train, most, drawn)
     before = reference_rates(line, ids, held, most)
     sampled = sample_with_kl(models, ids, N, most, seed=child_seed(c.seed, 'held out'))
-    out = {}
+    out,kl_at = {},{}
+    examples = [{k:r[k] for k in ('prompt','answer')} for r in first(held)[:6]]
     for name,b in sampled.items():
         b = b.plus(rows=held)
         greedy = sample(models[name], ids, 1, most, temperature=0., seed=0).plus(rows=held)
@@ -136,28 +147,34 @@ def measure(run_folder, data):
             kl=b.kl.sum(-1),
             least_kl=binary_kl(after, before))
         out[name] = {k:by_pair(v, held).tolist() for k,v in per.items()}
-        for k,want in (('carry',True),('no carry',False)):
-            at = [i for i,r in enumerate(held) if r['carry']==want]
-            out[name][k] = by_pair(ok[at], [held[i] for i in at]).tolist()
+        texts = {r['prompt']:line.template.text(group[0]) for r,group in zip(held, b.tokens())}
+        for e in examples: e[name] = texts[e['prompt']]
+        kl_at[name] = (b.kl.sum((0, 1))/b.lengths.numel()).tolist()    # they add up to the KL of an answer
     write_json(Path(run_folder)/'sums.json', dict(
-        models=out, kept=kept, drawn=drawn, prompts=len(held), pairs=len({r['pair'] for r in held}),
+        models=out, kl_at=kl_at, examples=examples, kept=kept, drawn=drawn, prompts=len(held), pairs=names(held), carry=[r['carry'] for r in first(held)],
         seed=c.seed, measure_cpu_seconds=round(time.process_time()-began)))
 
 
 # The table
 
 def pooled(runs)->dict:
-    "{model: {measure: mean, low, high, n (pairs)}} over all runs, and each seed's sampled accuracy"
+    "{model: {measure: mean, low, high}} over all runs, clustered by pair, and what each seed has"
     ds = [read_json(Path(r)/'sums.json') for r in runs]
+    keys,carry = ([x for d in ds for x in d[k]] for k in ('pairs','carry'))
     out = {}
     for name in ds[0]['models']:
         of = [d['models'][name] for d in ds]
-        shares = {k:share_ci([x for o in of for x in o[k]]) for k in of[0] if k not in ('length','kl','least_kl')}
-        means = {k:mean_ci([x for o in of for x in o[k]]) for k in ('length','kl','least_kl')}
-        by_seed = [sum(o['sampled'])/len(o['sampled']) for o in of]
-        out[name] = shares|means|dict(by_seed=by_seed)
-    return dict(models=out, seeds=[d['seed'] for d in ds], prompts=ds[0]['prompts'], drawn=ds[0]['drawn'],
-                kept=[d['kept'] for d in ds])
+        def all_of(k, keep=None): return [x for i,x in enumerate(x for o in of for x in o[k]) if keep is None or carry[i]==keep]
+        def share(k, keep=None): return clustered_share(all_of(k, keep), [x for x,c in zip(keys, carry) if keep in (None,c)])
+        shares = {k:share(k) for k in ('greedy','sampled','pass8','majority','finished')}
+        shares |= {'carry':share('sampled', True), 'no carry':share('sampled', False)}
+        means = {k:clustered_mean(all_of(k), keys) for k in ('length','kl','least_kl')}
+        by_seed = {k:[sum(o[k])/len(o[k]) for o in of] for k in ('sampled','greedy','kl','least_kl')}
+        at = torch.tensor([d['kl_at'][name] for d in ds]).mean(0).tolist()
+        out[name] = shares|means|dict(by_seed=by_seed, kl_at=at)
+    return dict(models=out, seeds=[d['seed'] for d in ds], prompts=[d['prompts'] for d in ds],
+                pairs=[len(d['pairs']) for d in ds], examples=next((d['examples'] for d in ds if 'examples' in d), []),
+                drawn=ds[0]['drawn'], kept=[d['kept'] for d in ds])
 
 def write_table(runs, out):
     "OUT.json and OUT.md"
@@ -165,7 +182,7 @@ def write_table(runs, out):
     keys = 'greedy','sampled','pass8','majority','carry','no carry','finished','length','kl','least_kl'
     rows = [['measure',*d['models']]]
     for k in keys: rows.append([k.replace('_',' '),*(interval(m[k]) for m in d['models'].values())])
-    rows.append(['sampled, by seed',*(', '.join(f'{x:.2f}' for x in m['by_seed']) for m in d['models'].values())])
+    rows.append(['sampled, by seed',*(', '.join(f'{x:.2f}' for x in m['by_seed']['sampled']) for m in d['models'].values())])
     write_json(f'{out}.json', d)
     Path(f'{out}.md').write_text(md_table(rows)+'\n')
     print(md_table(rows))
