@@ -85,8 +85,8 @@ def chosen_layers(
         if any(_is_named(k, t) for k in layers): continue
         hits = [m for k,m in base.named_modules() if _is_named(k, t)]
         names = ', '.join(sorted({k.rsplit('.', 1)[-1] for k in layers}))
-        said = 'is the head or no linear layer of the body, where no adapter can be' if hits else 'is no layer of this model'
-        raise ValueError(f"model.lora.targets: '{t}' {said}; its linear layers are {names}")
+        why = 'the head or no linear layer of the body, where no adapter can be' if hits else 'no layer of this model'
+        raise ValueError(f"model.lora.targets: '{t}' is {why}; its linear layers are {names}")
     return {k:m for k,m in layers.items() if any(_is_named(k, t) for t in targets)}
 
 def mk_pairs(
@@ -245,7 +245,8 @@ def bare(model)->Adapted:
     if isinstance(model, Adapted): return Adapted(model.base, model.lora)
     # of peft's making: what learns there goes on learning
     if any(hasattr(o, '_disable_adapters') for o in model.modules()): return Adapted(model)
-    raise ValueError('reference: None means the base under adapters, and this policy has none; give a copy of the policy')
+    raise ValueError('reference: None means the base under adapters, and this policy has none; '
+                     'give a copy of the policy')
 
 # %% ../nbs/13b_adapters.ipynb #4cd6b806
 def reference_of(
@@ -255,7 +256,8 @@ def reference_of(
     "The model that training measures the policy's distance from; a ValueError for one that moves along, or that the policy does not begin at"
     if reference is None:
         below = bare(policy)
-        started = policy.is_base() if isinstance(policy, Adapted) else not any('lora_B' in k and p.any() for k,p in policy.named_parameters())
+        if isinstance(policy, Adapted): started = policy.is_base()
+        else: started = not any('lora_B' in k and p.any() for k,p in policy.named_parameters())
         if not started:
             raise ValueError('reference: None means the base, and the adapter of this policy has learned already '
                              '(SFT?): give a copy of the policy as it is now, or adapters.bare(policy) if the base is meant')
@@ -314,7 +316,8 @@ def save_adapter(
     path = Path(path)
     if not handle.pairs: handle = handle.learner()       # the base itself: an adapter that adds nothing
     if not (name := handle.name_or_path):
-        raise ValueError('an adapter is saved beside its base, and this base has no place yet: save it and load it from there')
+        raise ValueError('an adapter is saved beside its base, and this base has no place yet: '
+                         'save it and load it from there')
     path.mkdir(parents=True, exist_ok=True)
     name = place_of(name)
     write_json(path/CONFIG, _peft_config(handle, name))
@@ -382,11 +385,12 @@ def _read_pair(base, path, A, B, saved, lora):
     "The two matrices beside a layer, which must be there and of their size"
     try: sizes = layer_size(base.get_submodule(path))
     except AttributeError:
-        raise ValueError(f'{saved.path}: an adapter of another architecture: {saved.base} has no linear layer {path}') from None
+        raise ValueError(f'{saved.path}: an adapter of another architecture: '
+                         f'{saved.base} has no linear layer {path}') from None
     if A is None or B is None: raise ValueError(f'{saved.path}: {path} has one matrix, expected lora_A and lora_B')
     if (A.shape[1],B.shape[0])!=sizes or len(A)!=B.shape[1]:
-        raise ValueError(f'{saved.path}: {path} is {A.shape[1]} by {B.shape[0]} (rank {len(A)} and {B.shape[1]}), in {saved.base} '
-                         f'it is {sizes[0]} by {sizes[1]}: an adapter of another model')
+        raise ValueError(f'{saved.path}: {path} is {A.shape[1]} by {B.shape[0]} (rank {len(A)} and {B.shape[1]}), '
+                         f'in {saved.base} it is {sizes[0]} by {sizes[1]}: an adapter of another model')
     pair = Lora(*sizes, len(A), lora.alpha/lora.r, lora.dropout)
     pair.A.data,pair.B.data = A,B
     return pair
