@@ -62,7 +62,7 @@ def trl(a, rows, c):
     data = Dataset.from_list([dict(prompt=[dict(role='user', content=r['prompt'])], answer=r['answer']) for r in rows])
     trainer = GRPOTrainer(a.model, right, train_dataset=data, args=GRPOConfig(
         output_dir=str(Path(a.out).with_suffix('')), use_cpu=True, seed=a.seed, max_steps=o.updates,
-        learning_rate=o.lr, lr_scheduler_type=o.schedule, warmup_ratio=o.warmup, adam_beta2=o.beta2,
+        learning_rate=o.lr, lr_scheduler_type=o.schedule, warmup_steps=round(o.warmup*o.updates), adam_beta2=o.beta2,
         max_grad_norm=o.max_grad_norm, beta=o.beta, temperature=o.temperature, top_k=0, top_p=1.,
         per_device_train_batch_size=o.batch_size*o.group_size, num_generations=o.group_size,
         max_completion_length=o.max_new_tokens, loss_type=o.loss_type, scale_rewards=o.scale_rewards,
