@@ -216,8 +216,9 @@ def _four_bits(dtype):
 def _load(cls, name, device='cpu', dtype='float32', quantize=None):
     "Weights and what the checkpoint lacks"
     c,dtype = _config(name),getattr(torch, dtype)
-    # straight to the device, in the precision that is kept: the host never holds a large model in float32
-    how = {} if str(device)=='cpu' and not quantize else dict(device_map={'':device})
+    # a base in low precision goes straight to the device: the host may be smaller than the model
+    direct = quantize or dtype!=torch.float32 and str(device)!='cpu'
+    how = dict(device_map={'':device}) if direct else {}
     if quantize: how['quantization_config'] = _four_bits(dtype)
     _check_kind(cls, c, name)
     # the same function in one kernel instead of several operations
