@@ -1,5 +1,6 @@
 "A stage that is killed, at any moment and again and again, ends with the bits of one that was left alone"
 import contextlib
+import functools
 import json
 import os
 import random
@@ -265,10 +266,10 @@ def until(f, seconds=20.):
 
 
 def kept(folder):
-    "What a run leaves, without times: bytes of weights and tables, rows of logs, what JSON says"
+    "What a run leaves, without times and the base's place: bytes of weights and tables, rows of logs, what JSON says"
     def clean(o):
         if isinstance(o, dict):
-            return {k: clean(v) for k, v in o.items() if not any(w in k for w in ("second", "peak_memory", "jobs", "command"))}
+            return {k: clean(v) for k, v in o.items() if not any(w in k for w in ("second", "peak_memory", "jobs", "command", "base"))}
         return [clean(v) for v in o] if isinstance(o, list) else o
     out = {}
     for f in sorted(folder.rglob("*")):
@@ -286,11 +287,14 @@ def kept(folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    "What a run leaves that nobody disturbed, and how long it took"
-    folder = tmp_path_factory.mktemp("alone")
-    t = time.monotonic()
-    assert ended(command(folder, *everything, sets=["jobs=1"]), 300) == 0, (folder/"said.txt").read_text()
-    return kept(folder/"run"), time.monotonic()-t
+    "`alone(*sets)`: what a run leaves that nobody disturbed, and how long it took"
+    @functools.cache
+    def made(*sets):
+        folder = tmp_path_factory.mktemp("alone")
+        t = time.monotonic()
+        assert ended(command(folder, *everything, sets=["jobs=1", *sets]), 300) == 0, (folder/"said.txt").read_text()
+        return kept(folder/"run"), time.monotonic()-t
+    return made
 
 
 def same(folder, want):
@@ -300,10 +304,10 @@ def same(folder, want):
     assert not [o for o in (folder/"run").rglob(".*")], "left behind"
 
 
-def survive(folder, rng, jobs, victim, n, seconds, want):
+def survive(folder, rng, sets, victim, n, seconds, want):
     "Kill the run n times, parent or child, each time while it goes on where it was; then let it end"
     for i in range(n):
-        pid = command(folder, *everything, "--resume", sets=[f"jobs={jobs}"])
+        pid = command(folder, *everything, "--resume", sets=sets)
         if victim == "child":
             until(lambda: children(pid) or not working(pid), 60)
         time.sleep(rng.random()*min(seconds, 2.5))
@@ -315,20 +319,22 @@ def survive(folder, rng, jobs, victim, n, seconds, want):
         assert code in ((-9, 0) if hit == pid else (2, 0)), (folder/"said.txt").read_text()[-2000:]
         if hit == pid and rng.random() < .5:  # half of the time the next start is at once
             assert until(lambda: not any(map(working, kids)), 5), "orphans"
-    code = ended(command(folder, *everything, "--resume", sets=[f"jobs={jobs}"]), 300)
+    code = ended(command(folder, *everything, "--resume", sets=sets), 300)
     assert code == 0, (folder/"said.txt").read_text()[-2000:]
     assert "Traceback" not in (folder/"said.txt").read_text()
     same(folder, want)
 
 
-@pytest.mark.parametrize("jobs, victim", [(1, "parent"), pytest.param(2, "parent", marks=two_cores), pytest.param(2, "child", marks=two_cores)])
-def test_command_killed(jobs, victim, alone, tmp_path):
+@pytest.mark.parametrize("jobs, victim, more", [(1, "parent", ()), (1, "parent", ("model.lora.r=2",)),
+                                                pytest.param(2, "parent", (), marks=two_cores), pytest.param(2, "child", (), marks=two_cores)])
+def test_command_killed(jobs, victim, more, alone, tmp_path):
     "kill -9 at random moments of all stages, of the run or of one of its two stages: it resumes to the bits of a run that was left alone"
-    rng = random.Random(f"5 {jobs} {victim}")
-    n = -(-kills_in_all//3)
+    rng = random.Random(f"5 {jobs} {victim} {more}")
+    n = -(-kills_in_all//4)
+    want, seconds = alone(*more)
     for i in range(-(-n//7)):
         (folder := tmp_path/str(i)).mkdir()
-        survive(folder, rng, jobs, victim, min(7, n-7*i), alone[1]/4, alone[0])
+        survive(folder, rng, [f"jobs={jobs}", *more], victim, min(7, n-7*i), seconds/4, want)
         shutil.rmtree(folder)
 
 
@@ -395,4 +401,4 @@ def test_full_disk(size, alone, tmp_path):
     assert code not in (0, None)
     assert not [o for o in (tmp_path/"run").rglob("*.part")] if (tmp_path/"run").exists() else True
     assert ended(command(tmp_path, *everything, "--resume", sets=["jobs=1"]), 300) == 0, (tmp_path/"said.txt").read_text()[-2000:]
-    same(tmp_path, alone[0])
+    same(tmp_path, alone()[0])

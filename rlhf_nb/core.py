@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['known_errors', 'child_seed', 'generator', 'seed_all', 'pass_order', 'Batch', 'read_text', 'replacing', 'write_text',
-           'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress']
+           'write_json', 'read_json', 'append_row', 'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress',
+           'keep_memory', 'give_back', 'resident', 'Heap']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import gc,hashlib,json,math,os,random,reprlib,shutil,sys,threading
+import ctypes,gc,hashlib,json,math,os,platform,random,reprlib,shutil,sys,threading
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -345,3 +346,36 @@ def progress(
             bar.set_postfix({k:f'{r[k]:.3g}' for k in keys if k in r}, refresh=False)
             bar.update()
             yield r
+
+# %% ../nbs/00_core.ipynb #48acf4e5
+def _glibc():
+    "The C library; None where it is another, which has no mallopt or other numbers for it"
+    return ctypes.CDLL(None) if platform.libc_ver()[0]=='glibc' else None
+
+def keep_memory():
+    "Let glibc keep what a step frees for the next one"
+    if libc := _glibc():
+        libc.mallopt(-4, 0)                  # M_MMAP_MAX: large pieces from the heap too
+        libc.mallopt(-1, -1)                 # M_TRIM_THRESHOLD: it stays
+
+def give_back():
+    "Return to the system what is free"
+    if libc := _glibc(): libc.malloc_trim(0)
+
+def resident()->int:
+    "Bytes that this process holds; 0 where the system does not tell"
+    f = Path('/proc/self/statm')
+    return int(f.read_text().split()[1])*os.sysconf('SC_PAGE_SIZE') if f.exists() else 0
+
+class Heap:
+    "Gives memory back where much more is held than a step needs"
+    def __init__(self):
+        give_back()
+        self.most,self.fresh = 0,True
+    def __call__(self):
+        "A step has ended"
+        now = resident()
+        # the first one after a return has held what it needed, and nothing of others
+        if self.fresh: self.most = max(self.most, now)
+        self.fresh = now>1.2*self.most
+        if self.fresh: give_back()

@@ -7,7 +7,7 @@ __all__ = ['POINTER', 'stop_tokens', 'load_tokenizer', 'fit_tokenizer', 'load_po
            'save_pointer', 'save_model', 'check_stages']
 
 # %% ../nbs/16_load.ipynb #loadh004
-import ctypes,json,platform,re,weakref
+import json,re,weakref
 from importlib.util import find_spec
 from contextlib import contextmanager
 from pathlib import Path
@@ -317,17 +317,9 @@ def _adapted(name, how):
     with _named(name): check_forward(m)
     return m,tok
 
-def _keep_memory():
-    "Let glibc keep what a step frees for the next one: getting it back from the system, page by page, costs up to a tenth of a step"
-    # other C libraries have no mallopt, or other numbers for it
-    if platform.libc_ver()[0]!='glibc': return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)                                          # M_MMAP_MAX: large pieces from the heap too
-    libc.mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: it stays
-
 def _ready(m, forward, check=check_forward):
     "A model that was checked in the forward in which it will be read"
-    _keep_memory()
+    keep_memory()
     m.padded = forward=='padded'
     check(m)
     return m

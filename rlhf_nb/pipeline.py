@@ -7,7 +7,7 @@ __all__ = ['stage_function', 'run_stage', 'run_stages', 'seeds_table', 'show_sum
            'publish']
 
 # %% ../nbs/50_pipeline.ipynb #pipe0h03
-import ctypes,importlib,multiprocessing,os,platform,re,shutil,signal,sys,threading,time,traceback
+import ctypes,importlib,multiprocessing,os,re,shutil,signal,sys,threading,time,traceback
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def _one_by_one(line, todo):
 def _give_back(acc):
     "Let go of a stage's models and optimizers, which the accelerator remembers, and return their memory to the system"
     acc.free_memory()
-    if platform.libc_ver()[0]=='glibc': ctypes.CDLL(None).malloc_trim(0)
+    give_back()
 
 def _side_by_side(line, todo, jobs):
     "(stage, seconds) of each stage as it ends"

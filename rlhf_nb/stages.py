@@ -73,7 +73,8 @@ def _given_accuracies(line, rm, tok)->dict:
     held = line.held('reward')[:line.config.eval.n_pairs]
     pairs = line.pairs(held)
     # in its own words, whole: what it can't be given is left out
-    s,_,refused = pair_rewards(rm, tok, [held[i] for i in pairs.index.tolist()])
+    held = [held[i] for i in pairs.index.tolist()]
+    s,_,refused = pair_rewards(rm, tok, held, micro_tokens=line.config.reward.micro_tokens)
     read = (~s.isnan().any(1)).nonzero()[:,0]
     if not len(read): raise ValueError(f'reward.model: it can be given none of the {len(held)} held-out pairs: {refused}')
     out = _accuracies(line, s[read].float(), pairs[read], 'given')
@@ -90,7 +91,8 @@ def _mk_reward(
     rm = mk_reward_model(ref, head, line.config.seed)
     train_reward(rm, line.pairs(line.learned('reward')), **{**line.how('reward'), 'run':run})
     # a reward then counts from what the reference gets, in its spread
-    if line.config.reward.normalise is not False: normalise(rm, _reference_samples(line, ref).to(line.acc.device))
+    o = line.config.reward
+    if o.normalise is not False: normalise(rm, _reference_samples(line, ref).to(line.acc.device), o.micro_tokens)
     return rm,_reward_accuracies(line, rm, head)
 
 def _reference_samples(line, ref)->Batch:
@@ -115,7 +117,7 @@ def _reward_accuracies(line, rm, head:str)->dict:
     # of the data that it has learned from
     held = line.held('reward')[:c.eval.n_pairs]
     pairs = line.pairs(held).to(line.acc.device)
-    out = _accuracies(line, pair_scores(rm, pairs), pairs, head)
+    out = _accuracies(line, pair_scores(rm, pairs, line.config.reward.micro_tokens), pairs, head)
     # where it is known who is right, so is what can be reached
     return {**out, **_possible(held, out['accuracy']['accuracy'])} if line.world else out
 
@@ -213,7 +215,7 @@ def overoptimise_stage(
     train_reward(rm, few, replace(c.reward, updates=50), c.seed, acc=line.acc)
     prompts = line.prompts(line.learned('grpo'))
     some = prompts[:c.reward.n_normalise]
-    normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')))
+    normalise(rm, sample(ref, some, seed=child_seed(c.seed, 'normalise')), c.reward.micro_tokens)
     # no KL, a high learning rate, and nothing for answers that never end
     unbraked = replace(c.grpo, beta=0., lr=8e-4, no_eos_penalty=0., updates=updates, batch_size=16)
     score,watch = mk_scorer((rm,line.tok), line.template),line.watch

@@ -190,6 +190,7 @@ def steps(
     "Train `model`, yielding a metrics row after each update"
     acc = acc or mk_accelerator()
     net,opt = acc.prepare(Net(model, acc.autocast), opt or mk_optimizer(model, o))
+    heap = Heap()
     drops = any(getattr(m, 'dropout', 0.) for m in model.modules() if isinstance(m, Lora))
     for i,(batches,row) in enumerate(updates, start):
         began = time.perf_counter()
@@ -214,6 +215,7 @@ def steps(
         means = {k:v/done for k,v in sums.items()} if done else dict(loss=0., grad_norm=0.)
         if acc.num_processes>1:
             tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
+        heap()
         took = round(time.perf_counter()-began, 4)
         lr = opt.param_groups[0]['lr']
         yield dict(update=i, **row, **means, lr=lr, steps=done, tokens=tokens, train_seconds=took,

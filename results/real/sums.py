@@ -120,18 +120,22 @@ def prompts(line, rows)->list:
     return [line.template.prompt(HH.ask(r['prompt'])) for r in rows]
 
 def measure(run_folder, data):
-    "Every policy of a run on the held-out sums; sums.json in its folder"
+    "Every policy of a run on the held-out sums; sums.json in its folder. What stands there already is kept"
     line,began = Line(Run(run_folder)),time.process_time()
+    path = Path(run_folder)/'sums.json'
+    done = read_json(path) if path.exists() else dict(models={}, kl_at={}, measure_cpu_seconds=0)
     held = [json.loads(o) for o in (Path(data)/'test.jsonl').read_text().splitlines()][:HELD]
     train = [json.loads(o) for o in (Path(data)/'train.jsonl').read_text().splitlines()]
     ids,most,c = prompts(line, held),line.config.eval.max_new_tokens,line.config
     models = line.models
     drawn = c.grpo.updates*c.grpo.batch_size*c.grpo.group_size
-    models['own answers'],kept = own_right_answers(line, train, most, drawn)
+    if 'own answers' in done['models']: kept = done['kept']
+    else: models['own answers'],kept = own_right_answers(line, train, most, drawn)
+    models = {k:m for k,m in models.items() if k=='reference' or k not in done['models']}
     before = reference_rates(line, ids, held, most)
     sampled = sample_with_kl(models, ids, N, most, seed=child_seed(c.seed, 'held out'))
-    out,kl_at = {},{}
-    examples = [{k:r[k] for k in ('prompt','answer')} for r in first(held)[:6]]
+    out,kl_at = done['models'],done['kl_at']
+    examples = done.get('examples', [{k:r[k] for k in ('prompt','answer')} for r in first(held)[:6]])
     for name,b in sampled.items():
         b = b.plus(rows=held)
         greedy = sample(models[name], ids, 1, most, temperature=0., seed=0).plus(rows=held)
@@ -150,9 +154,9 @@ def measure(run_folder, data):
         texts = {r['prompt']:line.template.text(group[0]) for r,group in zip(held, b.tokens())}
         for e in examples: e[name] = texts[e['prompt']]
         kl_at[name] = (b.kl.sum((0, 1))/b.lengths.numel()).tolist()    # they add up to the KL of an answer
-    write_json(Path(run_folder)/'sums.json', dict(
+    write_json(path, dict(
         models=out, kl_at=kl_at, examples=examples, kept=kept, drawn=drawn, prompts=len(held), pairs=names(held), carry=[r['carry'] for r in first(held)],
-        seed=c.seed, measure_cpu_seconds=round(time.process_time()-began)))
+        seed=c.seed, measure_cpu_seconds=done['measure_cpu_seconds']+round(time.process_time()-began)))
 
 
 # The table
@@ -173,7 +177,7 @@ def pooled(runs)->dict:
         at = torch.tensor([d['kl_at'][name] for d in ds]).mean(0).tolist()
         out[name] = shares|means|dict(by_seed=by_seed, kl_at=at)
     return dict(models=out, seeds=[d['seed'] for d in ds], prompts=[d['prompts'] for d in ds],
-                pairs=[len(d['pairs']) for d in ds], examples=next((d['examples'] for d in ds if 'examples' in d), []),
+                pairs=[len(d['pairs']) for d in ds], examples=next((d['examples'] for d in ds if d['examples']), []),
                 drawn=ds[0]['drawn'], kept=[d['kept'] for d in ds])
 
 def write_table(runs, out):
