@@ -314,10 +314,11 @@ def _smaller_models(m:ModelConfig):
     if not m.quantize: yield 'model.quantize','4bit'
 
 def _proposals(need, c, memory):
-    "(key, value) of what may be set, in the order in which it is tried"
-    fewer,smaller = _fewer_at_once(need, c),_smaller_models(c.model)
+    "What may be set, in the order in which it is tried: pairs of key and value"
+    fewer,smaller = list(_fewer_at_once(need, c)),list(_smaller_models(c.model))
     always = sum(need.most.get(k, 0) for k in ('weights','gradients','moments','copies'))
-    yield from (*fewer,*smaller) if always<memory else (*smaller,*fewer)
+    # what is there whatever the batch comes first, where it alone is too much
+    return fewer+smaller if always<memory else smaller[:1]+fewer+smaller[1:]
 
 def to_lower(
     need:Need,
