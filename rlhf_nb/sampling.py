@@ -86,7 +86,7 @@ class Decode:
         self.longest = max(l.longest for l in layouts)+length    # what a sliding window must hold
         self.pieces = []
         for l,i in zip(layouts, at):
-            real = l.gid==0                           # (b,P)
+            real = l.member==0                           # (b,P)
             bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
             self.pieces.append(Piece(i, bias[:,None,None,None], l.keys))
             if n<=SMALL:
