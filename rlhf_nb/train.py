@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['dtypes', 'counts', 'micro_batches', 'in_pieces', 'Net', 'lr_factor', 'mk_optimizer', 'pick_device', 'best_precision',
-           'Engine', 'mk_accelerator', 'peak_memory', 'steps', 'from_data', 'check_pairs', 'measured', 'on_dev',
-           'what_learns', 'put_back', 'Best', 'StageLog', 'fit', 'fit_data', 'save_checkpoint', 'load_checkpoint']
+           'Engine', 'mk_accelerator', 'peak_memory', 'steps', 'own_share', 'add_up', 'add_gradients', 'from_data',
+           'check_processes', 'check_pairs', 'measured', 'on_dev', 'what_learns', 'put_back', 'Best', 'StageLog', 'fit',
+           'fit_data', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/17_train.ipynb #c9484837
 import json,math,os,re,sys,time
@@ -13,6 +14,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from accelerate import Accelerator
 
@@ -21,19 +23,17 @@ from .config import *
 from .run import *
 from .data import *
 from .adapters import *
+from .core import _Work
 
 # %% ../nbs/17_train.ipynb #48cce0a9
 def counts(
-    batch:Batch,
-    acc=None     # Accelerator, to sum over its processes
-)->dict:         # prompts, responses, tokens; chosen_tokens: of each group's first response
+    batch:Batch # The whole update, also where several processes share it
+)->dict:        # prompts, responses, tokens; chosen_tokens: of each group's first response
     "What a sum over the whole update is divided by"
     B,G,_ = batch.shape
     learn = batch.learn
     responses = learn.any(-1).sum() if 'learn' in batch.fields else B*G
     n = torch.tensor([B, responses, learn.sum(), learn[:,0].sum()], dtype=torch.float64)
-    if acc is not None and acc.num_processes>1:
-        n = acc.reduce(n.to(acc.device, torch.float32))
     n = n.clamp(min=1)               # an update in which every response is masked divides zero by one
     return dict(zip(('prompts','responses','tokens','chosen_tokens'), n.tolist()))
 
@@ -56,11 +56,14 @@ def in_pieces(
     batch:Batch,
     tokens:int=16384
 ):
-    "`f(batch)`, computed piece by piece without gradients"
-    idx = micro_batches(batch, tokens)
-    # put back in the order of the batch
-    out = torch.cat([f(batch[i]) for i in idx])
-    return out[torch.argsort(torch.tensor(sum(idx, []), device=out.device))]
+    "`f(batch)`, computed piece by piece without gradients, each process its share"
+    def read(rows):
+        "Of a share, which is all where there is one process"
+        idx = micro_batches(rows, tokens)
+        # put back in the order of the batch
+        out = torch.cat([f(rows[i]) for i in idx])
+        return out[torch.argsort(torch.tensor(sum(idx, []), device=out.device))]
+    return by_share(read, batch, batch.sizes if processes()>1 else (), batch.device)
 
 # %% ../nbs/17_train.ipynb #447dc9e1
 class Net(nn.Module):
@@ -72,7 +75,7 @@ class Net(nn.Module):
         super().__init__()
         self.model,self.autocast = model,autocast
     def forward(self, f, *args, **kw):
-        "`f(model, ...)`: through a module's own call, since that is what several processes watch"
+        "`f(model, ...)` in the precision of training"
         with self.autocast(): return f(self.model, *args, **kw)
 
 def lr_factor(
@@ -155,6 +158,10 @@ def mk_accelerator(
 ):
     "An accelerator with the precision that the hardware has"
     d = pick_device(device)
+    k = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if d.type=='cuda' and k>1 and (d.index is not None or k>torch.cuda.device_count()):
+        raise ValueError(f'device: {k} processes on this machine need a GPU each, and device cuda or auto; '
+                         f'got {d}, and torch sees {torch.cuda.device_count()}')
     if d.type=='cuda' and d.index is not None:
         torch.cuda.set_device(d)   # what says `cuda` alone means this one
     if precision=='auto': precision = best_precision(d)
@@ -189,13 +196,13 @@ def steps(
 ): # One metrics row per update
     "Train `model`, yielding a metrics row after each update"
     acc = acc or mk_accelerator()
-    net,opt = acc.prepare(Net(model, acc.autocast), opt or mk_optimizer(model, o))
+    net,opt = Net(model, acc.autocast).to(acc.device),acc.prepare(opt or mk_optimizer(model, o))
     heap = Heap()
     drops = any(getattr(m, 'dropout', 0.) for m in model.modules() if isinstance(m, Lora))
     for i,(batches,row) in enumerate(updates, start):
         began = time.perf_counter()
-        # an adapter's dropout is a function of the update: who resumes sees the same
-        if drops: torch.manual_seed(child_seed(i, 'dropout'))
+        # an adapter's dropout is a function of the update, and of the process: who resumes sees the same
+        if drops: torch.manual_seed(child_seed(i, 'dropout')+_Work.place)
         f = lr_factor(o, i, total)
         # each group has its own peak, as a policy and its value model do
         for g in opt.param_groups:
@@ -213,42 +220,56 @@ def steps(
             if until and until(stats): break
         # of the optimizer steps that were made: none where nothing in the update teaches anything
         means = {k:v/done for k,v in sums.items()} if done else dict(loss=0., grad_norm=0.)
-        if acc.num_processes>1:
-            tokens = int(acc.reduce(torch.tensor(tokens, device=acc.device)))
         heap()
         took = round(time.perf_counter()-began, 4)
         lr = opt.param_groups[0]['lr']
         yield dict(update=i, **row, **means, lr=lr, steps=done, tokens=tokens, train_seconds=took,
                    **peak_memory(acc.device))
 
-def _weighted_pieces(batch, tokens, acc):
-    "Micro-batches and their weights: each process runs the same number, the extra ones with weight 0"
-    pieces = [(batch[i],1.) for i in micro_batches(batch, tokens)]
-    if acc.num_processes==1: return pieces
-    most = int(acc.gather(torch.tensor([len(pieces)], device=acc.device)).max())
-    # a process that stopped early would leave the others waiting for its gradients
-    return pieces+[(pieces[0][0],0.)]*(most-len(pieces))
+def own_share(batch:Batch, tokens:int)->list:
+    "Micro-batches of so many `tokens` that this process reads: all, or about as much as each of the others; perhaps none"
+    if processes()>1: batch = batch[shares(batch.sizes, processes())[_Work.place]]
+    return [batch[i] for i in micro_batches(batch, tokens)] if len(batch) else []
 
-def _over_processes(stats, acc):
-    "Sums over all processes, as numbers; the host waits for the device once"
-    v = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=acc.device) for x in stats.values()])
-    if acc.num_processes>1:
-        v = acc.reduce(v)
+def add_up(sums:dict)->dict:
+    "Sums over all processes, as numbers"
+    out = defaultdict(float)
+    for said in everyones(dict(sums)):
+        for k,v in said.items(): out[k] += v
+    return out
+
+def add_gradients(parameters):
+    "Sum the gradients over the processes, in one go; where nobody has one there is none"
+    if processes()==1: return
+    ps = [p for p in parameters if p.requires_grad]
+    # an optimizer tells 0 from nothing, so the last numbers say who has one
+    has = torch.tensor([p.grad is not None for p in ps]).float().to(ps[0].device)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in ps]+[has])
+    for p in ps: p.grad = None
+    with in_touch(): dist.all_reduce(flat)
+    *grads,has = flat.split([*(p.numel() for p in ps), len(ps)])
+    for p,g,n in zip(ps, grads, has.tolist()):
+        if n: p.grad = g.view_as(p).to(p.dtype)
+
+def _as_numbers(stats, device):
+    "The same, as numbers; the host waits for the device once"
+    if not stats: return {}
+    v = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in stats.values()])
     return dict(zip(stats, v.tolist()))
 
 def _step(net, batch, step, opt, o, acc, i):
     "One optimizer step over all micro-batches of `batch`"
-    n = counts(batch, acc)
-    pieces = _weighted_pieces(batch, o.micro_tokens, acc)
+    n = counts(batch)
     stats = defaultdict(float)
-    for j,(b,w) in enumerate(pieces):
-        with acc.no_sync(net) if j<len(pieces)-1 else nullcontext():
+    for b in own_share(batch, o.micro_tokens):
+        with alone():
             loss,s = step(net, b.to(acc.device), n)
-            acc.backward(loss*(w*acc.num_processes))   # data-parallel gradients are averaged: undo it
+            acc.backward(loss)
         # tensors stay on the device, where adding them makes nobody wait
         for k,v in dict(s, loss=loss).items():
-            stats[k] = stats[k]+w*(v.detach() if torch.is_tensor(v) else v)
-    stats = _over_processes(stats, acc)
+            stats[k] = stats[k]+(v.detach() if torch.is_tensor(v) else v)
+    stats = add_up(_as_numbers(stats, acc.device))
+    add_gradients(net.parameters())
     acc.unscale_gradients(opt)
     most = o.max_grad_norm or math.inf                 # 0: no clipping
     stats['grad_norm'] = float(nn.utils.clip_grad_norm_(net.parameters(), most))
@@ -264,18 +285,21 @@ def _step(net, batch, step, opt, o, acc, i):
 def from_data(
     data:Batch,  # The whole data set
     o:Optim,
-    seed:int=0,
-    acc=None     # Accelerator: each process takes its share of a batch
+    seed:int=0
 ):               # `mk_updates(start)` for `fit`, and the number of updates
     "Updates from a data set"
-    r,k = (acc.process_index,acc.num_processes) if acc is not None else (0,1)
     size = min(o.batch_size, len(data))
     def mk_updates(start):
-        "This process's share of each batch, from update `start` on"
-        for b in batches(data, size, o.updates, o.epochs, seed, start):
-            if len(b)<k: return                # the rest of the last pass: not a prompt for each process
-            yield [b[r::k] if k>1 else b],{}
+        "A batch each, from update `start` on"
+        check_processes(size)
+        for b in batches(data, size, o.updates, o.epochs, seed, start): yield [b],{}
     return mk_updates,n_updates(len(data), size, o.updates, o.epochs)
+
+def check_processes(size:int, key:str='batch_size'):
+    "A ValueError where an update of `size` prompts has none for some of the processes"
+    if processes()<=size: return
+    raise ValueError(f'{key}: {size} prompts in an update, and {processes()} processes (torchrun --nproc_per_node) share '
+                     'them: expected one for each at least; start fewer processes, or make updates larger')
 
 def check_pairs(data:Batch):
     "Raise where groups are no pairs"
@@ -295,11 +319,11 @@ def measured(
     n = counts(data)
     out = defaultdict(float)
     device = next(model.parameters()).device
-    for i in micro_batches(data, o.micro_tokens):
-        loss,stats = step(net, data[i].to(device), n)
+    for b in own_share(data, o.micro_tokens):
+        with alone(): loss,stats = step(net, b.to(device), n)
         for k,v in dict(stats, loss=loss).items():
             out[k] += float(v)
-    return dict(out, n=len(data))
+    return dict(add_up(out), n=len(data))
 
 def on_dev(model, step, data, o):
     "What `fit` takes as `dev`: the first `o.eval_n` of `data`, the best state with the lowest loss; None without data"
@@ -345,8 +369,7 @@ class Best:
         devices = [acc.device] if acc.device.type=='cuda' else []
         with torch.random.fork_rng(devices),torch.no_grad(),acc.autocast(): metrics,good = self.dev()
         # one decision for all
-        if acc.num_processes>1:
-            good = float(acc.reduce(torch.tensor(float(good), device=acc.device), 'mean'))
+        good = float(on_main(lambda: good))
         # NaN is no state to keep
         if good!=good or not n and not self.from_start:
             good = -math.inf
@@ -369,10 +392,10 @@ class Best:
 # %% ../nbs/17_train.ipynb #70ba4c60
 class StageLog:
     "What a stage leaves in its run folder: rows and a checkpoint. Without a run, and in all processes but the main one, nothing is written"
-    def __init__(self, run, stage, acc):
-        # one process writes, all of them read
+    def __init__(self, run, stage):
+        # one process writes, all of them read: what there is fits any number of processes
         self.run,self.stage = run,stage
-        self.writes = run is not None and acc.is_main_process
+        self.writes = run is not None and is_main()
     def resume(self, model, opt)->tuple: # Index of the next update, the best state so far, the rows
         "Go on from the checkpoint, where there is one, with the log cut back to it"
         start = 0
@@ -399,6 +422,7 @@ class StageLog:
         if self.writes:
             save_checkpoint(self.run.checkpoint(self.stage), *state)
 
+@together()
 def fit(
     model,           # Module, or ModuleDict of several
     mk_updates,      # `mk_updates(start)` yields the updates from that index on
@@ -419,13 +443,13 @@ def fit(
     acc = acc or mk_accelerator()
     opt = opt or mk_optimizer(model, o)
     best = Best(model, dev, o, total, acc, from_start, still)
-    log = StageLog(run, stage, acc)
+    log = StageLog(run, stage)
     model.to(acc.device)
     start,best.kept,rows = log.resume(model, opt)
     n = start
     first = best.look(start) if best.every and best.kept is None else {}
     it = steps(model, mk_updates(start), step, o, total, opt, acc, start, until)
-    if acc.is_main_process: it = (show or progress)(it, total-start, stage)
+    if is_main(): it = (show or progress)(it, total-start, stage)
     for r in it:
         n = r['update']+1
         r.update(best.look(n) if best.due(n) else first if n==1 else {})
@@ -453,7 +477,7 @@ def fit_data(
     **kw           # More for `fit`
 )->list:           # Metrics rows
     "`fit` a stage to a data set"
-    mk_updates,total = from_data(data, o, child_seed(seed, stage), acc)
+    mk_updates,total = from_data(data, o, child_seed(seed, stage))
     return fit(model, mk_updates, step, o, total, run, stage, acc=acc, dev=dev, **kw)
 
 def save_checkpoint(path, model, opt, update:int, kept=None):
