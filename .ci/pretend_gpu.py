@@ -131,7 +131,12 @@ def _no_numpy(mode, b, func, args, kw):
 def _tolist(mode, b, func, args, kw):
     if b.on(args[0]): b.sync('tolist')
     return func(*args, **kw)
-def _move(b, func_to, x, to_device, dtype=None, copy=False, **kw):
+def _pin(mode, b, func, args, kw):
+    "Page-locked memory, from which a copy need not be waited for"
+    if b.on(args[0]): raise DeviceError(f"cannot pin '{b.name()}' only dense CPU tensors can be pinned")
+    out = args[0].detach().clone(); out.is_page_locked = True
+    return out
+def _move(b, func_to, x, to_device, dtype=None, copy=False, wait=True, **kw):
     cur = b.on(x)
     if to_device is None or to_device==cur:
         return func_to(x, dtype, copy=copy, **kw) if dtype is not None else func_to(x, x.dtype, copy=copy, **kw)
@@ -139,7 +144,8 @@ def _move(b, func_to, x, to_device, dtype=None, copy=False, **kw):
     try: out = x.detach().to(dtype or x.dtype, copy=True) if not (x.requires_grad and torch.is_grad_enabled()) else x.to(dtype or x.dtype, copy=True)
     finally: b.ctx.pop()
     _retag(b, out, to_device)
-    b.sync('host to device' if to_device else 'device to host')
+    # to the device a copy from page-locked memory is queued; what comes back unwaited would be read too early
+    if wait or not to_device or not getattr(x, 'is_page_locked', False): b.sync('host to device' if to_device else 'device to host')
     return out
 def _retag(b, t, on):
     k = id(t.untyped_storage())
@@ -157,7 +163,7 @@ def _to(mode, b, func, args, kw):
     if dev is not None and str(dev).split(':')[0]=='meta': return func(*args, **kw)
     extra = {} if mf is None else dict(memory_format=mf)
     to = None if dev is None else (True if isinstance(dev, int) else str(dev).split(':')[0]==b.kind)
-    return _move(b, _T.to, x, to, dtype, copy, **extra)
+    return _move(b, _T.to, x, to, dtype, copy, wait=not kw.get('non_blocking', False), **extra)
 def _cuda(mode, b, func, args, kw): return _move(b, _T.to, args[0], True)
 def _cpu(mode, b, func, args, kw): return _move(b, _T.to, args[0], False)
 def _backward(mode, b, func, args, kw):
@@ -175,7 +181,7 @@ def _get_device(mode, b, func, args, kw): return 0 if b.on(args[0]) else -1
 
 _handlers = {_T.device.__get__:_device, _T.is_cuda.__get__:_is('cuda'), _T.is_mps.__get__:_is('mps'), _T.is_cpu.__get__:_is('cpu'),
              _T.numpy:_no_numpy, _T.__array__:_no_numpy, _T.tolist:_tolist, _T.to:_to, _T.cuda:_cuda, _T.cpu:_cpu, _T.backward:_backward,
-             _T.__deepcopy__:_deepcopy, _T.get_device:_get_device}
+             _T.__deepcopy__:_deepcopy, _T.get_device:_get_device, _T.pin_memory:_pin}
 
 
 class _Dispatch(TorchDispatchMode):

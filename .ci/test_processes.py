@@ -21,14 +21,15 @@ import rlhf_nb.sampling
 import rlhf_nb.train
 from rlhf_nb.adapters import adapt
 from rlhf_nb.config import DPOConfig,GRPOConfig,LoraConfig,PPOConfig,RewardConfig,SFTConfig
-from rlhf_nb.core import together
+from rlhf_nb.parallel import together
 from rlhf_nb.dpo import train_dpo
 from rlhf_nb.grpo import train_grpo
 from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model,scores
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
 from rlhf_nb.sft import train_sft
-from rlhf_nb.train import add_gradients,mk_accelerator
+from rlhf_nb.parallel import add_gradients
+from rlhf_nb.train import mk_accelerator
 
 root = Path(__file__).resolve().parent.parent
 sizes = [12, 25, 9, 18, 30, 14, 21, 16, 11, 28, 19]  # odd, and of unequal length
@@ -82,22 +83,23 @@ stages = [(s, lora) for s in ("sft", "reward", "dpo", "dpo-live", "ppo", "grpo")
 def all_stages():
     "What each stage leaves in this process, the first gradient and the tokens read for training and written"
     out = {}
-    clip, share, steps = nn.utils.clip_grad_norm_, rlhf_nb.train.own_share, rlhf_nb.sampling.from_steps
+    clip, pieces_of, steps = nn.utils.clip_grad_norm_, rlhf_nb.train.own_pieces, rlhf_nb.sampling.from_steps
     for stage, lora in stages:
         grads, count = [], dict(read=0, written=0)
         def clipped(parameters, most):
             ps = list(parameters)
             grads.append([p.grad.clone() for p in ps if p.grad is not None])
             return clip(ps, most)
-        def counted_share(*a):
-            pieces = share(*a)
+        def counted_pieces(*a):
+            pieces = pieces_of(*a)
             count["read"] += sum(sum(b.sizes) for b in pieces)
             return pieces
-        def counted_steps(*a):
-            b = steps(*a)
-            count["written"] += int(b.mask.sum())
+        def counted_steps(prompts, said, stop_ids):
+            b = steps(prompts, said, stop_ids)
+            if stop_ids:  # a check of the model has none, and is each process's own
+                count["written"] += int(b.mask.sum())
             return b
-        with patch.object(nn.utils, "clip_grad_norm_", clipped), patch.object(rlhf_nb.train, "own_share", counted_share), \
+        with patch.object(nn.utils, "clip_grad_norm_", clipped), patch.object(rlhf_nb.train, "own_pieces", counted_pieces), \
                 patch.object(rlhf_nb.sampling, "from_steps", counted_steps):
             model, rows, seen = train(stage, lora)
         out[stage, lora] = dict(grad=torch.cat([g.flatten() for g in grads[0]]), rows=timeless(rows), seen=seen, says=says(stage, model), count=count,
@@ -289,12 +291,12 @@ def test_error(rank, tmp_path):
     program.write_text(f"""
 import os,rlhf_nb.train as t
 from rlhf_nb.__main__ import command
-share,calls = t.own_share,[]
-def own_share(*a):
+own_pieces,calls = t.own_pieces,[]
+def third_fails(*a):
     calls.append(1)
     if os.environ['RANK']=='{rank}' and len(calls)==3: raise ValueError('the third update of process {rank}')
-    return share(*a)
-t.own_share = own_share
+    return own_pieces(*a)
+t.own_pieces = third_fails
 command()
 """)
     began = time.monotonic()

@@ -1,4 +1,7 @@
 "The gradient of an update belongs to the update: no cut into micro-batches changes it (nor a number of processes: test_processes)"
+import os
+import subprocess
+import sys
 from functools import partial
 from itertools import product
 
@@ -214,3 +217,23 @@ def test_bfloat16_gradient(kind):
     want, got = off(grads(plain, True)), off(grads(log_probs, True))
     assert 1e-4 < want < .1, "bfloat16 rounds, and not too much"
     assert got < 1.25*want, f"grouped {got:.1e}, plain {want:.1e}"
+
+
+many_shapes = """
+import torch
+from rlhf_nb.core import keep_memory,resident
+if {kept}: keep_memory()
+torch.set_num_threads(1)
+w = torch.randn(256, 256, dtype=torch.bfloat16, requires_grad=True)
+before = resident()
+for n in range(64, 64+150):
+    torch.nn.functional.linear(torch.randn(n, 256, dtype=torch.bfloat16, requires_grad=True), w).sum().backward()
+print(resident()-before)
+"""
+
+
+def test_kernels_are_forgotten():
+    "A bfloat16 layer that meets 150 numbers of rows holds the kernels of a few dozen; without `keep_memory` those of all"
+    env = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
+    grown = [int(subprocess.run([sys.executable, "-c", many_shapes.format(kept=o)], env=env, capture_output=True, check=True).stdout) for o in (True, False)]
+    assert grown[0] < 2**27 and (grown[0] < grown[1]/2 or grown[1] < 2**26)

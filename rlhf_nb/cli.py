@@ -16,6 +16,7 @@ from pathlib import Path
 from . import __version__
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *

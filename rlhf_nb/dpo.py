@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .models import *

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .text import *

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd,torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .text import *
@@ -447,9 +448,8 @@ def sample_texts(
     from rlhf_nb.sampling import sample
     from rlhf_nb.sources import texts
     o,ids = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt)
-    out = {k:[] for k in models}
+    out,size = {k:[] for k in models},o.batch_size*processes()         # a batch for each process
     for name,policy in models.items():
-        size = o.batch_size*processes()                                # a batch for each process
         for i in range(0, len(ids), size):
             part = slice(i, i+size)
             # one seed for all models and batches: the noise depends on it and on the prompt

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *

@@ -104,7 +104,7 @@ def log_probs(
     temperature:float=1.0# Of sampling
 ): # (B,G,R) float32, 0 where there is no response token; on the batch's device, wherever the model is
     "Log-probability of each response token"
-    l = Layout(batch.to(policy.device))
+    l = layout_of(batch.to(policy.device))
     if is_padded(policy): lp = _log_probs_padded(policy, l, temperature)
     else:
         h = hidden(policy, l)[l.read]                      # (M,d), where the M response tokens are predicted
@@ -269,9 +269,9 @@ def exact_kl(
     "KL(policy || reference) over the vocabulary, at each response token"
     V,W = (len(head(m).weight) for m in (policy,reference))
     if V!=W: raise ValueError(f'KL needs one vocabulary: the policy has {V} tokens, the reference {W}')
-    l = Layout(batch.to(policy.device))
+    l = layout_of(batch.to(policy.device))
     # each reads where it is; the reference's logits follow slice by slice
-    there = l if reference.device==policy.device else Layout(batch.to(reference.device))
+    there = l if reference.device==policy.device else layout_of(batch.to(reference.device))
     readers = _reader(policy, l, temperature),_reader(reference, there, temperature)
     if is_padded(policy) or is_padded(reference): slices = row_slices(l, V)
     else: slices = [(None,s) for s in _slices(len(l.own), max(1, SLICE//V))]
@@ -303,7 +303,7 @@ def _scaled(s, config):
 
 def _scores(reward_model, batch):
     "The same where the model is"
-    l = Layout(batch)
+    l = layout_of(batch)
     if isinstance(reward_model, LogProbReward):
         return reward_model.read(l)
     c,last = reward_model.config,l.last                    # (B,G) places in the row
@@ -319,7 +319,7 @@ def values(
     batch:Batch
 ): # (B,G,R), on the batch's device
     "The value of each response token, read where it is predicted"
-    l = Layout(batch.to(value_model.device))
+    l = layout_of(batch.to(value_model.device))
     c = value_model.config
     # a start from a reward model has its scale
     v = _scaled(_score(value_model, hidden(value_model, l)[l.read])-getattr(c, 'reward_mean', 0.), c)

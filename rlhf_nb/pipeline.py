@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *
 from .text import *
 from .stats import *
 from .shapes import *
-from .train import *
 from .evaluate import *
 from .records import *
 from .line import *

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .models import *

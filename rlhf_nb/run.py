@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple,TypedDict
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .core import _has_halves

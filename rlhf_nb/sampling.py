@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import *
+from .parallel import *
 from .forward import *
 from .models import *
 from .load import *
@@ -86,7 +87,7 @@ class Decode:
         self.longest = max(l.longest for l in layouts)+length    # what a sliding window must hold
         self.pieces = []
         for l,i in zip(layouts, at):
-            real = l.gid==0                           # (b,P)
+            real = l.member==0                           # (b,P)
             bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
             self.pieces.append(Piece(i, bias[:,None,None,None], l.keys))
             if n<=SMALL:

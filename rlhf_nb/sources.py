@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .core import *
+from .parallel import *
 from .text import *
 from .tokens import *
 from .template import *

@@ -13,6 +13,7 @@ from dataclasses import asdict,replace
 import torch
 
 from .core import *
+from .parallel import *
 from .run import *
 from .world import *
 from .shapes import *

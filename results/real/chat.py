@@ -4,6 +4,9 @@
     rlhf_nb run --config results/real/chat.yaml --model MODEL --data hh/a --out runs/hh-a
     rlhf_nb run --config results/real/chat.yaml --model MODEL --data hh/b --out runs/hh-b --stages sft reward
     python results/real/chat.py reward runs/hh-a runs/hh-b --out results/real/chat_reward
+    rlhf_nb run --config results/real/chat.yaml ... --out runs/hh-a200 --set data.n_pairs=200 --stages sft reward      # and 400
+    python results/real/chat.py curve runs/hh-a200 runs/hh-a400 runs/hh-a --out results/real/chat_curve
+    rlhf_nb run --config results/real/chat.yaml ... --out runs/hh-a1 --set seed=1 --stages sft dpo                     # and seed 2
     python results/real/chat.py implicit runs/hh-a runs/hh-a1 runs/hh-a2 --out results/real/chat_dpo
     python results/real/chat.py policies runs/hh-a --other runs/hh-b --out results/real/chat
 
@@ -76,16 +79,22 @@ def summary(ds)->dict:
         chosen_longer=some(longer),
         chosen_not_longer=some(~longer))
 
+def by_reward_model(line)->dict:
+    "A run's reward model on its held-out half"
+    pairs = line.held()
+    with line.acc.autocast():
+        s,_,_ = pair_rewards(*load_reward_model(line.run.made('reward')), pairs, micro_tokens=4096)
+    return beside_length(s[:,0]-s[:,1], pairs, line)
+
 def reward_models(runs, out):
     "Each run's reward model on its held-out half, and both together"
-    ds = []
-    for r in runs:
-        line = Line(Run(r))
-        pairs = line.held()
-        with line.acc.autocast():
-            s,_,_ = pair_rewards(*load_reward_model(line.run.made('reward')), pairs, micro_tokens=4096)
-        ds.append(beside_length(s[:,0]-s[:,1], pairs, line))
+    ds = [by_reward_model(Line(Run(r))) for r in runs]
     report({**{Path(r).name:[d] for r,d in zip(runs, ds)}, 'both':ds}, out)
+
+def curve(runs, out):
+    "Reward models of more and more pairs, on the same held-out half"
+    lines = [Line(Run(r)) for r in runs]
+    report({str(len(o.splits.train)):[by_reward_model(o)] for o in lines}, out)
 
 def answer_log_probs(model, b)->torch.Tensor:
     "(n,2) log-probability of chosen and rejected, in float32: what DPO moves is little, and rounding would cover it"
@@ -145,7 +154,7 @@ def main():
     o = sub.add_parser('data')
     o.add_argument('source')
     o.add_argument('folder')
-    for name in ('reward','implicit'):
+    for name in ('reward','curve','implicit'):
         o = sub.add_parser(name)
         o.add_argument('runs', nargs='+')
         o.add_argument('--out', required=True)
@@ -156,6 +165,7 @@ def main():
     a = p.parse_args()
     if a.what=='data': write_halves(a.source, a.folder)
     elif a.what=='reward': reward_models(a.runs, a.out)
+    elif a.what=='curve': curve(a.runs, a.out)
     elif a.what=='implicit': implicit(a.runs, a.out)
     else: policies(a.run, a.other, a.out)
 
