@@ -395,6 +395,12 @@ class StageLog:
         if self.writes:
             save_checkpoint(self.run.checkpoint(self.stage), *state)
 
+def _nothing_kept(stage, row)->str:
+    "What is said where no look was better than the one before training: chance does that too, where dev data are few"
+    n = f", on {row['dev_n']} rows" if 'dev_n' in row else ''
+    return (f'{stage}: at dev data (eval_every{n}) no state looked better than the one before training, which is kept: '
+            'nothing that was learned is left. eval_every=null keeps the last one')
+
 @together()
 def fit(
     model,           # Module, or ModuleDict of several
@@ -434,6 +440,7 @@ def fit(
     if best.every and rows:
         if best.at!=n: rows[-1].update(best.look(n))     # the updates ended by themselves
         rows[-1]['kept'] = best.restore(n)
+        if not rows[-1]['kept'] and is_main(): print(_nothing_kept(stage, rows[-1]))
         log.rewrite(rows)
     return rows
 
