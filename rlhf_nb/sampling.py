@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MEMORY', 'noise', 'Piece', 'Decode', 'too_long', 'states', 'Token', 'decode', 'from_steps', 'decode_bytes',
-           'in_memory', 'joined', 'fixed_shapes', 'sample', 'check_sampling']
+           'in_memory', 'fixed_shapes', 'sample', 'check_sampling']
 
 # %% ../nbs/20_sampling.ipynb #smplh004
 import hashlib
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import *
+from .parallel import *
 from .forward import *
 from .models import *
 from .load import *
@@ -349,24 +350,6 @@ def in_memory(
         out[-1].append(i)
     return out
 
-def joined(
-    batches:list, # Of parts of the prompts
-    parts:list    # Their places: from `in_memory`
-)->Batch:
-    "The batch of all prompts, in their order"
-    if len(batches)==1:
-        return batches[0]
-    def join(xs):
-        "A field of all batches: tensors of tokens (b,n,R), padded to the longest; of responses (b,n); lists"
-        if not torch.is_tensor(xs[0]):
-            return xs[0] and sum(xs, [])       # prompts; rows, where there are any
-        if xs[0].dim()==3:
-            R = max(x.shape[2] for x in xs)
-            xs = [F.pad(x, (0, R-x.shape[2])) for x in xs]
-        return torch.cat(xs)
-    whole = Batch(**{k:join([b.parts[k] for b in batches]) for k in batches[0].parts})
-    return whole[torch.tensor(sum(parts, [])).argsort()]
-
 def fixed_shapes(model)->bool:
     "Is it sampled in steps of one shape, which a GPU need not be asked about (`writing`)?"
     return model.device.type=='cuda' and not is_padded(model)
@@ -391,8 +374,12 @@ def sample(
         tokens = decode(policy, ps, n, max_new_tokens, temperature, seed, stop_ids)
         # without `of_all`, which would fill the memory
         return from_steps(ps, [o[:3] for o in tokens], stop_ids)
-    parts = in_memory(prompts, lambda k: decode_bytes(policy, k, n, max_new_tokens), memory)
-    return joined([answers([prompts[i] for i in p]) for p in parts], parts)
+    def all_answers(ps):
+        "Slice by slice where memory asks for it"
+        parts = in_memory(ps, lambda k: decode_bytes(policy, k, n, max_new_tokens), memory)
+        return joined([answers([ps[i] for i in p]) for p in parts], parts)
+    # nobody knows yet how long answers will be
+    return by_share(all_answers, prompts, [len(p)+n*max_new_tokens for p in prompts], policy.device)
 
 def _sampling_gap(model, prompts, length, tol):
     "By how much log-probabilities of samples differ from the forward's; 0 where it is at most `tol`, or rounding"
@@ -423,7 +410,8 @@ def check_sampling(
     length = min(3, longest-1)
     def draw(k): return torch.randint(len(head(model).weight), (min(k, longest-length),), generator=g).tolist()
     prompts = [draw(k) for k in (7,2)]                         # of unequal length
-    with torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
+    # a process that loads a model checks it itself
+    with alone(),torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
         try:
             d = _sampling_gap(model, prompts, length, tol)
             bad = d and f'its log-probabilities differ by {d:.2g}'

@@ -168,17 +168,16 @@ def _without_penalty(d:dict)->dict:
     return {k:dict(no_eos_penalty=0.) for k in ('ppo','grpo') if open_to(k) and 'reward_model'!=d[k]['reward']}
 
 def _faster(start:dict, d:dict)->dict:
-    "With adapters the learning rates that are not set are ten times higher: few weights learn, and they begin with nothing"
+    "With adapters a learning rate that is not set is ten times higher: few weights learn, and they begin with nothing"
     r = d.get('model', {}).get('lora', {}).get('r')
     sections = {f.name:f.type for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
     if not r: return {}
     out = {}
     for name,kind in sections.items():
         usual = {f.name:f.default for f in fields(kind)} | start.get(name, {})
-        rates = [k for k in ('lr','value_lr') if k in usual and k not in d.get(name, {})]
-        # a model from scratch is the base, all of which SFT makes
+        # a model from scratch is the base, all of which SFT makes; `value_lr` is the rate of a whole head, and stays
         if name=='sft' and (d['model'].get('name') or start.get('model', {}).get('name', 'scratch'))=='scratch': continue
-        out[name] = {k:float(f'{10*usual[k]:.12g}') for k in rates}
+        if 'lr' not in d.get(name, {}): out[name] = dict(lr=float(f"{10*usual['lr']:.12g}"))
     return out
 
 @cache

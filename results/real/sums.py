@@ -119,8 +119,9 @@ def prompts(line, rows)->list:
     "Their token ids"
     return [line.template.prompt(HH.ask(r['prompt'])) for r in rows]
 
-def measure(run_folder, data):
-    "Every policy of a run on the held-out sums; sums.json in its folder. What stands there already is kept"
+def measure(run_folder, data, own=True):
+    """Every policy of a run on the held-out sums; sums.json in its folder. What stands there already is kept. Without `own` none
+    is fine-tuned on its own right answers"""
     line,began = Line(Run(run_folder)),time.process_time()
     path = Path(run_folder)/'sums.json'
     done = read_json(path) if path.exists() else dict(models={}, kl_at={}, measure_cpu_seconds=0)
@@ -129,7 +130,7 @@ def measure(run_folder, data):
     ids,most,c = prompts(line, held),line.config.eval.max_new_tokens,line.config
     models = line.models
     drawn = c.grpo.updates*c.grpo.batch_size*c.grpo.group_size
-    if 'own answers' in done['models']: kept = done['kept']
+    if not own or 'own answers' in done['models']: kept = done.get('kept')
     else: models['own answers'],kept = own_right_answers(line, train, most, drawn)
     models = {k:m for k,m in models.items() if k=='reference' or k not in done['models']}
     before = reference_rates(line, ids, held, most)
@@ -162,23 +163,29 @@ def measure(run_folder, data):
 # The table
 
 def pooled(runs)->dict:
-    "{model: {measure: mean, low, high}} over all runs, clustered by pair, and what each seed has"
+    "{model: {measure: mean, low, high}} over all runs that have it, clustered by pair, and what each seed has"
     ds = [read_json(Path(r)/'sums.json') for r in runs]
+    return dict(
+        models={name:over_seeds(name, [d for d in ds if name in d['models']]) for name in ds[0]['models']},
+        seeds=[d['seed'] for d in ds], prompts=[d['prompts'] for d in ds], pairs=[len(d['pairs']) for d in ds],
+        examples=next((d['examples'] for d in ds if d['examples']), []),
+        drawn=ds[0]['drawn'], kept=[d['kept'] for d in ds if d['kept']])
+
+def over_seeds(name, ds)->dict:
+    "A model of several runs; a pair that is held out in two of them counts once"
     keys,carry = ([x for d in ds for x in d[k]] for k in ('pairs','carry'))
-    out = {}
-    for name in ds[0]['models']:
-        of = [d['models'][name] for d in ds]
-        def all_of(k, keep=None): return [x for i,x in enumerate(x for o in of for x in o[k]) if keep is None or carry[i]==keep]
-        def share(k, keep=None): return clustered_share(all_of(k, keep), [x for x,c in zip(keys, carry) if keep in (None,c)])
-        shares = {k:share(k) for k in ('greedy','sampled','pass8','majority','finished')}
-        shares |= {'carry':share('sampled', True), 'no carry':share('sampled', False)}
-        means = {k:clustered_mean(all_of(k), keys) for k in ('length','kl','least_kl')}
-        by_seed = {k:[sum(o[k])/len(o[k]) for o in of] for k in ('sampled','greedy','kl','least_kl')}
-        at = torch.tensor([d['kl_at'][name] for d in ds]).mean(0).tolist()
-        out[name] = shares|means|dict(by_seed=by_seed, kl_at=at)
-    return dict(models=out, seeds=[d['seed'] for d in ds], prompts=[d['prompts'] for d in ds],
-                pairs=[len(d['pairs']) for d in ds], examples=next((d['examples'] for d in ds if d['examples']), []),
-                drawn=ds[0]['drawn'], kept=[d['kept'] for d in ds])
+    def all_of(k): return [x for d in ds for x in d['models'][name][k]]
+    def share(k, keep=None):
+        "Of all sums, or of those with or without a carry"
+        some = [(x,p) for x,p,c in zip(all_of(k), keys, carry) if keep in (None,c)]
+        return clustered_share(*map(list, zip(*some)))
+    shares = {k:share(k) for k in ('greedy','sampled','pass8','majority','finished')}
+    shares |= {'carry':share('sampled', True), 'no carry':share('sampled', False)}
+    means = {k:clustered_mean(all_of(k), keys) for k in ('length','kl','least_kl')}
+    of = [d['models'][name] for d in ds]
+    by_seed = {k:[sum(o[k])/len(o[k]) for o in of] for k in ('sampled','greedy','kl','least_kl')}
+    at = torch.tensor([d['kl_at'][name] for d in ds]).mean(0).tolist()
+    return shares|means|dict(by_seed=by_seed, kl_at=at, seeds=[d['seed'] for d in ds])
 
 def write_table(runs, out):
     "OUT.json and OUT.md"
@@ -186,6 +193,7 @@ def write_table(runs, out):
     keys = 'greedy','sampled','pass8','majority','carry','no carry','finished','length','kl','least_kl'
     rows = [['measure',*d['models']]]
     for k in keys: rows.append([k.replace('_',' '),*(interval(m[k]) for m in d['models'].values())])
+    rows.append(['seeds',*(len(m['seeds']) for m in d['models'].values())])
     rows.append(['sampled, by seed',*(', '.join(f'{x:.2f}' for x in m['by_seed']['sampled']) for m in d['models'].values())])
     write_json(f'{out}.json', d)
     Path(f'{out}.md').write_text(md_table(rows)+'\n')
@@ -201,12 +209,13 @@ def main():
     o = sub.add_parser('measure')
     o.add_argument('run')
     o.add_argument('--data', required=True)
+    o.add_argument('--no-own', action='store_true', help='without fine-tuning on own right answers')
     o = sub.add_parser('table')
     o.add_argument('runs', nargs='+')
     o.add_argument('--out', required=True)
     a = p.parse_args()
     if a.what=='data': write_data(a.folder, a.digits, a.seed)
-    elif a.what=='measure': measure(a.run, a.data)
+    elif a.what=='measure': measure(a.run, a.data, not a.no_own)
     else: write_table(a.runs, a.out)
 
 if __name__=='__main__': main()
