@@ -16,6 +16,7 @@ from pathlib import Path
 from . import __version__
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *
@@ -190,7 +191,7 @@ def cmd_train(a):
     "One stage"
     # stages of one run may be trained one after another
     c,again = _config(a),a.resume or Places(a.out).config_file.exists()
-    with only_writer(a.out): run_one(Run(a.out, c, again, save=False), [a.stage], _said(a))
+    with together(),only_writer(a.out): run_one(Run(a.out, c, again, save=False), [a.stage], _said(a))
 
 def cmd_explore(a):
     "The data report"

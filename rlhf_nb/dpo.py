@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .models import *
@@ -78,6 +79,7 @@ def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
     sums = dict(accuracy=right, margin=margin, chosen_shift=d[:,0], rejected_shift=d[:,1])
     return loss,{k:x.sum()/n['prompts'] for k,x in sums.items()}
 
+@together()
 def train_dpo(
     policy,        # Causal LM; changed in place
     reference,     # Causal LM (None: the base under the policy's adapter; `simpo` has no reference)

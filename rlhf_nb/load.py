@@ -427,6 +427,7 @@ def save_pointer(
     "A folder for `load_reward_model` that says where the model is: somebody else's is not copied"
     where = str(Path(name).resolve()) if Path(name).exists() else str(name)
     if where==str(Path(path).resolve()): raise ValueError(f'{path}: a reward model cannot be given in its own place')
+    if not is_main(): return
     with replacing(path) as tmp:
         tmp.mkdir(parents=True)
         write_json(tmp/POINTER, dict(model=where, norm=norm))
@@ -455,7 +456,8 @@ def save_model(
     tok,   # Its tokenizer, or the `Template` that it was trained with: plain transformers asks it as we do
     path   # Folder; replaced as a whole when everything is written
 ):
-    "Save as a Hugging Face folder"
+    "Save as a Hugging Face folder; of several processes the main one does"
+    if not is_main(): return
     t = as_template(tok)
     if hasattr(model, 'score') and t.tok.pad_token_id in stop_tokens(model):
         model.config.read_at = 'the last token, EOS too; plain transformers skips it where it is PAD'
