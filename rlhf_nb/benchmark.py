@@ -54,7 +54,7 @@ def _first(batch, g):
 
 def step_flops(
     what:str,    # One of `work`
-    o:Shape,
+    o:ModelShape,
     batch:Batch,
     r:int=0      # Rank of adapters (0: all weights learn)
 )->float:
@@ -163,7 +163,7 @@ def prepare(
     tok,            # Tokenizer
     need:int,       # Rows that the longest work reads
     seed:int=0
-)->tuple:           # Shape, rows
+)->tuple:           # ModelShape, rows
     "Write the models and the rows that all sides read"
     rows = cut_pairs(pairs, tok, *cuts.get(size, OWN))
     least = max(need, 4*PAIRS)                                # enough neighbours in length for `like`

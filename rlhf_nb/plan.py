@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['planned', 'known_cards', 'efficiency', 'usable', 'Held', 'models_held', 'Size', 'size_of', 'weight_bytes', 'Need',
-           'Work', 'Card', 'seconds', 'card_memory', 'plan_stages', 'is_low', 'need_of', 'model_config', 'to_lower',
+           'Effort', 'Card', 'seconds', 'card_memory', 'plan_stages', 'is_low', 'need_of', 'model_config', 'to_lower',
            'memory_table', 'time_table', 'plan_page']
 
 # %% ../nbs/51b_plan.ipynb #plan0003
@@ -83,7 +83,7 @@ class Need(NamedTuple):
     numbers:int   # Parameters that are held
     learns:int    # Of them those that learn
     moments:dict  # {what goes on: {part: bytes}}
-    work:object   # `Work`
+    work:object   # `Effort`
     @property
     def most(self)->dict:
         "The parts when they are most"
@@ -119,7 +119,7 @@ def _moments(stage, c, model, low):
     return out
 
 # %% ../nbs/51b_plan.ipynb #plan0011
-class Work(NamedTuple):
+class Effort(NamedTuple):
     "What a stage does; of a stage whose number of updates depends on the data, in one update"
     updates:int   # None: depends on the data
     tokens:int    # Read and written, in forward passes
@@ -152,8 +152,8 @@ def _times(stage, c):
     "Passes over what was sampled"
     return dict(ppo=c.ppo.epochs, grpo=c.grpo.inner).get(stage, 1)
 
-def _work_of_learning(stage, c, o:Shape, s:Size):
-    "`Work` of a stage that learns"
+def _work_of_learning(stage, c, o:ModelShape, s:Size):
+    "`Effort` of a stage that learns"
     n,own = largest(stage, c),getattr(c, stage)
     n = n._replace(prompts=own.batch_size)
     one = _batch(n._replace(prompts=1))
@@ -167,7 +167,7 @@ def _work_of_learning(stage, c, o:Shape, s:Size):
     k = _updates(stage, c)
     all_ = k or 1
     steps,moved = _drawing(n, own.max_new_tokens, o, s) if draws else (0,0.)
-    return Work(k, all_*passes*n.prompts*sum(one.sizes), all_*(learned+read), all_*draws*sum(flops), all_*steps, moved)
+    return Effort(k, all_*passes*n.prompts*sum(one.sizes), all_*(learned+read), all_*draws*sum(flops), all_*steps, moved)
 
 def _drawing(n, said, o, s):
     "Tokens one after another, and the bytes that each step reads: weights, and half of the keys"
@@ -176,7 +176,7 @@ def _drawing(n, said, o, s):
     return said,s.bytes+keys
 
 def _work_of_measuring(stage, c, o, s):
-    "`Work` of the frontier and the comparison"
+    "`Effort` of the frontier and the comparison"
     e = c.eval
     k,prompts = (32,min(128, e.n_prompts)) if stage=='frontier' else (len(policies)*e.n_samples,e.n_prompts)
     n = Lengths(prompts, k, c.data.max_prompt, e.max_new_tokens)
@@ -186,7 +186,7 @@ def _work_of_measuring(stage, c, o, s):
     # the comparison: each policy writes, and the reference reads all of it
     twice = 1+(stage=='evaluate')
     tokens = (1+twice)*prompts*sum(_batch(n._replace(prompts=1)).sizes)
-    return Work(1, tokens, body_, twice*(body_+words), slices*steps*twice, moved/slices)
+    return Effort(1, tokens, body_, twice*(body_+words), slices*steps*twice, moved/slices)
 
 # %% ../nbs/51b_plan.ipynb #plan0013
 class Card(NamedTuple):
@@ -207,7 +207,7 @@ usable = .92                  # Of the memory: the rest is the driver's, and gap
 _launches,_launch = 20,8e-6 # For a layer and token; seconds each
 
 def seconds(
-    w:Work,
+    w:Effort,
     card:Card,
     low:bool,   # Does training read in 16 bits?
     layers:int,
