@@ -20,7 +20,6 @@ from .core import *
 from .config import *
 from .text import *
 from .world import *
-from .shapes import *
 from .data import *
 from .load import *
 from .ledger import *

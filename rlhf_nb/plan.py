@@ -19,7 +19,6 @@ from .settings import *
 from .run import *
 from .text import *
 from .world import *
-from .shapes import *
 from .data import *
 from .adapters import *
 from .load import *
