@@ -447,7 +447,7 @@ def give_back():
 def resident()->int:
     "Bytes that this process holds; 0 where the system does not tell"
     f = Path('/proc/self/statm')
-    return int(f.read_text().split()[1])*os.sysconf('SC_PAGE_SIZE') if f.exists() else 0
+    return int(f.read_text(encoding='utf-8').split()[1])*os.sysconf('SC_PAGE_SIZE') if f.exists() else 0
 
 class Heap:
     "Gives memory back where much more is held than a step needs"
