@@ -15,6 +15,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py stages [--precision fp32|bf16|fp16] [--kind cuda|mps] [--only sft reward ...]    every stage of the command, tiny
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
   python .ci/pretend_gpu.py notebooks nbs/23_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
@@ -34,7 +35,7 @@ VIEWS = {'view','_unsafe_view','_reshape_alias','reshape','t','transpose','permu
          'unsqueeze_','detach','detach_','alias','split','split_with_sizes','unbind','lift_fresh','lift','diagonal','narrow','unfold','view_as_real','movedim',
          'empty','empty_like','empty_strided','new_empty','new_empty_strided','set_','resize_','is_same_size','sym_size','sym_numel','sym_stride','_conj',
          'is_pinned','_has_compatible_shallow_copy_type','numel','real','swapaxes','unflatten','chunk','tensor_split','as_strided_','transpose_','t_',
-         '_local_scalar_dense','item','flatten','numpy_T','mT','mH','T'}
+         '_local_scalar_dense','item','flatten','numpy_T','mT','mH','T','embedding'}   # embedding is an index_select, which is counted
 INDEXED = {'index','index_put','index_put_','_index_put_impl_','_unsafe_index','_unsafe_index_put'}
 SYNCING = {'nonzero':'nonzero','masked_select':'masked_select','_unique2':'unique','unique_dim':'unique','unique_consecutive':'unique','bincount':'bincount',
            'equal':'equal','_local_scalar_dense':'item','is_nonzero':'bool','nonzero_numpy':'nonzero'}
@@ -244,6 +245,7 @@ class PretendGPU:
     def reset_peak(self, *a, **k): self.book.peak,self.book.peak_at = self.book.now,''
     def _patches(self):
         b,kind,auto = self.book,self.kind,torch.amp.autocast_mode.autocast
+        yield torch.backends.cuda,'is_built',lambda: False      # no kernels, so no graphs of them
         cpu = lambda d: 'cpu' if d is not None and str(d).split(':')[0]==kind else d
         class Autocast(auto):
             def __init__(s, device_type=None, dtype=None, enabled=True, cache_enabled=None): super().__init__(cpu(device_type), dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
@@ -554,6 +556,55 @@ def counts(a):
     return []
 
 
+def limits(a):
+    "What a GPU may be asked: answers are the CPU's, a token of 12 layers and groups of 8 is 180 launches and an eighth of a synchronisation, a layout none"
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from tiny import batch,configs,lm
+    from transformers import AutoModelForCausalLM,GPT2Config
+    from rlhf_nb.adapters import adapt
+    from rlhf_nb.config import LoraConfig
+    from rlhf_nb.core import generator
+    from rlhf_nb.forward import Layout,layout_of
+    from rlhf_nb.models import log_probs
+    from rlhf_nb.sampling import sample
+    from rlhf_nb import writing
+    b,sizes = batch(2, [22,35,19,28,40,24]),(1,4,8,writing.TOGETHER+1)
+    def learned(m):
+        for i,o in enumerate(m.pairs.values()): o.B.data.normal_(0, .1, generator=generator(1, i))
+        return m
+    models = {f'{kind}{" with an adapter"*low}':learned(adapt(lm(kind=kind), LoraConfig(r=4))) if low else lm(kind=kind) for kind in configs for low in (0,1)}
+    want = {(k,n):sample(m, b.prompts, n, 20, 1., 3) for k,m in models.items() for n in sizes}
+    with PretendGPU(a.kind, tuple(a.capability)) as gpu:
+        for k,m in models.items():
+            m.to('cuda')
+            for n in sizes:
+                got = sample(m, b.prompts, n, 20, 1., 3)
+                assert got.device.type=='cuda' and got.tokens()==want[k,n].tokens() and got.finished.tolist()==want[k,n].finished.tolist(), (k,n)
+                assert sample(m, b.prompts[2:3], n, 20, 1., 3).tokens()[0]==want[k,n].tokens()[2], (k,n,'alone')
+                assert (got.old_log_probs.cpu()-want[k,n].old_log_probs).abs().max()<2e-5
+        assert not all(o.finished.all() for o in want.values()) and any(o.finished.any() for o in want.values())
+        c = GPT2Config(n_layer=12, n_embd=32, n_head=2, n_positions=128, vocab_size=5000, activation_function='gelu_pytorch_tanh', bos_token_id=1, eos_token_id=2)
+        m = AutoModelForCausalLM.from_config(c).eval().to('cuda')
+        for n,most in ((1,180),(8,180),(writing.TOGETHER+1,330)):
+            seen = []
+            sample(m, b.prompts, n, 2, stop_ids=())                  # what is looked at once
+            with gpu.phase(f'write {n}'):
+                L = writing.LOOK
+                def watch(): seen.append((gpu.launches[f'write {n}'],sum(gpu.syncs.values())))
+                writing.write(m, b.prompts, torch.rand(len(b), n, 4*L+1, dtype=torch.float64), (), watch=watch)
+            launches,syncs = ([y-x for x,y in zip(o, o[L:])] for o in zip(*seen))   # of eight tokens
+            if os.environ.get('PRETEND_OPS'): print({k[1]:v/(4*L) for k,v in gpu.ops.most_common() if k[0]==f'write {n}'})
+            print(f'groups of {n}: {max(launches)/L:.1f} launches and {max(syncs)/L:.3f} synchronisations a token')
+            assert max(launches)/L<=most and max(syncs)<=1, sorted(gpu.syncs.items())
+        there = b.to('cuda')
+        with gpu.phase('layout'): Layout(there); Layout(there[[2,0]])
+        with gpu.phase('pass'): log_probs(m, there[1:3]).sum().backward()
+        n = {k:sum(v for q,v in gpu.syncs.items() if q[0]==k) for k in ('layout','pass')}
+        print(n); assert n==dict.fromkeys(n, 0), [q for q in gpu.syncs if q[0] in n]
+        assert layout_of(there) is layout_of(there.plus(x=there.mask))
+    return []
+
+
 def selftest(a):
     with PretendGPU() as gpu:
         def raises(f):
@@ -583,7 +634,7 @@ def selftest(a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=['selftest','stages','library','notebooks','counts','script'])
+    p.add_argument('what', choices=['selftest','stages','library','limits','notebooks','counts','script'])
     p.add_argument('files', nargs=argparse.REMAINDER, default=[])
     p.add_argument('--precision', default='fp32', choices=['auto','fp32','bf16','fp16']); p.add_argument('--kind', default='cuda', choices=['cuda','mps'])
     p.add_argument('--capability', type=int, nargs=2, default=(8,0)); p.add_argument('--only', nargs='+')
@@ -594,7 +645,7 @@ def main():
     if argv and argv[0]!='script':
         o,rest = opts.parse_known_args(argv[1:])
         a = argparse.Namespace(what=argv[0], files=rest, **vars(o))
-        if a.what not in ('selftest','stages','library','notebooks','counts'): p.print_help(); sys.exit(2)
+        if a.what not in ('selftest','stages','library','limits','notebooks','counts'): p.print_help(); sys.exit(2)
     else:
         if not argv: p.print_help(); sys.exit(2)
         a = argparse.Namespace(what='script', files=argv[1:], precision='fp32', kind='cuda', capability=(8,0), only=None)

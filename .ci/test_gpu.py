@@ -20,6 +20,7 @@ def pretend(*args):
 
 @pytest.mark.parametrize("args", [
     ["selftest"],
+    ["limits"],
     ["library"],
     ["library", "--precision", "bf16", *trains],
     ["library", "--precision", "fp16", *trains],

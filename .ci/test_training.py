@@ -1,4 +1,4 @@
-"The gradient of an update belongs to the update: no cut into micro-batches and no number of processes changes it"
+"The gradient of an update belongs to the update: no cut into micro-batches changes it (nor a number of processes: test_processes)"
 import os
 import subprocess
 import sys
@@ -10,17 +10,15 @@ import torch
 from torch import nn
 
 from tiny import batch, configs, lm, timeless
-from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState, GradientState
-from rlhf_nb.core import child_seed,generator
-from rlhf_nb.config import DPOConfig,GRPOConfig,Optim,PPOConfig,SFTConfig
-from rlhf_nb.dpo import dpo_step,reference_log_probs,train_dpo
+from rlhf_nb.core import generator
+from rlhf_nb.config import DPOConfig,GRPOConfig,Optim,PPOConfig
+from rlhf_nb.dpo import dpo_step,reference_log_probs
 from rlhf_nb.grpo import grpo_advantages,grpo_step
 from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
 from rlhf_nb.ppo import ppo_advantages,ppo_step
 from rlhf_nb.reward import reward_step
-from rlhf_nb.sft import sft_step,train_sft
-from rlhf_nb.train import from_data,micro_batches,mk_accelerator,steps
+from rlhf_nb.sft import sft_step
+from rlhf_nb.train import micro_batches,mk_accelerator,steps
 
 # ---- accumulation
 
@@ -170,63 +168,6 @@ def test_accumulation_sees():
     (w, *_), _ = update(model, b, own, cuts[8])
     (g, *_), _ = update(model, b, own, cuts[2])
     assert (g-w).abs().max() > .05*w.abs().max()
-
-
-# ---- two processes
-
-uneven = [40, 9, 38, 7, 11, 36, 8, 10]  # prompts and responses together
-
-
-def far(cls, **kw):
-    "Two updates of 6 prompts, cut, that go far; with an epsilon of 1 an AdamW step is about as proportional to the gradient as an SGD step"
-    return cls(lr=1., eps=1., warmup=0., schedule="constant", micro_tokens=60, batch_size=6, updates=2, **kw)
-
-
-def two_sft():
-    return lm(), batch(1, uneven, longest=5), far(SFTConfig), train_sft
-
-
-def two_dpo(live):
-    reference = lm(1)
-    train = lambda m, b, o, seed, acc: train_dpo(m, reference, b, o, seed, acc=acc)
-    return lm(), batch(2, [s+8 for s in uneven]), far(DPOConfig, beta=2., sft_weight=.5, cache_reference=not live), train
-
-
-def pieces(b, o, seed, stage, acc=None, part=slice(None)):
-    "How many micro-batches each update has"
-    return [len(micro_batches(x[part], o.micro_tokens)) for (x,), _ in from_data(b, o, child_seed(seed, stage), acc)[0](0)]
-
-
-def in_process(make, seed, stage, folder):
-    "What each of the two processes does"
-    AcceleratorState._reset_state(reset_partial_state=True)  # a fork inherits what its parent knew: one process
-    GradientState._reset_state()
-    acc = Accelerator(cpu=True)
-    assert acc.num_processes == 2
-    model, b, o, train = make()
-    rows = train(model, b, o, seed, acc=acc)
-    torch.save(dict(rows=rows, weights=model.state_dict(), pieces=pieces(b, o, seed, stage, acc)), f"{folder}/{acc.process_index}.pt")
-    acc.end_training()
-
-
-@pytest.mark.parametrize("name,make", [("sft", two_sft), ("dpo-cached", partial(two_dpo, False)), ("dpo-live", partial(two_dpo, True))])
-def test_two_processes(name, make, tmp_path):
-    "Two processes with unequal numbers of micro-batches make the steps that one process makes with all prompts"
-    model, b, o, train = make()
-    stage = name.split("-")[0]
-    halves = lambda s: [pieces(b, o, s, stage, part=slice(r, None, 2)) for r in (0, 1)]
-    seed = next(s for s in range(100) if all(i != j for i, j in zip(*halves(s))))
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    rows = train(model, b, o, seed, acc=mk_accelerator(device="cpu"))
-    debug_launcher(in_process, (make, seed, stage, str(tmp_path)), num_processes=2)
-    for r in (0, 1):
-        got = torch.load(tmp_path/f"{r}.pt")
-        assert got["pieces"] == halves(seed)[r], "not the process's own half"
-        for k, w in model.state_dict().items():
-            moved = (w-start[k]).abs().max()
-            assert moved > 1e-3
-            assert (got["weights"][k]-w).abs().max() <= 1e-5*moved, f"process {r}: {k}"
-        assert timeless(got["rows"]) == [pytest.approx(x, rel=1e-5) for x in timeless(rows)]
 
 
 # ---- bfloat16

@@ -4,9 +4,12 @@ It starts before anything heavy is imported, so that Ctrl-C is quiet from the fi
 what the other commands need, so that the page is there quickly."""
 import gc
 import importlib
+import io
 import os
 import signal
 import sys
+import time
+import traceback
 
 from rlhf_nb import __version__
 
@@ -25,6 +28,31 @@ def _quiet_interrupt():
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler: return
     try: signal.signal(signal.SIGINT, _interrupted)
     except ValueError: pass                            # not the main thread: Ctrl-C is not ours
+
+
+# of the processes that torchrun starts these share the work; another command is the first one's
+shared = 'demo','run','train'
+
+
+def _beside(name, args):
+    "What another process than the first does: it says nothing, unless it is the one that fails"
+    if name not in shared: return
+    out,sys.stdout,sys.stderr = sys.stderr,open(os.devnull, 'w', encoding='utf-8'),io.StringIO()
+    try: return _alone(name, args)
+    except BaseException as e:
+        if isinstance(e, SystemExit) and e.code in (None,0,130): raise
+        if not isinstance(e, SystemExit): traceback.print_exc()
+        # what all processes find wrong the first one tells; with it this one is ended here
+        time.sleep(3)
+        out.write(sys.stderr.getvalue())
+        out.flush()
+        os._exit(2 if isinstance(e, SystemExit) else 1)
+
+
+def _alone(name, args):
+    "What the only process does, or the first of several"
+    from rlhf_nb.core import in_one_line
+    return in_one_line(_start, name, args)
 
 
 def _start(name, args):
@@ -48,8 +76,8 @@ def command():
     _quiet_interrupt()
     # what a terminal's encoding does not hold is written as its number, as errors are
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
-    from rlhf_nb.core import in_one_line
-    return in_one_line(_start, sys.argv[1] if sys.argv[1:] else '', sys.argv[1:])
+    first = int(os.environ.get('WORLD_SIZE', 1))==1 or os.environ.get('RANK', '0')=='0'
+    return (_alone if first else _beside)(sys.argv[1] if sys.argv[1:] else '', sys.argv[1:])
 
 
 if __name__=='__main__': sys.exit(command())

@@ -288,7 +288,7 @@ _hh = _merge(_merge(_elsewhere, _trained(micro_tokens=4096, beta2=.999)), {
     'reward': dict(lr=1e-5, batch_size=16, schedule='linear',
         head='last_token'),                 # A pretrained model's last hidden state is a good summary
     'ppo': dict(lr=3e-6, value_lr=9e-6, kl_coef=.05, batch_size=32, mini_batches=2, epochs=4, # Huang et al. 2024
-        max_new_tokens=96),
+        max_new_tokens=96, micro_tokens=2048), # Two models learn in its passes: half the tokens fit where the others' do
     'grpo': dict(lr=1e-6, passes=.5, batch_size=8, beta=.04, epsilon_high=None, # Shao et al. 2024
         max_new_tokens=96),
     'dpo': dict(lr=1e-6, batch_size=16, beta=.1, n_pairs=None, # Rafailov et al. 2023

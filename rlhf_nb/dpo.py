@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .models import *
@@ -78,6 +79,7 @@ def dpo_step(net, b, n, o:DPOConfig, reference=None, autocast=nullcontext):
     sums = dict(accuracy=right, margin=margin, chosen_shift=d[:,0], rejected_shift=d[:,1])
     return loss,{k:x.sum()/n['prompts'] for k,x in sums.items()}
 
+@together()
 def train_dpo(
     policy,        # Causal LM; changed in place
     reference,     # Causal LM (None: the base under the policy's adapter; `simpo` has no reference)
@@ -104,19 +106,30 @@ def train_dpo(
         if live is not None or o.loss_type=='simpo': return b
         with acc.autocast():
             return b.plus(ref_sums=reference_log_probs(reference, b, o.micro_tokens))
-    step = partial(dpo_step, o=o, reference=live, autocast=acc.autocast)
+    step,data = partial(dpo_step, o=o, reference=live, autocast=acc.autocast),cached(data)
+    # a reference that has said what it had to say waits on the host: beside the optimizer it would be in the way
+    rest = acc.device if live is not None else 'cpu'
     look = None
     if dev is not None and o.eval_every is not None:
-        look = dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'))
-    return fit_data(policy, step, cached(data), o, 'dpo', seed, run, acc, look, show=show)
+        look = dev_look(policy, reference, step, cached(dev[:o.eval_n]), o, child_seed(seed, 'dpo'), rest)
+    _move(reference, rest)
+    try: return fit_data(policy, step, data, o, 'dpo', seed, run, acc, look, show=show)
+    finally: _move(reference, acc.device)
 
-def dev_look(policy, reference, step, data, o:DPOConfig, seed):
+def _move(reference, device):
+    "To a device, if it shares nothing with what learns"
+    if reference is not None and not hasattr(reference, 'shares'): reference.to(device)
+
+def dev_look(policy, reference, step, data, o:DPOConfig, seed, rest=None):
     "The loss on dev pairs, and what the policy itself answers to their prompts: how far from the reference, how long, finished or cut"
     most = RolloutConfig(max_new_tokens=data.shape[2], micro_tokens=o.micro_tokens, max_kl=o.max_kl)
     pairs = on_dev(policy, step, data, o)
     def look():
         "Metrics, and how good they are: impossible where the policy is too far away"
         m,good = pairs()
+        _move(reference, policy.device)
         own,fine = unseen(policy, reference, data.prompts, most, seed=seed)
+        # where it waits for the next look
+        _move(reference, rest or policy.device)
         return dict(own, **m),good if fine>-math.inf else fine
     return look

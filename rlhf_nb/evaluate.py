@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .text import *
@@ -51,17 +52,21 @@ def sample_with_kl(
     memory:int=None        # Bytes at once, as for `sample` (None: as much as there)
 )->dict: # {name: batch (B,n,R) as from `sample`, with `kl` (B,n,R), nats, as `exact_kl` of it}
     "Samples of all models, written in step: the reference reads what the others write while they write it"
-    from rlhf_nb.sampling import MEMORY,decode_bytes,in_memory,joined
+    from rlhf_nb.sampling import MEMORY,decode_bytes,in_memory
     def cost(k):
         "Bytes that a prompt of `k` tokens takes: the reference reads the answers of all"
         read = {name:n*len(models) if name=='reference' else n for name in models}
         return sum(decode_bytes(m, k, read[name], max_new_tokens, n)
                    for name,m in models.items())
-    parts = in_memory(prompts, cost, MEMORY if memory is None else memory)
-    out = [_with_kl(models, [prompts[i] for i in p], n, max_new_tokens, temperature, seed)
-           for p in parts]
-    return {k:joined([o[k] for o in out], parts)
-            for k in models}
+    def all_answers(ps):
+        "Slice by slice where memory asks for it"
+        parts = in_memory(ps, cost, MEMORY if memory is None else memory)
+        out = [_with_kl(models, [ps[i] for i in p], n, max_new_tokens, temperature, seed)
+               for p in parts]
+        return {k:joined([o[k] for o in out], parts)
+                for k in models}
+    sizes = [len(p)+n*max_new_tokens for p in prompts]
+    return by_share(all_answers, prompts, sizes, models['reference'].device)
 
 class Step(NamedTuple):
     "One token of every answer, as `decode` yields it"
@@ -154,8 +159,9 @@ def sample_records(
     o,ids = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt)
     found = [None]*len(prompts)                                  # the records of each prompt, of all models
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))   # prompts of similar length: less padding in the cache
-    for i in range(0, len(ids), o.batch_size):
-        at = order[i:i+o.batch_size]
+    size = o.batch_size*processes()                              # a batch for each process
+    for i in range(0, len(ids), size):
+        at = order[i:i+size]
         samples = sample_with_kl(models, [ids[j] for j in at], o.n_samples, o.max_new_tokens, o.temperature,
                                  child_seed(seed, 'eval'))
         asked,columns = [prompts[j] for j in at],rows and [rows[j] for j in at]

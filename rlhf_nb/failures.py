@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd,torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .text import *
@@ -446,12 +447,11 @@ def sample_texts(
     "Answers of all models to the same prompts with the same noise"
     from rlhf_nb.sampling import sample
     from rlhf_nb.sources import texts
-    o = o or EvalConfig()
-    ids = tokenize_prompts(prompts, tok, max_prompt)
-    out = {k:[] for k in models}
+    o,ids = o or EvalConfig(),tokenize_prompts(prompts, tok, max_prompt)
+    out,size = {k:[] for k in models},o.batch_size*processes()         # a batch for each process
     for name,policy in models.items():
-        for i in range(0, len(ids), o.batch_size):
-            part = slice(i, i+o.batch_size)
+        for i in range(0, len(ids), size):
+            part = slice(i, i+size)
             # one seed for all models and batches: the noise depends on it and on the prompt
             b = sample(policy, ids[part], o.n_samples, o.max_new_tokens, o.temperature,
                        child_seed(seed, 'failures'))

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *
@@ -58,8 +59,8 @@ class Line:
         "Are the data the embedded world's?"
         return self.config.data.name=='world'
     def done(self, stage:str)->bool:
-        "Has the stage left what it leaves?"
-        return self.run.done(stage)
+        "Has the stage left what it leaves? One process looks, and what it has written is there for all"
+        return on_main(lambda: self.run.done(stage))
     @cached_property
     def acc(self):
         "The accelerator: where models are, and in which precision"

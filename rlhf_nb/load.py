@@ -213,6 +213,11 @@ def _four_bits(dtype):
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)
 
+def _fused(c):
+    "The configuration with the same activation in one kernel, where it says several operations"
+    if getattr(c, 'activation_function', '')=='gelu_new': c.activation_function = 'gelu_pytorch_tanh'
+    return c
+
 def _load(cls, name, device='cpu', dtype='float32', quantize=None):
     "Weights and what the checkpoint lacks"
     c,dtype = _config(name),getattr(torch, dtype)
@@ -221,9 +226,7 @@ def _load(cls, name, device='cpu', dtype='float32', quantize=None):
     how = dict(device_map={'':device}) if direct else {}
     if quantize: how['quantization_config'] = _four_bits(dtype)
     _check_kind(cls, c, name)
-    # the same function in one kernel instead of several operations
-    if getattr(c, 'activation_function', '')=='gelu_new':
-        c.activation_function = 'gelu_pytorch_tanh'
+    _fused(c)
     # sizes that do not match are reported by us, in one line, instead of raised as a table
     try:
         m,info = cls.from_pretrained(name, config=c, dtype=dtype, output_loading_info=True,
@@ -424,6 +427,7 @@ def save_pointer(
     "A folder for `load_reward_model` that says where the model is: somebody else's is not copied"
     where = str(Path(name).resolve()) if Path(name).exists() else str(name)
     if where==str(Path(path).resolve()): raise ValueError(f'{path}: a reward model cannot be given in its own place')
+    if not is_main(): return
     with replacing(path) as tmp:
         tmp.mkdir(parents=True)
         write_json(tmp/POINTER, dict(model=where, norm=norm))
@@ -452,7 +456,8 @@ def save_model(
     tok,   # Its tokenizer, or the `Template` that it was trained with: plain transformers asks it as we do
     path   # Folder; replaced as a whole when everything is written
 ):
-    "Save as a Hugging Face folder"
+    "Save as a Hugging Face folder; of several processes the main one does"
+    if not is_main(): return
     t = as_template(tok)
     if hasattr(model, 'score') and t.tok.pad_token_id in stop_tokens(model):
         model.config.read_at = 'the last token, EOS too; plain transformers skips it where it is PAD'

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *
@@ -33,7 +34,11 @@ def stage_function(stage:str):
 
 def run_stage(line:Line, stage:str):
     "Run a stage, here and now"
-    stage_function(stage)(line)
+    def run(): stage_function(stage)(line)
+    # several processes share what samples and trains; what only reads and writes one does
+    if stage_table[stage].light: return on_main(run)
+    run()
+    on_main(lambda: None)                              # what it has left is there for all
 
 def run_stages(
     line:Line,
@@ -233,20 +238,24 @@ def run_all(
 ):
     "Run stages, for one seed or for several, and print what came of it"
     began = time.perf_counter()
-    with only_writer(out):
+    with together(),only_writer(out):
         # all folders are looked at before anything runs
         runs = [Run(folder, c, resume, save=False) for folder,c in _folders(out, config, seeds)]
         lines = [run_one(r, todo, command) for r in runs]
-        if not all(l.done('evaluate') for l in lines): return
-        summaries = {l.config.seed:l.run.read_summary() for l in lines}
-        if seeds: seeds_report(out, lines, command)
-        else: print('\n'+show_summary(summaries[config.seed]))
-        for s,said in summaries.items():
-            seed = f' (seed {s})' if seeds else ''
-            if said.get('read_first'): print(f"Read this first{seed}: {' '.join(said['read_first'])}\n")
-        cpu = sum(os.times()[:4])                      # of this process and its children, their system time too
-        print(f'{time.perf_counter()-began:.0f} s in all, {cpu:.0f} CPU-seconds. Everything is in {out}')
-        if to: publish(out, lines, to, command)
+        on_main(lambda: _conclude(out, lines, command, seeds, began, to))
+
+def _conclude(out, lines, command, seeds, began, to):
+    "Print what came of the runs, and publish it"
+    if not all(l.done('evaluate') for l in lines): return
+    summaries = {l.config.seed:l.run.read_summary() for l in lines}
+    if seeds: seeds_report(out, lines, command)
+    else: print('\n'+show_summary(summaries[lines[0].config.seed]))
+    for s,said in summaries.items():
+        seed = f' (seed {s})' if seeds else ''
+        if said.get('read_first'): print(f"Read this first{seed}: {' '.join(said['read_first'])}\n")
+    cpu = sum(os.times()[:4])                          # of this process and its children, their system time too
+    print(f'{time.perf_counter()-began:.0f} s in all, {cpu:.0f} CPU-seconds. Everything is in {out}')
+    if to: publish(out, lines, to, command)
 
 def _folders(out, config, seeds)->list:
     "(folder, configuration) of each run"
@@ -256,10 +265,12 @@ def _folders(out, config, seeds)->list:
 def run_one(run:Run, todo:list, command=None)->Line:
     "Run stages in the run's folder, where nobody else writes meanwhile"
     def say(s): print(f'[{run.path}] {s}', flush=True)
-    with only_writer(run.path):
+    with together(),only_writer(run.path):
         line = Line(run, command)
         if todo is None: todo = _possible(line, say)
         check_line(line, todo)
+        for s in todo:
+            if s in trained: check_processes(line.settings(s).batch_size, f'{s}.batch_size')
         line.begin()
         if line.lora: say(_adapters(line))
         if not line.world: _say_plan(line, [s for s in todo if not line.done(s)], say)

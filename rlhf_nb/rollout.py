@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .models import *
@@ -72,6 +73,7 @@ def check_rollouts(
         raise ValueError('temperature: 0 leaves nothing to learn from, since every sample is the same and certain; '
                          'give a temperature above 0')
     size = min(o.batch_size, len(prompts))
+    check_processes(size)
     if mini_batches>size:
         raise ValueError(f'mini_batches: {mini_batches} of them cannot be made of the {size} prompts of an update; '
                          'lower it, or raise batch_size')
@@ -351,7 +353,7 @@ def fit_rollouts(
     seed = child_seed(seed, stage)
     reference.to(acc.device)              # `fit` moves the models that learn
     def mk_updates(start):
-        note = keep_notes(run.extra(stage), start) if run is not None and acc.is_main_process else None
+        note = keep_notes(run.extra(stage), start) if run is not None and is_main() else None
         return draw(seed=seed, start=start, acc=acc, note=note)
     def too_far(stats): return stats['approx_kl']>o.target_kl
     until = None if o.target_kl is None else too_far

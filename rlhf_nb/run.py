@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple,TypedDict
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .core import _has_halves
@@ -355,7 +356,7 @@ class Run(Places):
             if not self.config_file.exists():
                 raise FileNotFoundError(f'{self.config_file}: no such file; {out} is not a run folder')
             config = _saved(self.config_file)
-        else: self._check_free(config, resume)
+        else: on_main(lambda: self._check_free(config, resume))
         self.config = config
         if save: self.save()
 

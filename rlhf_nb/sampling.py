@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MEMORY', 'noise', 'Piece', 'Decode', 'too_long', 'states', 'Token', 'decode', 'from_steps', 'decode_bytes',
-           'in_memory', 'joined', 'sample', 'check_sampling']
+           'in_memory', 'fixed_shapes', 'sample', 'check_sampling']
 
 # %% ../nbs/20_sampling.ipynb #smplh004
 import hashlib
@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from .core import *
+from .parallel import *
 from .forward import *
 from .models import *
 from .load import *
+from .writing import *
 from .models import _as
 
 # %% ../nbs/20_sampling.ipynb #a19f7601
@@ -163,7 +165,7 @@ class Decode:
 def _by_length(prompts, model, most=1<<19):
     "Which prompts are read together: on a CPU those of similar length, `most` numbers of padding in a layer's keys"
     if model.device.type!='cpu':
-        return [torch.arange(len(prompts), device=model.device)]
+        return [list(range(len(prompts)))]
     size = [len(p) for p in prompts]
     width = model.config.get_text_config().hidden_size
     out,pad = [],0
@@ -176,8 +178,8 @@ def _by_length(prompts, model, most=1<<19):
         out[-1].append(i)
     # one piece is all of them, in the order that they have
     if len(out)<=1:
-        return [torch.arange(len(prompts))]
-    return [torch.tensor(o) for o in out]
+        return [list(range(len(prompts)))]
+    return out
 
 # %% ../nbs/20_sampling.ipynb #e78231d9
 def _read_prompts(model, prompts, n, length):
@@ -185,11 +187,10 @@ def _read_prompts(model, prompts, n, length):
     at = _by_length(prompts, model)
     layouts = []
     for i in at:
-        nothing = torch.zeros(len(i), 1, 1, dtype=torch.long, device=model.device)
-        layouts.append(Layout(Batch([prompts[j] for j in i], nothing, nothing.bool())))
-        layouts[-1].keys = {}
+        layouts.append(prompt_layout([prompts[j] for j in i], model.device))
     h = torch.cat([hidden(model, l)[l.prompt_end] for l in layouts])
-    h = h[torch.cat(at).argsort()]                            # (B,d), back in the order of the prompts
+    at = [send(torch.tensor(i), model.device) for i in at]
+    if len(at)>1: h = h[torch.cat(at).argsort()]              # (B,d), back in the order of the prompts
     return Decode(layouts, at, n, length),h.repeat_interleave(n, 0)
 
 def _read_again(model, prompts, n):
@@ -212,6 +213,13 @@ def too_long(
     return (f' prompt of {longest} tokens and {length} new ones exceed the {max_tokens(model)} positions of the model: '
             'lower data.max_prompt or max_new_tokens')
 
+def _check_prompts(model, prompts, length):
+    "Raise where there is nothing to answer, or no room for an answer, or the model is not one that can be sampled"
+    if not prompts: raise ValueError('no prompts to sample from')
+    if why := too_long(model, prompts, length):
+        raise ValueError('A'+why)
+    check_sampling(model)
+
 @torch.no_grad()
 def states(
     model,         # Causal LM
@@ -220,10 +228,7 @@ def states(
     length:int     # Most tokens of a response
 ): # Live responses among all B*n, logits of their next token (live,V); wants (their tokens, which go on) sent
     "A model that reads responses as they are written: a coroutine, one turn per token"
-    if not prompts: raise ValueError('no prompts to sample from')
-    if why := too_long(model, prompts, length):
-        raise ValueError('A'+why)
-    check_sampling(model)
+    _check_prompts(model, prompts, length)
     if is_padded(model):
         return (yield from _read_again(model, prompts, n))
     dev = model.device
@@ -255,13 +260,6 @@ class Token(NamedTuple):
     alive:torch.Tensor     # (B,n) which responses got a token
     of_all:torch.Tensor    # (live,V) log-probabilities of all tokens, for all that live, those of others among them
 
-def _draw(lp, u):
-    "The first token at which the cumulative distribution passes `u` (m); lp (m,V)"
-    c = lp.to(u.device).exp().cumsum(-1, dtype=torch.float64)
-    # `u` of the sum, which rounding keeps from being 1
-    i = torch.searchsorted(c, u[:,None]*c[:,-1:], right=True)[:,0]
-    return i.clamp_(max=lp.shape[-1]-1).to(lp.device)
-
 @torch.no_grad()
 def decode(
     policy,                 # Causal LM
@@ -284,7 +282,7 @@ def decode(
     reader = states(policy, prompts, G, max_new_tokens)
     rows,z = next(reader)                                      # live responses among B*G, logits (live,V)
     for t in range(max_new_tokens):
-        if temperature not in (0,1): z = z/temperature
+        z = hot(z, temperature)
         lp = z.log_softmax(-1)
         mine = (rows%G<n).nonzero()[:,0] if beside else slice(None)
         at = rows[mine]//G*n+rows[mine]%G                      # among the B*n that are drawn here
@@ -293,7 +291,7 @@ def decode(
             out = x.new_zeros(B*n)
             out[at] = x
             return out.view(B,n)
-        ids = _draw(lp[mine], u[at.to(home),t]) if temperature else z[mine].argmax(-1)
+        ids = draw(lp[mine], u[at.to(home),t]) if temperature else z[mine].argmax(-1)
         token = grid(ids)
         said = lp[mine].gather(-1, ids[:,None])[:,0]
         told = yield Token(token, grid(said), grid(torch.ones_like(at, dtype=torch.bool)), lp)
@@ -352,23 +350,9 @@ def in_memory(
         out[-1].append(i)
     return out
 
-def joined(
-    batches:list, # Of parts of the prompts
-    parts:list    # Their places: from `in_memory`
-)->Batch:
-    "The batch of all prompts, in their order"
-    if len(batches)==1:
-        return batches[0]
-    def join(xs):
-        "A field of all batches: tensors of tokens (b,n,R), padded to the longest; of responses (b,n); lists"
-        if not torch.is_tensor(xs[0]):
-            return xs[0] and sum(xs, [])       # prompts; rows, where there are any
-        if xs[0].dim()==3:
-            R = max(x.shape[2] for x in xs)
-            xs = [F.pad(x, (0, R-x.shape[2])) for x in xs]
-        return torch.cat(xs)
-    whole = Batch(**{k:join([b.parts[k] for b in batches]) for k in batches[0].parts})
-    return whole[torch.tensor(sum(parts, [])).argsort()]
+def fixed_shapes(model)->bool:
+    "Is it sampled in steps of one shape, which a GPU need not be asked about (`writing`)?"
+    return model.device.type=='cuda' and not is_padded(model)
 
 def sample(
     policy,
@@ -384,15 +368,23 @@ def sample(
     stop_ids = stop_tokens(policy) if stop_ids is None else stop_ids
     def answers(ps):
         "Of the prompts that are sampled together"
+        if fixed_shapes(policy):
+            _check_prompts(policy, ps, max_new_tokens)
+            return write(policy, ps, noise(seed, ps, n, max_new_tokens), stop_ids, temperature)
         tokens = decode(policy, ps, n, max_new_tokens, temperature, seed, stop_ids)
         # without `of_all`, which would fill the memory
         return from_steps(ps, [o[:3] for o in tokens], stop_ids)
-    parts = in_memory(prompts, lambda k: decode_bytes(policy, k, n, max_new_tokens), memory)
-    return joined([answers([prompts[i] for i in p]) for p in parts], parts)
+    def all_answers(ps):
+        "Slice by slice where memory asks for it"
+        parts = in_memory(ps, lambda k: decode_bytes(policy, k, n, max_new_tokens), memory)
+        return joined([answers([ps[i] for i in p]) for p in parts], parts)
+    # nobody knows yet how long answers will be
+    return by_share(all_answers, prompts, [len(p)+n*max_new_tokens for p in prompts], policy.device)
 
 def _sampling_gap(model, prompts, length, tol):
     "By how much log-probabilities of samples differ from the forward's; 0 where it is at most `tol`, or rounding"
-    bs = [sample(model, prompts, n, length, seed=0, stop_ids=()) for n in (1,SMALL+1)]    # both ways of attention
+    small = TOGETHER if fixed_shapes(model) else SMALL
+    bs = [sample(model, prompts, n, length, seed=0, stop_ids=()) for n in (1,small+1)]    # both ways of attention
     def read(): return [log_probs(model, b) for b in bs]      # (B,n,R) each
     def off(xs, ys): return max((x-y).abs().max().item() for x,y in zip(xs, ys))
     got = [b.old_log_probs for b in bs]
@@ -418,7 +410,8 @@ def check_sampling(
     length = min(3, longest-1)
     def draw(k): return torch.randint(len(head(model).weight), (min(k, longest-length),), generator=g).tolist()
     prompts = [draw(k) for k in (7,2)]                         # of unequal length
-    with torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
+    # a process that loads a model checks it itself
+    with alone(),torch.autocast(model.device.type, enabled=False),_as(model, torch.float32):
         try:
             d = _sampling_gap(model, prompts, length, tol)
             bad = d and f'its log-probabilities differ by {d:.2g}'

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .core import *
+from .parallel import *
 from .text import *
 from .tokens import *
 from .template import *
@@ -355,8 +356,12 @@ class Scorer:
             if lacks: raise ValueError(_lacking(f, lacks[0], columns))
             lists = f.arguments(seen, columns)
             return lambda: self._ask(f, lists, seen)
-        said = iter(_in_threads([ask(f) for f in self.functions]))
-        out = [next(said) if o in self.functions else o(b) for o in self.parts]
+        def answers():
+            "What the functions say, and what they log meanwhile"
+            return _in_threads([ask(f) for f in self.functions]),self.logged,self.extra
+        # a function may be random, or count its calls: it is called as often as by one process
+        if self.functions: said,self.logged,self.extra = on_main(answers)
+        out = [said.pop(0).to(b.device) if o in self.functions else o(b) for o in self.parts]
         return out[0][...,None] if len(out)==1 else torch.stack([o.float().to(b.device) for o in out], -1)
 
     def _ask(self, f, lists, seen):
@@ -368,7 +373,7 @@ class Scorer:
         with _named_when_slow(f.name, f'{B*G} answers{at}'):
             try: out = f(_copied(lists), hands)
             except (Exception,SystemExit) as e: raise _failed(f, lists, hands, seen, e) from e
-        return torch.tensor(_numbers(out, B*G, f.name), dtype=torch.float32, device=b.device).view(B,G)
+        return torch.tensor(_numbers(out, B*G, f.name), dtype=torch.float32).view(B,G)
 
     def _log_metric(self, name, value): self.logged.setdefault(str(name), []).append(float(value))
     def _log_extra(self, column, values): self.extra.setdefault(str(column), []).extend(values)

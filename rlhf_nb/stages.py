@@ -13,6 +13,7 @@ from dataclasses import asdict,replace
 import torch
 
 from .core import *
+from .parallel import *
 from .run import *
 from .world import *
 from .shapes import *
@@ -98,7 +99,7 @@ def _mk_reward(
 def _reference_samples(line, ref)->Batch:
     "Answers of the reference that set the reward's mean and spread"
     c = line.config
-    size,most = c.eval.batch_size,c.reward.n_normalise
+    size,most = c.eval.batch_size*processes(),c.reward.n_normalise
     prompts = line.prompts(line.splits.train)[:most]
     rows = [dict(prompt=p) for p in unique_prompts(line.splits.train)[:most]]
     n = max(1, most//len(prompts))                       # of a handful of prompts several answers each
