@@ -203,7 +203,8 @@ def run(*args, **kw):
 def differences(a, b, where=""):
     "What differs in two results by more than rounding"
     if isinstance(a, dict) and isinstance(b, dict):
-        left = ("command", "report_command", "config", "samples", "peak_memory", "seconds", "costs")
+        # paths, what is made of them, and the p of differences that are nothing but rounding
+        left = ("command", "report_command", "config", "samples", "peak_memory", "seconds", "costs", "base", "mark", "p", "p_holm")
         for k in {*a, *b}:
             if k not in left and "seconds" not in k:
                 yield from differences(a.get(k), b.get(k), f"{where}.{k}")
@@ -223,7 +224,7 @@ def compare(a, b):
     assert files[0] == files[1]
     read = lambda f: [json.loads(l) for l in f.read_text("utf-8").splitlines()] if f.suffix == ".jsonl" else json.loads(f.read_text("utf-8"))
     for f in sorted(files[0]):
-        if f.suffix in (".json", ".jsonl") and f.name not in ("seconds.json", "config.json"):
+        if f.suffix in (".json", ".jsonl") and f.name not in ("seconds.json", "config.json", "adapter_config.json"):
             assert not list(differences(read(a/f), read(b/f))), f
 
 

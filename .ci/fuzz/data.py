@@ -1,6 +1,6 @@
 """Files of preference pairs: JSON lines, JSON, CSV, TSV, gzipped or not, alone or in a folder, with odd texts, odd names and damages.
 
-The independent reading is written from the documented contract of nbs/11_data.ipynb ("One loader") with Python's json and csv:
+The independent reading is written from the documented contract of nbs/12_data.ipynb ("One loader") with Python's json and csv:
 what is wrong with a row is counted, what is wrong with a file is refused, every other row arrives as it was written."""
 import csv, gzip, io, json
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from rlhf_nb.core import child_seed,write_json
+from rlhf_nb.core import Batch,child_seed,write_json
 from rlhf_nb.data import load_preferences
 from rlhf_nb.gauge import pair_rewards
 from rlhf_nb.line import Line
 from rlhf_nb.load import load_reward_model
-from rlhf_nb.models import log_probs
+from rlhf_nb.models import log_probs,scores
 from rlhf_nb.run import Run,read_samples
-from rlhf_nb.stats import clustered_mean,clustered_share,mean_ci,win_rate
+from rlhf_nb.stats import clustered_mean,clustered_share,mean_ci,share_ci,win_rate
 from rlhf_nb.text import interval,md_table
 from rlhf_nb.train import in_pieces
 
@@ -113,27 +113,47 @@ def implicit(runs, out):
     # the same pairs in each: a prompt's pairs of all seeds belong together
     report({**found, 'all':[d for o in found.values() for d in o]}, out)
 
+def as_written(rm, rs, line)->torch.Tensor:
+    "(N) scores of samples as training gives them: an answer that was cut has no end"
+    def tokens(r):
+        ids = line.template.response(r['response'])
+        return ids if r['finished'] else ids[:-1]
+    b = Batch.from_tokens([line.template.prompt(r['prompt']) for r in rs], [[tokens(r)] for r in rs])
+    return in_pieces(lambda o: scores(rm, o), b, 4096)[:,0]
+
+def as_if_finished(rm, tok, rs)->torch.Tensor:
+    "(N) the same with an end behind every answer, so that only what it says counts"
+    texts = [f" {r['response']}" for r in rs]
+    pairs = [dict(prompt=r['prompt'], chosen=t, rejected=t) for r,t in zip(rs, texts)]
+    return pair_rewards(rm, tok, pairs, micro_tokens=4096)[0][:,0]
+
 def policies(run, other, out):
     "Every policy's answers against the reference's, by the reward model that trained them and by the other half's"
-    recs = read_samples(run)
-    rows = [['policy','by its own reward model','by the other half\'s','KL, nats','tokens','n (prompts)']]
-    found = {}
-    acc = Line(Run(run)).acc
-    judges = [load_reward_model(Run(r).made('reward')) for r in (run,other)]
-    n = len(recs['reference'])//len({r['prompt'] for r in recs['reference']})          # answers to each prompt, in order
-    for name,rs in recs.items():
+    recs,line = read_samples(run),Line(Run(run))
+    judges = {k:load_reward_model(Run(r).made('reward')) for k,r in dict(own=run, other=other).items()}
+    def of(name):
+        "{judge, how: (N) scores}"
+        with line.acc.autocast():
+            return {(k,how):as_written(rm, recs[name], line) if how=='written' else as_if_finished(rm, tok, recs[name])
+                    for k,(rm,tok) in judges.items() for how in ('written','finished')}
+    start = of('reference')
+    found = {'reference':of_answers(recs['reference'])}
+    for name in recs:
         if name=='reference': continue
-        pairs = [dict(prompt=x['prompt'], chosen=' '+x['response'], rejected=' '+y['response'])
-                 for x,y in zip(rs, recs['reference'])]
-        with acc.autocast(): scores = [pair_rewards(*j, pairs, micro_tokens=4096)[0] for j in judges]
-        rates = [dict(win_rate(s[:,0].view(-1, n), s[:,1].view(-1, n))) for s in scores]
-        found[name] = dict(own=rates[0], other=rates[1])
-        far,long = (mean_ci(torch.tensor([r[k] for r in rs], dtype=torch.float64).view(-1, n)) for k in ('kl','n_tokens'))
-        found[name] |= dict(kl=far, tokens=long)
-        rows.append([name,*map(interval, (*rates,far,long)),far['n']])
+        wins = {f'{k}_{how}':win_rate(s, start[k,how]) for (k,how),s in of(name).items()}
+        found[name] = {**wins, **of_answers(recs[name])}
+    heads = dict(own_written='its own reward model', other_written="the other half's", own_finished='its own, as if finished',
+                 other_finished="the other's, as if finished", kl='KL, nats', tokens='tokens', finished='finished')
+    rows = [['policy',*heads.values(),'n']]
+    rows += [[name,*(interval(d[k]) if k in d else '' for k in heads),d['kl']['n']] for name,d in found.items()]
     write_json(f'{out}.json', found)
     Path(f'{out}.md').write_text(md_table(rows)+'\n')
     print(md_table(rows))
+
+def of_answers(rs)->dict:
+    "How far, how long, how often finished"
+    def mean(k): return mean_ci(torch.tensor([r[k] for r in rs], dtype=torch.float64))
+    return dict(kl=mean('kl'), tokens=mean('n_tokens'), finished=share_ci(torch.tensor([float(r['finished']) for r in rs])))
 
 
 # The tables
