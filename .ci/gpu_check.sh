@@ -21,7 +21,7 @@ dry) device=cpu size=tiny budget=1800 slack=4 OUT=${OUT:-$(mktemp -d)} ;;
 first) budget=520 parts=(env exact stages_bf16 decode adapters plain_peft tokens demo) ;;
 second) budget=250 parts=(four_bits stages_fp16 demo_fp16 library trl determinism) ;;
 third) budget=200 parts=(stages_fp32) ;;
-*) sed -n '2,10p' "$0"; exit 2 ;;
+*) sed -n '2,9p' "$0"; exit 2 ;;
 esac
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ "$device" = cpu ]; then
