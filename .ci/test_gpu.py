@@ -1,4 +1,7 @@
-"""A GPU is played by the CPU (`pretend_gpu.py`): tensors on two devices at once are an error, wherever a notebook's models and data lie."""
+"""A GPU is played by the CPU (`pretend_gpu.py`): tensors on two devices at once are an error, wherever a notebook's models and data lie.
+What is to be measured on a real one (`gpu_check.sh`) runs here too."""
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +28,17 @@ def pretend(*args):
     ["stages", "--precision", "fp16"]], ids=" ".join)
 def test_on_a_device(args):
     assert not (said := pretend(*args)), said
+
+
+def test_dry_run_of_the_check(tmp_path):
+    "A line for each finding, and none of two quick parts is bad; `.ci/run full` runs them all"
+    env = os.environ | {"OUT": str(tmp_path)}
+    r = subprocess.run(["bash", str(here/"gpu_check.sh"), "dry", "env", "exact"], capture_output=True, text=True, env=env, timeout=900)
+    rows = [json.loads(line) for line in open(tmp_path/"results.jsonl", encoding="utf-8")]
+    assert r.returncode == 0 and all(o["ok"] for o in rows), r.stdout+r.stderr
+    ended = {o["part"]: o["seconds"] for o in rows if o["name"] == "part"}
+    assert list(ended) == ["env", "exact"]
+    kept = json.loads(next(open(here.parent/"results"/"gpu.jsonl", encoding="utf-8")))
+    common = ["date", "card", "commit", "torch", "transformers", "accelerate", "trl", "part", "name", "ok"]
+    assert all(set(common) <= set(o) for o in (*rows, kept))     # results/gpu.jsonl takes them as they are
+    assert {"python", "cuda"} <= set(rows[0]) and next(o for o in rows if "float64" in o["name"])["G8"] < 2e-4
