@@ -330,7 +330,7 @@ def survive(folder, rng, sets, victim, n, seconds, want):
 def test_command_killed(jobs, victim, more, alone, tmp_path):
     "kill -9 at random moments of all stages, of the run or of one of its two stages: it resumes to the bits of a run that was left alone"
     rng = random.Random(f"5 {jobs} {victim} {more}")
-    n = -(-kills_in_all//4)
+    n = -(-kills_in_all//3)
     want, seconds = alone(*more)
     for i in range(-(-n//7)):
         (folder := tmp_path/str(i)).mkdir()

@@ -212,7 +212,8 @@ def measure(
 )->dict:             # The row of the table
     "One line of the table"
     n,unit = steps+warmup,units[what]
-    job = dict(built, what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')   # as `worker` reads it
+    # as `worker` reads it
+    job = dict(built, what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')
     peer = 'HF' if what in ('gen8','gen32',*evals) else 'TRL'
     out = race({k:(pythons[k], job) for k in ('ours',peer)}, n, folder)
     if what in ('reward','dpo'): # alone and afterwards: three at a time would need too much memory
@@ -288,12 +289,15 @@ def _options(args):
     add = p.add_argument
     add('--size', default='tiny', choices=list(cuts), help='tiny, or the GPT-2 124M shape (default: %(default)s)')
     add('--model', help='folder or Hub name of a causal LM to be measured, in the place of --size')
-    add('--lora', type=int, default=0, metavar='R', help='adapters of this rank learn, on both sides (default: all weights)')
+    add('--lora', type=int, default=0, metavar='R',
+        help='adapters of this rank learn, on both sides (default: all weights)')
     add('--checkpointing', action='store_true', help='gradient checkpointing on both sides')
-    add('--precision', default='fp32', choices=('fp32','bf16'), help='of training, on both sides (default: %(default)s)')
+    add('--precision', default='fp32', choices=('fp32','bf16'),
+        help='of training, on both sides (default: %(default)s)')
     add('--pairs', help='file or folder of preference pairs (default: those of the embedded world)')
     add('--tokenizer', help="folder or Hub name (default: the world's)")
-    add('--work', nargs='+', choices=work, metavar='WORK', help=f'some of {", ".join(work)} (default: all that is done alike)')
+    add('--work', nargs='+', choices=work, metavar='WORK',
+        help=f'some of {", ".join(work)} (default: all that is done alike)')
     add('--steps', type=int, default=4, help='measured steps (default: %(default)s)')
     add('--warmup', type=int, default=1, help='steps dropped before them (default: %(default)s)')
     add('--grpo-prompts', type=int, default=4, help='prompts of a GRPO step (default: %(default)s)')

@@ -176,7 +176,8 @@ def _faster(start:dict, d:dict)->dict:
     for name,kind in sections.items():
         usual = {f.name:f.default for f in fields(kind)} | start.get(name, {})
         # a model from scratch is the base, all of which SFT makes; `value_lr` is the rate of a whole head, and stays
-        if name=='sft' and (d['model'].get('name') or start.get('model', {}).get('name', 'scratch'))=='scratch': continue
+        model = d['model'].get('name') or start.get('model', {}).get('name', 'scratch')
+        if name=='sft' and model=='scratch': continue
         if 'lr' not in d.get(name, {}): out[name] = dict(lr=float(f"{10*usual['lr']:.12g}"))
     return out
 
