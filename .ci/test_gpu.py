@@ -21,6 +21,8 @@ def pretend(*args):
 @pytest.mark.parametrize("args", [
     ["selftest"],
     ["limits"],
+    ["app"],
+    ["resume"],
     ["library"],
     ["library", "--precision", "bf16", *trains],
     ["library", "--precision", "fp16", *trains],
