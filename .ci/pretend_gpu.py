@@ -499,7 +499,7 @@ def counts(a):
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
-        from rlhf_nb.forward import Layout
+        from rlhf_nb.layout import Layout
         from rlhf_nb.models import mk_reward_model,mk_value_model
         from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
@@ -564,7 +564,7 @@ def limits(a):
     from rlhf_nb.adapters import adapt
     from rlhf_nb.config import LoraConfig
     from rlhf_nb.core import generator
-    from rlhf_nb.forward import Layout,layout_of
+    from rlhf_nb.layout import Layout,layout_of
     from rlhf_nb.models import log_probs
     from rlhf_nb.sampling import sample
     from rlhf_nb import writing
