@@ -14,7 +14,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py selftest
   python .ci/pretend_gpu.py stages [--precision fp32|bf16|fp16] [--kind cuda|mps] [--only sft reward ...]    every stage of the command, tiny
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
-  python .ci/pretend_gpu.py notebooks nbs/25_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py notebooks nbs/26_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
