@@ -14,7 +14,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py selftest
   python .ci/pretend_gpu.py stages [--precision fp32|bf16|fp16] [--kind cuda|mps] [--only sft reward ...]    every stage of the command, tiny
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
-  python .ci/pretend_gpu.py notebooks nbs/25_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py notebooks nbs/26_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
@@ -500,7 +500,7 @@ def counts(a):
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
-        from rlhf_nb.forward import Layout
+        from rlhf_nb.layout import Layout
         from rlhf_nb.models import mk_reward_model,mk_value_model
         from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
@@ -565,7 +565,7 @@ def limits(a):
     from rlhf_nb.adapters import adapt
     from rlhf_nb.config import LoraConfig
     from rlhf_nb.core import generator
-    from rlhf_nb.forward import Layout,layout_of
+    from rlhf_nb.layout import Layout,layout_of
     from rlhf_nb.models import log_probs
     from rlhf_nb.sampling import sample
     from rlhf_nb import writing
