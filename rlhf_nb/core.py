@@ -93,7 +93,7 @@ class Batch:
         if rows is not None and len(rows)!=len(prompts):
             raise ValueError(f'{len(prompts)} prompts, but {len(rows)} rows')
         self.prompts,self.responses,self.mask,self.rows,self.fields = prompts,responses,mask.bool(),rows,fields
-        # what was found out about it, for the next who asks: the mask on the CPU; where its tokens lie (`forward.layout_of`)
+        # what was found out about it, for the next who asks: the mask on the CPU; where its tokens lie (`layout.layout_of`)
         self._known = {}
 
     @classmethod
