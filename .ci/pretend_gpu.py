@@ -204,7 +204,8 @@ class _Dispatch(TorchDispatchMode):
             if name=='copy_' and len(args)>1 and isinstance(args[1], _T) and args[1].numel() and b.on(args[0])!=b.on(args[1]):
                 if not (args[1].dim()==0 and not b.on(args[1])): b.sync('device to host' if b.on(args[1]) else 'host to device')
             if name not in VIEWS: b.launches[b.phase] += 1; b.ops[b.phase,name] += 1
-        out = func(*args, **kw)
+        if func is aten.mm.dtype: out = aten.mm(*(x.to(args[2]) for x in args[:2]))     # a GPU's own kernel: half in, float32 out
+        else: out = func(*args, **kw)
         if dev:
             for t in _tensors(out, []): b.put(t)
         return out
@@ -617,7 +618,7 @@ def training(a):
     from rlhf_nb.config import DPOConfig,Optim
     from rlhf_nb.core import Batch
     from rlhf_nb.dpo import dpo_step,reference_log_probs
-    from rlhf_nb.models import mk_reward_model
+    from rlhf_nb.models import log_probs,mk_reward_model
     from rlhf_nb.reward import reward_step
     from rlhf_nb.run import Run
     from rlhf_nb.sft import sft_step
@@ -627,7 +628,11 @@ def training(a):
     def waits(gpu, k): return sum(v for q,v in gpu.syncs.items() if q[0]==k),sorted((q,v) for q,v in gpu.syncs.items() if q[0]==k)
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
+        exact = log_probs(policy, pairs)
         policy.to('cuda')
+        for dt,off in ((torch.bfloat16,.1),(torch.float16,.02)):    # half in, float32 out: the product that only a GPU has
+            with torch.autocast('cuda', dtype=dt),gpu.phase(f'product {dt}'): got = log_probs(policy, pairs)
+            assert 0<(got-exact).abs().max()<off, (dt,(got-exact).abs().max())
         pairs = pairs.plus(ref_sums=reference_log_probs(policy, pairs).cpu())
         stages = dict(sft=(policy,answers,sft_step), reward=(mk_reward_model(policy),pairs,reward_step), dpo=(policy,pairs,partial(dpo_step, o=DPOConfig())))
         for name,(model,data,step) in stages.items():

@@ -6,7 +6,7 @@
 __all__ = ['calls', 'SLICE', 'body', 'using', 'head', 'checkpoint_layers', 'is_checkpointed', 'own_tensors', 'is_padded',
            'max_tokens', 'check_length', 'run_body', 'hidden', 'no_cache', 'pad_rows', 'token_types', 'before_pad',
            'whole_rows', 'own_scores', 'hooked', 'own_logits', 'Rows', 'read_padded', 'next_logits', 'row_slices',
-           'logit_scale']
+           'logit_scale', 'logits_of']
 
 # %% ../nbs/14_forward.ipynb #forwh004
 import inspect
@@ -314,3 +314,39 @@ def logit_scale(model)->float:
         raise Unfit('logits that are transformed behind the output layer (a soft cap)')
     model._logit_scale = scale
     return scale
+
+# %% ../nbs/14_forward.ipynb #fwdwide1
+def _slices(n, k):
+    "`n` places in slices of `k`"
+    return [slice(i, min(i+k, n)) for i in range(0, n, k)]
+
+def _adds_wide(x)->bool:
+    "Is there a product of numbers of this precision that comes in float32?"
+    half = x.dtype in (torch.float16,torch.bfloat16)
+    return half and x.device.type=='cuda' and 'dtype' in torch.ops.aten.mm.overloads()
+
+def _product(a, b):
+    "`a@b`; of numbers in half precision in float32 where there is such a product, else in half"
+    return torch.mm(a, b, out_dtype=torch.float32) if _adds_wide(a) else a@b
+
+def _logits(h, W, bias, dt, temperature):
+    "Logits over temperature (M,V) of a product in precision `dt`; in float32, to be overwritten"
+    h,W = h.to(dt),W.to(dt)                # who comes slice by slice has cast `W` once for all
+    if _adds_wide(h): z = _product(h, W.T)
+    else:
+        # CPU: some words at a time, in rows that start at multiples of 64. An odd vocabulary at once takes up to 1.5 times as long
+        V = len(W)
+        z = h.new_empty(len(h), -(-V//64)*64)[:,:V]
+        for s in _slices(V, 2048 if h.device.type=='cpu' else V): torch.mm(h, W[s].T, out=z[:,s])
+    if bias is not None: z += bias.to(z.dtype)
+    z = z.float()
+    return z if temperature==1 else z.div_(temperature)
+
+def logits_of(
+    model, # Causal LM, not a padded one
+    h,     # (M,d) hidden states
+    temperature=1
+):         # (M,V) float32
+    "What the model's own logits would be there, over temperature"
+    o = head(model)
+    return _logits(h, o.weight, o.bias, h.dtype, temperature/logit_scale(model))
