@@ -23,6 +23,7 @@ def pretend(*args):
     ["limits"],
     ["app"],
     ["resume"],
+    ["training"],
     ["library"],
     ["library", "--precision", "bf16", *trains],
     ["library", "--precision", "fp16", *trains],
