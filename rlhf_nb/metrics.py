@@ -95,6 +95,7 @@ guide = dict(
                  'a deep one is displacement',
     rejected_shift='the same for the rejected answers; should fall further than `chosen_shift`',
     grad_norm='before clipping; a jump points to the update where something broke',
+    skipped='optimizer steps that fp16 did not make, since a gradient overflowed; a few at the start, or one now and then',
     dev_nll='`nll` on dev answers, which training does not see; the state where it is lowest is kept',
     dev_loss='`loss` on dev data; where it turns while `loss` falls, training data are learned by heart',
     dev_accuracy='`accuracy` on dev pairs; the one to believe',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['units', 'work', 'model_sizes', 'cuts', 'OWN', 'PLAIN', 'G', 'NEW', 'EPOCHS', 'PAIRS', 'MODELS', 'EVERY', 'evals',
-           'cut_pairs', 'as_batch', 'step_rows', 'prompt_ids', 'peak_rss', 'Pace', 'worker', 'matmul_rate',
-           'ours_steps', 'trl_steps', 'hf_steps']
+           'cut_pairs', 'as_batch', 'step_rows', 'prompt_ids', 'Pace', 'worker', 'matmul_rate', 'ours_steps',
+           'trl_steps', 'hf_steps']
 
 # %% ../nbs/62_peers.ipynb #pe00h003
 import json,os,platform,re,sys,time
@@ -101,15 +101,6 @@ def prompt_ids(rows):
     return [r['prompt'] for r in rows]
 
 # %% ../nbs/62_peers.ipynb #pe4w5o6r
-def peak_rss()->float:
-    "Most memory this process has held, GB"
-    status = Path('/proc/self/status')                       # ru_maxrss would include the parent's
-    if status.exists():
-        found = re.search(r'VmHWM:\s+(\d+)', status.read_text(encoding='utf-8'))
-        return int(found[1])/2**20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**30
-
 class Pace:
     "A process's side of the alternation: report the step that ended, wait for the next turn"
     def __init__(self):
@@ -127,7 +118,7 @@ class Pace:
         # called off the clock
         more = {k:v() if callable(v) else v
                 for k,v in kw.items()}
-        self.say(cpu=cpu, memory=peak_rss(), **more)
+        self.say(cpu=cpu, memory=peak_resident()/2**30, **more)
         # the other end is closed: no more turns, whatever the trainer would still do
         if not sys.stdin.readline():
             os._exit(0)
