@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from .core import *
 from .layout import *
 from .forward import *
-from .models import *
 
 # %% ../nbs/22_writing.ipynb #zc9a04a2
 BLOCK = 1024 # tokens of a vocabulary whose probabilities are added up one by one
