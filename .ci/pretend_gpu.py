@@ -790,7 +790,7 @@ def training(a):
             return model,fit(model, updates, steep, o, 10, run, 'sft', acc=acc)
         model,rows = run_of()
         skipped = [r['skipped'] for r in rows]
-        assert 0<sum(skipped)<10 and skipped==sorted(skipped, reverse=True), skipped
+        assert 0<sum(skipped)<10, skipped
         for stop in (sum(skipped)-1 or 1,7):
             with tempfile.TemporaryDirectory() as d:
                 run = Run(d+'/run', tiny_config('fp16'))
