@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 here = Path(__file__).resolve().parent
+mixing = ["nbs/19_train.ipynb", "nbs/27_ppo.ipynb", "nbs/29_dpo.ipynb"]   # their models meet on two devices; `.ci/run full` has all notebooks
 trains = ["--only", "numbers", "train_grpo, r", "train_dpo", "train_ppo"]
 
 
@@ -22,7 +23,8 @@ def pretend(*args):
     ["selftest"],
     ["limits"],
     ["app"],
-    ["resume"],
+    ["resume", "--only", "sft", "reward", "ppo"],
+    ["notebooks", "--quick", *mixing],
     ["training"],
     ["library"],
     ["library", "--precision", "bf16", *trains],
