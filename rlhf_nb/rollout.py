@@ -140,7 +140,8 @@ def _sampler(policy, o):
     if o.sampler_dtype is None: return policy
     check_sampling(policy)
     copy = dense_copy(policy, getattr(torch, o.sampler_dtype))
-    copy._decodes = True                  # checked in float32, as the policy
+    # what was found out about the policy in float32
+    copy._decodes,copy._own_cache = True,getattr(policy, '_own_cache', None)
     return copy
 
 def _read(model, b, parts, o, precision):

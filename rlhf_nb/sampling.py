@@ -22,6 +22,7 @@ from .forward import *
 from .models import *
 from .load import *
 from .writing import *
+from .cached import *
 from .models import _as
 
 # %% ../nbs/23_sampling.ipynb #a19f7601
@@ -194,15 +195,6 @@ def _read_prompts(model, prompts, n, length):
     if len(at)>1: h = h[torch.cat(at).argsort()]              # (B,d), back in the order of the prompts
     return Decode(layouts, at, n, length),h.repeat_interleave(n, 0)
 
-def _read_again(model, prompts, n):
-    "`states` without a cache: everything is computed again for each token"
-    said = [list(p) for p in prompts for _ in range(n)]
-    rows = torch.arange(len(said), device=model.device)
-    while True:
-        ids,go = yield rows,next_logits(model, [said[i] for i in rows.tolist()])
-        for i,j in zip(rows.tolist(), ids.tolist()): said[i].append(j)
-        rows = rows[go]
-
 def too_long(
     model,
     prompts:list, # Token lists
@@ -231,7 +223,7 @@ def states(
     "A model that reads responses as they are written: a coroutine, one turn per token"
     _check_prompts(model, prompts, length)
     if is_padded(model):
-        return (yield from _read_again(model, prompts, n))
+        return (yield from own_states(model, prompts, n, _by_length(prompts, model)))
     dev = model.device
     B = len(prompts)
     state,h = _read_prompts(model, prompts, n, length)
@@ -329,8 +321,10 @@ def decode_bytes(
     def size(name): return getattr(c, name, None)
     heads = size('num_attention_heads') or 1
     width = (size('num_key_value_heads') or heads)*(size('head_dim') or c.hidden_size//heads)
-    layers = 0 if is_padded(model) else size('num_hidden_layers') or 1
-    keys = 2*layers*width*(prompt+n*length)*model.dtype.itemsize
+    layers = size('num_hidden_layers') or 1
+    # with its own cache each response has its prompt's keys too
+    tokens = n*(prompt+length) if is_padded(model) else prompt+n*length
+    keys = 2*layers*width*tokens*model.dtype.itemsize
     if drawn is None: drawn = n
     return keys+(4*n+20*drawn)*len(head(model).weight)
 
@@ -402,10 +396,12 @@ def check_sampling(
     model,         # Causal LM
     tol:float=1e-4 # Largest difference of a log-probability
 ):
-    "Raise, once for a model, if what its kept keys say differs from its forward; sampling asks for it"
+    "Raise, once for a model, if what its kept keys say differs from its forward; of a padded one, find out how its own cache can be used"
     longest = max_tokens(model)
-    if is_padded(model) or longest<2 or getattr(model, '_decodes', False):
+    if is_padded(model):
+        own_cache(model)
         return
+    if longest<2 or getattr(model, '_decodes', False): return
     model._decodes = True                                      # the samples below come here too
     g = generator(0, 'check')
     length = min(3, longest-1)
