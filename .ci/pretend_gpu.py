@@ -14,8 +14,9 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py selftest
   python .ci/pretend_gpu.py stages [--precision fp32|bf16|fp16] [--kind cuda|mps] [--only sft reward ...]    every stage of the command, tiny
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
-  python .ci/pretend_gpu.py notebooks nbs/25_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py notebooks nbs/26_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
+  python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
@@ -499,7 +500,7 @@ def counts(a):
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
-        from rlhf_nb.forward import Layout
+        from rlhf_nb.layout import Layout
         from rlhf_nb.models import mk_reward_model,mk_value_model
         from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
@@ -564,7 +565,7 @@ def limits(a):
     from rlhf_nb.adapters import adapt
     from rlhf_nb.config import LoraConfig
     from rlhf_nb.core import generator
-    from rlhf_nb.forward import Layout,layout_of
+    from rlhf_nb.layout import Layout,layout_of
     from rlhf_nb.models import log_probs
     from rlhf_nb.sampling import sample
     from rlhf_nb import writing
@@ -605,6 +606,73 @@ def limits(a):
     return []
 
 
+def training(a):
+    """What an update may ask of a GPU: the host waits once, for its row of the log, however many micro-batches there are and wherever the data
+    lie. Killed and resumed in fp16, among updates that overflow, it ends with the same bits; a stage has a peak of memory of its own"""
+    import tempfile
+    from copy import deepcopy
+    from functools import partial
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from tiny import batch,lm
+    from rlhf_nb.config import DPOConfig,Optim
+    from rlhf_nb.core import Batch
+    from rlhf_nb.dpo import dpo_step,reference_log_probs
+    from rlhf_nb.models import mk_reward_model
+    from rlhf_nb.reward import reward_step
+    from rlhf_nb.run import Run
+    from rlhf_nb.sft import sft_step
+    from rlhf_nb.train import fit,measured,mk_accelerator,own_pieces,steps
+    policy,pairs = lm(),batch(2, [22,35,19,28,40,24])
+    answers = Batch.from_tokens(pairs.prompts, [o[:1] for o in pairs.tokens()])
+    def waits(gpu, k): return sum(v for q,v in gpu.syncs.items() if q[0]==k),sorted((q,v) for q,v in gpu.syncs.items() if q[0]==k)
+    with PretendGPU(a.kind, tuple(a.capability)) as gpu:
+        reset_accelerate()
+        policy.to('cuda')
+        pairs = pairs.plus(ref_sums=reference_log_probs(policy, pairs).cpu())
+        stages = dict(sft=(policy,answers,sft_step), reward=(mk_reward_model(policy),pairs,reward_step), dpo=(policy,pairs,partial(dpo_step, o=DPOConfig())))
+        for name,(model,data,step) in stages.items():
+            for precision,there,tokens in itertools.product(('fp32','bf16','fp16'), (False,True), (10**6,100)):
+                acc,o,b = mk_accelerator(precision),Optim(micro_tokens=tokens),data.to('cuda') if there else data
+                n = len(own_pieces(b, tokens))
+                it = steps(deepcopy(model), (([b[:]],{}) for _ in range(2)), step, o, 2, acc=acc)
+                next(it); k = f'{name} {precision} {"there" if there else "here"} {n}'
+                with gpu.phase(k): next(it)
+                with gpu.phase(k+' dev'): measured(model, step, b, o)
+                it.close()
+                for q in (k,k+' dev'):
+                    count,where = waits(gpu, q)
+                    assert count==1 and (n>1)==(tokens<10**6), (q,where)
+        print('an update of SFT, reward model or DPO: 1 synchronisation, however many micro-batches')
+
+        def steep(net, b, n):
+            loss,s = sft_step(net, b, n)
+            return loss*2**12,s
+        def run_of(stop=None, run=None, scale=2.**12):
+            model,acc,o = deepcopy(policy),mk_accelerator('fp16'),Optim(lr=1e-3, checkpoint_every=2)
+            def updates(start):
+                for i in range(start, 10):
+                    if i==stop: raise KeyboardInterrupt
+                    yield [answers],{}
+            return model,fit(model, updates, steep, o, 10, run, 'sft', acc=acc)
+        model,rows = run_of()
+        skipped = [r['skipped'] for r in rows]
+        assert 0<sum(skipped)<10 and skipped==sorted(skipped, reverse=True), skipped
+        for stop in (sum(skipped)-1 or 1,7):
+            with tempfile.TemporaryDirectory() as d:
+                run = Run(d+'/run', tiny_config('fp16'))
+                try: run_of(stop, run)
+                except KeyboardInterrupt: pass
+                again,got = run_of(run=run)
+            assert len(got)==10 and all({k:r[k] for k in r if 'seconds' not in k and k!='peak_memory'}=={k:g[k] for k in r if 'seconds' not in k and k!='peak_memory'}
+                                        for r,g in zip(rows, got)), stop
+            assert all(torch.equal(p, q) for p,q in zip(model.state_dict().values(), again.state_dict().values())), stop
+        print(f'fp16: {sum(skipped)} of 10 updates skipped, resumed with the same bits')
+        big = torch.zeros(1<<24, device='cuda'); del big
+        peak = run_of()[1][-1]['peak_memory']
+        assert gpu.now<peak<4<<24, peak
+    return []
+
+
 def selftest(a):
     with PretendGPU() as gpu:
         def raises(f):
@@ -634,7 +702,7 @@ def selftest(a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=['selftest','stages','library','limits','notebooks','counts','script'])
+    p.add_argument('what', choices=['selftest','stages','library','limits','training','notebooks','counts','script'])
     p.add_argument('files', nargs=argparse.REMAINDER, default=[])
     p.add_argument('--precision', default='fp32', choices=['auto','fp32','bf16','fp16']); p.add_argument('--kind', default='cuda', choices=['cuda','mps'])
     p.add_argument('--capability', type=int, nargs=2, default=(8,0)); p.add_argument('--only', nargs='+')
@@ -645,7 +713,7 @@ def main():
     if argv and argv[0]!='script':
         o,rest = opts.parse_known_args(argv[1:])
         a = argparse.Namespace(what=argv[0], files=rest, **vars(o))
-        if a.what not in ('selftest','stages','library','limits','notebooks','counts'): p.print_help(); sys.exit(2)
+        if a.what not in ('selftest','stages','library','limits','training','notebooks','counts'): p.print_help(); sys.exit(2)
     else:
         if not argv: p.print_help(); sys.exit(2)
         a = argparse.Namespace(what='script', files=argv[1:], precision='fp32', kind='cuda', capability=(8,0), only=None)

@@ -21,6 +21,7 @@ def pretend(*args):
 @pytest.mark.parametrize("args", [
     ["selftest"],
     ["limits"],
+    ["training"],
     ["library"],
     ["library", "--precision", "bf16", *trains],
     ["library", "--precision", "fp16", *trains],
