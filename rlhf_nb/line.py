@@ -151,6 +151,14 @@ class Line:
             if not self.lora and isinstance(m, Adapted): m = merged(m)
         check_sampling(m)
         self.base = getattr(m, 'base', None)
+        return self._in_range(m)
+    def _in_range(self, m):
+        "The model: where fp16 has no room for its activations, `auto` means float32, and fp16 is refused"
+        if self.acc.precision!='fp16' or not (why := beyond_half(m)): return m
+        if self.config.model.precision!='auto':
+            raise ValueError(f'model.precision: fp16 was asked for, and {why}; use bf16, fp32 or auto')
+        print(f'float32 in the place of fp16: {why}')
+        self.acc.begin(precision='fp32')
         return m
     @property
     def lora(self):
@@ -173,9 +181,9 @@ class Line:
         if not self.done(stage):
             raise FileNotFoundError(f"{made}: no such folder; run the stage '{stage}' first "
                                     f'(rlhf_nb train {stage} --out {self.run.path})')
-        where = dict(device=self.acc.device)
-        if stage=='reward': m,tok = load_reward_model(str(made), **where, **loading(self.config.model))
-        else: m,tok = load_policy(str(made), **where, **self.loading)
+        load,how = (load_reward_model,loading(self.config.model)) if stage=='reward' else (load_policy,self.loading)
+        m,tok = load(str(made), device=self.acc.device, **how)
+        if stage!='reward': self._in_range(m)
         self.base = getattr(m, 'base', None) or self.base      # kept: each stage reads the same
         return m,tok
     @property
@@ -263,18 +271,9 @@ class Line:
         if why := score.lacks(columns_of(rows)):
             print(f'no rewards: {why}')
             score = silent_scorer
-        return sample_records(
-            self.models,
-            prompts,
-            self.template,
-            score,
-            self.gold,
-            o or c.eval,
-            c.data.max_prompt,
-            c.seed,
-            train,
-            family,           # only prompts of a family have a true reward
-            rows)
+        # only prompts of a family have a true reward
+        about = o or c.eval,c.data.max_prompt,c.seed,train,family,rows
+        return sample_records(self.models, prompts, self.template, score, self.gold, *about)
     def rows_of(self, prompts, rows=())->list:
         "The row of each prompt: one of `rows`, or a held-out one, where it is among them"
         held = self.held() if by_function(self.reward_of()) else ()

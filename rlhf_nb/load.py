@@ -277,6 +277,8 @@ def _whole(name, tokenizer, forward, device, template, gradient_checkpointing=Fa
     t = Template(tok, template)
     with _named(name):
         m = _ready(fit_tokenizer(m, t, own), forward)
+        if weights.get('dtype')=='float16' and (why := beyond_half(m)):
+            raise ValueError(f'model.dtype: float16 was asked for, and {why}; use bfloat16 or float32')
         if gradient_checkpointing: checkpoint_layers(m)
         return (m if is_quantised(m) else m.to(device)),tok
 

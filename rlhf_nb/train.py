@@ -127,8 +127,7 @@ def best_precision(
 )->str:
     "What `auto` means: bf16 where it is native, fp16 on older GPUs, else float32; or what the environment variable RLHF_NB_PRECISION says"
     d = torch.device(device)
-    asked = os.environ.get('RLHF_NB_PRECISION')
-    if asked:
+    if asked := os.environ.get('RLHF_NB_PRECISION'):
         if asked not in dtypes:
             raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{asked}'")
         return asked
@@ -152,8 +151,9 @@ class Engine(Accelerator):
         super().__init__(cpu=several and device.type=='cpu')
         self.native_amp = False                     # the autocast is `Net`'s
         self.begin()
-    def begin(self, scale:dict=None):
-        "A stage begins: fp16 scales its loss from the start, or as the stage did when a checkpoint was written"
+    def begin(self, scale:dict=None, precision:str=None):
+        "A stage begins, in another precision from now on if one is named: fp16 scales its loss from the start, or as a checkpoint says"
+        self.precision = precision or self.precision
         half = self.precision=='fp16'
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE) if half else None
         if half and scale: self.scaler.load_state_dict(scale)
