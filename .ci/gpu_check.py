@@ -207,7 +207,7 @@ class Kit:
         it.close()
         acc.free_memory()
         tokens = sum(b.sizes)
-        return dict(ms=1e3*s, tokens=tokens, tokens_per_s=tokens/s, loss=rows[-1]["loss"], grad_norm=rows[-1]["grad_norm"], **self.peak())
+        return dict(ms=1e3*s, tokens=tokens, tokens_per_s=tokens/s, loss=rows[-1]["loss"], grad_norm=rows[-1].get("grad_norm"), **self.peak())
 
 
 def env(k):
@@ -508,7 +508,7 @@ def four_bits(k):
         policy = adapted(k, True, quantize="4bit", dtype="bfloat16")
         model, step, o = learner(k, "grpo", policy)
         r = k.updates(k.acc("bf16"), model, rollout(policy, b, "grpo"), step, o)
-        return {**r, "ok": 0 < r["grad_norm"] < math.inf}
+        return {**r, "ok": (r["grad_norm"] or 0) > 0}
     k.check("grpo, rank 16, checkpointing: update bf16", update)
     ps = k.prompts(8, vocab)
     k.check("64 answers", lambda: dict(seconds=k.clock(lambda: sample(low, ps, 8, k.new, stop_ids=()), 2)))
@@ -593,7 +593,7 @@ def demo_of(k, precision, command=False):
             k.fresh()
             run_stages(line, [s], lambda x: None)
             rows = line.run.rows(s) if s in ("sft", "reward", "dpo", "ppo", "grpo") else []
-            losses = dict(first=rows[0]["loss"], last=rows[-1]["loss"], skipped=sum(not math.isfinite(r["grad_norm"]) for r in rows)) if rows else {}
+            losses = dict(first=rows[0]["loss"], last=rows[-1]["loss"], skipped=sum(r.get("skipped", 0) for r in rows)) if rows else {}
             return dict(ok=bool(line.done(s)), **losses, **k.peak())
         for s in ("sft", "reward", "dpo", "ppo", "grpo", "frontier", "evaluate", "judge", "failures", "last_token", "analyze"):
             k.check(f"{precision} {s}", lambda: stage(s))

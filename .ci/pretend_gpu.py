@@ -9,18 +9,21 @@ Counted, with the file and line of the innermost frame of a watched package, are
   - synchronisations of host and device: .item(), int(), bool(), .tolist(), nonzero, indexing by a mask, unique, copies between the two
   - ops that would launch at least one kernel: a lower bound of the launches
   - bytes on the device: now, at most, and where that was (`torch.cuda.max_memory_allocated`, without the kernels' workspaces).
-Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its determinism; other threads; what runs before `with PretendGPU()`.
+Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its determinism; threads and what else runs before `with PretendGPU()`.
 
   python .ci/pretend_gpu.py selftest
   python .ci/pretend_gpu.py stages [--precision fp32|bf16|fp16] [--kind cuda|mps] [--only sft reward ...]    every stage of the command, tiny
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
-  python .ci/pretend_gpu.py notebooks nbs/25_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py app                                       the page over HTTP: one comparison, the CPU's answers
+  python .ci/pretend_gpu.py resume [--precision ...] [--only sft ...] each stage killed and gone on with: equal weights and logs
+  python .ci/pretend_gpu.py notebooks nbs/26_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
+  python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
 """
-import argparse,collections,contextlib,gc,itertools,os,sys,time,traceback,weakref
+import argparse,collections,contextlib,gc,itertools,os,re,sys,threading,time,traceback,weakref
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1'); os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 import torch
@@ -60,7 +63,11 @@ class Book:
     def __init__(self, kind, watch):
         self.kind,self.watch,self.live,self.now,self.peak,self.peak_at = kind,watch,{},0,0,''
         self.syncs,self.launches,self.ops = collections.Counter(),collections.Counter(),collections.Counter()
-        self.phase,self.ctx,self.seen = '',[None],set()
+        self.phase,self.seen,self.local = '',set(),threading.local()
+    @property
+    def ctx(self):
+        "For each call in progress in this thread: are its results on the device?"
+        return self.local.__dict__.setdefault('ctx', [None])
     def name(self): return 'cuda:0' if self.kind=='cuda' else 'mps:0'
     def on(self, t):
         "Is `t` on the device?"
@@ -141,13 +148,26 @@ def _move(b, func_to, x, to_device, dtype=None, copy=False, wait=True, **kw):
     cur = b.on(x)
     if to_device is None or to_device==cur:
         return func_to(x, dtype, copy=copy, **kw) if dtype is not None else func_to(x, x.dtype, copy=copy, **kw)
-    b.ctx.append(False)
-    try: out = x.detach().to(dtype or x.dtype, copy=True) if not (x.requires_grad and torch.is_grad_enabled()) else x.to(dtype or x.dtype, copy=True)
-    finally: b.ctx.pop()
-    _retag(b, out, to_device)
+    out = _Moved.apply(x, b, to_device, dtype or x.dtype)
     # to the device a copy from page-locked memory is queued; what comes back unwaited would be read too early
     if wait or not to_device or not getattr(x, 'is_page_locked', False): b.sync('host to device' if to_device else 'device to host')
     return out
+class _Moved(torch.autograd.Function):
+    "A copy on the other device; its gradient goes the way back"
+    @staticmethod
+    def forward(ctx, x, b, on, dtype):
+        ctx.book,ctx.on,ctx.dtype = b,on,x.dtype
+        b.ctx.append(False)
+        try: out = x.detach().to(dtype, copy=True)
+        finally: b.ctx.pop()
+        _retag(b, out, on)
+        if not dtype.is_floating_point: ctx.mark_non_differentiable(out)
+        return out
+    @staticmethod
+    def backward(ctx, g):
+        with _hide(): out = g.detach().to(ctx.dtype, copy=True); _retag(ctx.book, out, not ctx.on)
+        ctx.book.sync('host to device' if not ctx.on else 'device to host')
+        return out,None,None,None
 def _retag(b, t, on):
     k = id(t.untyped_storage())
     if on: b.put(t)
@@ -203,7 +223,8 @@ class _Dispatch(TorchDispatchMode):
             if name=='copy_' and len(args)>1 and isinstance(args[1], _T) and args[1].numel() and b.on(args[0])!=b.on(args[1]):
                 if not (args[1].dim()==0 and not b.on(args[1])): b.sync('device to host' if b.on(args[1]) else 'host to device')
             if name not in VIEWS: b.launches[b.phase] += 1; b.ops[b.phase,name] += 1
-        out = func(*args, **kw)
+        if func is aten.mm.dtype: out = aten.mm(*(x.to(args[2]) for x in args[:2]))     # a GPU's own kernel: half in, float32 out
+        else: out = func(*args, **kw)
         if dev:
             for t in _tensors(out, []): b.put(t)
         return out
@@ -245,6 +266,10 @@ class PretendGPU:
     def reset_peak(self, *a, **k): self.book.peak,self.book.peak_at = self.book.now,''
     def _patches(self):
         b,kind,auto = self.book,self.kind,torch.amp.autocast_mode.autocast
+        begin = threading.Thread._bootstrap_inner
+        def begin_here(thread):
+            with _Dispatch(b),_Function(b): return begin(thread)
+        yield threading.Thread,'_bootstrap_inner',begin_here
         yield torch.backends.cuda,'is_built',lambda: False      # no kernels, so no graphs of them
         cpu = lambda d: 'cpu' if d is not None and str(d).split(':')[0]==kind else d
         class Autocast(auto):
@@ -261,6 +286,13 @@ class PretendGPU:
             return out
         for m in (fu, oo, cg):
             if hasattr(m, '_group_tensors_by_device_and_dtype'): yield m,'_group_tensors_by_device_and_dtype',grouped
+        import safetensors.torch
+        opened = safetensors.torch.safe_open
+        @contextlib.contextmanager
+        def safe_open(*args, device='cpu', **kw):   # Rust puts tensors on the real device
+            with opened(*args, device=cpu(device), **kw) as f:
+                yield type('Opened', (), dict(get_tensors=lambda s: {k:v.to(device) for k,v in f.get_tensors().items()}))()
+        yield safetensors.torch,'safe_open',safe_open
         yield torch,'autocast',Autocast
         yield torch.amp,'autocast',Autocast
         yield torch.amp.autocast_mode,'autocast',Autocast
@@ -277,7 +309,7 @@ class PretendGPU:
                         synchronize=lambda *a: b.sync('synchronize'), get_device_capability=lambda *a: self.capability, get_device_name=lambda *a: props.name,
                         get_device_properties=lambda *a: props, is_bf16_supported=lambda *a, **k: self.capability>=(8,0), memory_allocated=lambda *a: b.now,
                         max_memory_allocated=lambda *a: b.peak, max_memory_reserved=lambda *a: b.peak, memory_reserved=lambda *a: b.now, set_sync_debug_mode=lambda *a: None, is_current_stream_capturing=lambda: False, is_initialized=lambda: True, _lazy_init=lambda: None,
-                        manual_seed_all=lambda s: None, manual_seed=lambda s: None, current_stream=lambda *a: None, _is_in_bad_fork=lambda: False, reset_peak_memory_stats=self.reset_peak, mem_get_info=lambda *a: (self.memory-b.now,self.memory)).items():
+                        get_rng_state=lambda *a: torch.get_rng_state(), set_rng_state=lambda s,*a: torch.set_rng_state(s), manual_seed_all=lambda s: None, manual_seed=lambda s: None, current_stream=lambda *a: None, _is_in_bad_fork=lambda: False, reset_peak_memory_stats=self.reset_peak, mem_get_info=lambda *a: (self.memory-b.now,self.memory)).items():
             yield torch.cuda,k,v
     def __enter__(self):
         self.saved = []
@@ -347,19 +379,82 @@ def stages(a):
                 if ok: print(f'      left on the device after it: {gpu.now/1e6:.2f} MB; peak {gpu.peak/1e6:.2f} MB at {gpu.peak_at}; {gpu.launches[s]} launches, {sum(v for k,v in gpu.syncs.items() if k[0]==s)} syncs')
             def generate(): line.records(['\n\nHuman: What is the colour of the sky?\n\nAssistant:'])
             _attempt('generate (records)', generate, faults)
-            def app():
-                from rlhf_nb.desk import Desk
-                desk = Desk(d+'/run'); desk.load()
-                if desk.problems: raise DeviceError('; '.join(desk.problems))
-                for n in (1,3):
-                    for c in desk.compare(desk.ask('\n\nHuman: Hello?\n\nAssistant:', n=n, max_new_tokens=6)): pass
-            with gpu.phase('app'): _attempt('app: compare', app, faults)
-            def resume():
-                line2 = pipeline.Line(Run(d+'/run', line.config, True))
-                shutil.rmtree(d+'/run/ppo_model', ignore_errors=True); (line2.run/'ppo_model').exists() or pipeline.run_stage(line2, 'ppo')
-            _attempt('ppo again, from its checkpoint', resume, faults)
         finally: shutil.rmtree(d)
     print(f'{len(faults)} faults: {", ".join(faults) or "none"}')
+    return faults
+
+
+def app(a):
+    "The page, asked over HTTP: its models are on the GPU, and its answers are the CPU's"
+    os.environ['GRADIO_ANALYTICS_ENABLED'] = '0'
+    import tempfile
+    from gradio_client import Client
+    from rlhf_nb.app import launch
+    from rlhf_nb.desk import Desk
+    from rlhf_nb.load import mk_policy,save_model
+    from rlhf_nb.models import mk_reward_model
+    from rlhf_nb.run import Run
+    from rlhf_nb.world import make_world,world_tokenizer
+    asked = [('Hello?', n, t) for n in (1,3) for t in (1.,0.)]
+    with tempfile.TemporaryDirectory() as d:
+        run = Run(d+'/run', tiny_config(**{'model.n_embd':16}))
+        tok = world_tokenizer(make_world(run.config.world, 0), 400)
+        for i,k in enumerate(('reference','ppo_model','dpo_model')): save_model(mk_policy(run.config.model, tok, i), tok, run/k)
+        save_model(mk_reward_model(mk_policy(run.config.model, tok), 'last_token', 1), tok, run/'reward_model')
+        with PretendGPU(a.kind, tuple(a.capability)) as gpu:
+            page = launch(d+'/run', port=0, inline=False)
+            while page.desk.state=='loading': time.sleep(.05)
+            if page.desk.problems: raise DeviceError('; '.join(page.desk.problems))
+            where = {str(p.policy.device) for p in page.desk.players.values()}
+            client = Client(page.local_url, verbose=False)
+            got = [client.predict(q, None, t, 9, 0, n, api_name='/compare') for q,n,t in asked]
+            page.close()
+            assert where=={gpu.name()} and sum(gpu.launches.values())>1000, (where, gpu.launches)
+        desk = Desk(d+'/run'); desk.load()
+        for (q,n,t),c in zip(asked, got):
+            *_,want = desk.compare(desk.ask(f'\n\nHuman: {q}\n\nAssistant:', None, t, 9, 0, n))
+            assert c['state']==want['state']=='done' and list(c['answers'])==['reference','ppo','dpo'], c
+            for k,o in want['answers'].items():
+                assert all(c['answers'][k][x]==o[x] for x in ('response','n_tokens','finished')), (k, o, c['answers'][k])
+                for x in ('reward','kl'): assert abs(c['answers'][k][x]-o[x])<1e-4, (k, x, o[x], c['answers'][k][x])
+    print(f'{len(asked)} comparisons'); return []
+
+
+class Killed(BaseException): pass
+
+
+def resume(a):
+    "Each stage killed between two checkpoints, and gone on with: the weights and the log of one that was left alone"
+    import json,tempfile
+    from unittest.mock import patch
+    faults = []
+    with PretendGPU(a.kind, tuple(a.capability)),tempfile.TemporaryDirectory() as d:
+        reset_accelerate()
+        from rlhf_nb import pipeline
+        from rlhf_nb.run import Run
+        from rlhf_nb.train import StageLog
+        names = a.only or ['sft','reward','dpo','ppo','grpo']
+        each = dict(updates=5, checkpoint_every=2, eval_every=2)
+        config = tiny_config(a.precision, 'mps' if a.kind=='mps' else 'auto', **{f'{k}.{x}':v for k in names for x,v in each.items()})
+        def train(stage, folder, again): pipeline.run_stages(pipeline.Line(Run(f'{d}/{folder}', config, again)), [stage], lambda x: None)
+        add = StageLog.add
+        def killed(log, row):
+            if row['update']==3: raise Killed
+            add(log, row)
+        def logged(folder, stage): return [{k:v for k,v in json.loads(r).items() if 'seconds' not in k and k!='peak_memory'} for r in open(Run(f'{d}/{folder}').log(stage))]
+        def same(stage):
+            train(stage, 'alone', stage!=names[0])
+            with patch.object(StageLog, 'add', killed):
+                try: train(stage, 'killed', stage!=names[0])
+                except Killed: pass
+                else: raise AssertionError('it was not killed')
+            assert len(logged('killed', stage))==3 and Run(f'{d}/killed').checkpoint(stage).exists()
+            train(stage, 'killed', True)
+            assert logged('alone', stage)==logged('killed', stage), 'other rows'
+            one,other = (Run(f'{d}/{k}').made(stage) for k in ('alone','killed'))
+            for f in one.glob('*.safetensors'): assert f.read_bytes()==(other/f.name).read_bytes(), f.name
+            assert list(one.glob('*.safetensors'))
+        for s in names: _attempt(s, lambda: same(s), faults)
     return faults
 
 
@@ -472,7 +567,7 @@ def notebooks(a):
             reset_accelerate()
             for i,c in enumerate(nb['cells']):
                 src = ''.join(c['source'])
-                if c['cell_type']!='code' or 'nbdev_export' in src or '#| slow' in src or '#|slow' in src: continue
+                if c['cell_type']!='code' or 'nbdev_export' in src or re.search(r'^# ?\| ?(slow|eval: false)', src, re.M): continue
                 src = '\n'.join('pass' if l.lstrip()[:1] in '%!' and l.lstrip() else l for l in src.split('\n'))
                 try:
                     n += 1
@@ -481,6 +576,7 @@ def notebooks(a):
                     if isinstance(e, KeyboardInterrupt): raise
                     tb = [o for o in traceback.extract_tb(e.__traceback__) if 'pretend_gpu' not in o.filename and '/torch/' not in o.filename]
                     o = ([x for x in tb if 'rlhf_nb' in x.filename or '<cell' in x.filename] or tb)[-1]
+                    if os.environ.get('PRETEND_TRACEBACK'): traceback.print_exc()
                     faults.append(f'cell {i}: {os.path.basename(o.filename)}:{o.lineno} {o.name}: {type(e).__name__}: {str(e)[:160]}')
         os.chdir(here); sys.path.pop(0)
         print(f'{path}: {n} cells, {len(faults)} fail', flush=True)
@@ -499,7 +595,7 @@ def counts(a):
         from rlhf_nb.dpo import dpo_step,reference_log_probs
         from rlhf_nb.evaluate import sample_with_kl
         from rlhf_nb.grpo import grpo_advantages,grpo_step
-        from rlhf_nb.forward import Layout
+        from rlhf_nb.layout import Layout
         from rlhf_nb.models import mk_reward_model,mk_value_model
         from rlhf_nb.load import mk_policy
         from rlhf_nb.ppo import ppo_advantages,ppo_step
@@ -564,7 +660,7 @@ def limits(a):
     from rlhf_nb.adapters import adapt
     from rlhf_nb.config import LoraConfig
     from rlhf_nb.core import generator
-    from rlhf_nb.forward import Layout,layout_of
+    from rlhf_nb.layout import Layout,layout_of
     from rlhf_nb.models import log_probs
     from rlhf_nb.sampling import sample
     from rlhf_nb import writing
@@ -605,6 +701,77 @@ def limits(a):
     return []
 
 
+def training(a):
+    """What an update may ask of a GPU: the host waits once, for its row of the log, however many micro-batches there are and wherever the data
+    lie. Killed and resumed in fp16, among updates that overflow, it ends with the same bits; a stage has a peak of memory of its own"""
+    import tempfile
+    from copy import deepcopy
+    from functools import partial
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from tiny import batch,lm
+    from rlhf_nb.config import DPOConfig,Optim
+    from rlhf_nb.core import Batch
+    from rlhf_nb.dpo import dpo_step,reference_log_probs
+    from rlhf_nb.models import log_probs,mk_reward_model
+    from rlhf_nb.reward import reward_step
+    from rlhf_nb.run import Run
+    from rlhf_nb.sft import sft_step
+    from rlhf_nb.train import fit,measured,mk_accelerator,own_pieces,steps
+    policy,pairs = lm(),batch(2, [22,35,19,28,40,24])
+    answers = Batch.from_tokens(pairs.prompts, [o[:1] for o in pairs.tokens()])
+    def waits(gpu, k): return sum(v for q,v in gpu.syncs.items() if q[0]==k),sorted((q,v) for q,v in gpu.syncs.items() if q[0]==k)
+    with PretendGPU(a.kind, tuple(a.capability)) as gpu:
+        reset_accelerate()
+        exact = log_probs(policy, pairs)
+        policy.to('cuda')
+        for dt,off in ((torch.bfloat16,.1),(torch.float16,.02)):    # half in, float32 out: the product that only a GPU has
+            with torch.autocast('cuda', dtype=dt),gpu.phase(f'product {dt}'): got = log_probs(policy, pairs)
+            assert 0<(got-exact).abs().max()<off, (dt,(got-exact).abs().max())
+        pairs = pairs.plus(ref_sums=reference_log_probs(policy, pairs).cpu())
+        stages = dict(sft=(policy,answers,sft_step), reward=(mk_reward_model(policy),pairs,reward_step), dpo=(policy,pairs,partial(dpo_step, o=DPOConfig())))
+        for name,(model,data,step) in stages.items():
+            for precision,there,tokens in itertools.product(('fp32','bf16','fp16'), (False,True), (10**6,100)):
+                acc,o,b = mk_accelerator(precision),Optim(micro_tokens=tokens),data.to('cuda') if there else data
+                n = len(own_pieces(b, tokens))
+                it = steps(deepcopy(model), (([b[:]],{}) for _ in range(2)), step, o, 2, acc=acc)
+                next(it); k = f'{name} {precision} {"there" if there else "here"} {n}'
+                with gpu.phase(k): next(it)
+                with gpu.phase(k+' dev'): measured(model, step, b, o)
+                it.close()
+                for q in (k,k+' dev'):
+                    count,where = waits(gpu, q)
+                    assert count==1 and (n>1)==(tokens<10**6), (q,where)
+        print('an update of SFT, reward model or DPO: 1 synchronisation, however many micro-batches')
+
+        def steep(net, b, n):
+            loss,s = sft_step(net, b, n)
+            return loss*2**12,s
+        def run_of(stop=None, run=None, scale=2.**12):
+            model,acc,o = deepcopy(policy),mk_accelerator('fp16'),Optim(lr=1e-3, checkpoint_every=2)
+            def updates(start):
+                for i in range(start, 10):
+                    if i==stop: raise KeyboardInterrupt
+                    yield [answers],{}
+            return model,fit(model, updates, steep, o, 10, run, 'sft', acc=acc)
+        model,rows = run_of()
+        skipped = [r['skipped'] for r in rows]
+        assert 0<sum(skipped)<10 and skipped==sorted(skipped, reverse=True), skipped
+        for stop in (sum(skipped)-1 or 1,7):
+            with tempfile.TemporaryDirectory() as d:
+                run = Run(d+'/run', tiny_config('fp16'))
+                try: run_of(stop, run)
+                except KeyboardInterrupt: pass
+                again,got = run_of(run=run)
+            assert len(got)==10 and all({k:r[k] for k in r if 'seconds' not in k and k!='peak_memory'}=={k:g[k] for k in r if 'seconds' not in k and k!='peak_memory'}
+                                        for r,g in zip(rows, got)), stop
+            assert all(torch.equal(p, q) for p,q in zip(model.state_dict().values(), again.state_dict().values())), stop
+        print(f'fp16: {sum(skipped)} of 10 updates skipped, resumed with the same bits')
+        big = torch.zeros(1<<24, device='cuda'); del big
+        peak = run_of()[1][-1]['peak_memory']
+        assert gpu.now<peak<4<<24, peak
+    return []
+
+
 def selftest(a):
     with PretendGPU() as gpu:
         def raises(f):
@@ -624,6 +791,9 @@ def selftest(a):
         a0 = gpu.now; y = torch.empty(1<<20, device='cuda'); assert gpu.now-a0==4<<20; del y; assert gpu.now==a0
         import copy; assert copy.deepcopy(m).weight.is_cuda and copy.deepcopy(x).is_cuda
         with torch.autocast('cuda', dtype=torch.bfloat16): assert m(x).dtype==torch.bfloat16 and torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')==torch.bfloat16
+        w = torch.ones(2, requires_grad=True); (w.to('cuda').exp().cpu()*2).sum().backward(); assert not w.grad.is_cuda and torch.equal(w.grad, 2*w.detach().exp())
+        v = torch.ones(2, device='cuda', requires_grad=True); (v.cpu()**2).sum().backward(); assert v.grad.is_cuda and v.grad.tolist()==[2,2]
+        with torch.random.fork_rng([torch.device('cuda:0')]): torch.rand(1)
         s = torch.amp.GradScaler('cuda'); assert s.scale(x.sum()).item()==x.sum().item()*65536
     assert not torch.cuda.is_available() and not torch.zeros(1).is_cuda
     with PretendGPU('mps'):
@@ -632,9 +802,12 @@ def selftest(a):
     print('selftest passed'); return []
 
 
+modes = 'selftest','stages','app','resume','library','limits','training','notebooks','counts'
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=['selftest','stages','library','limits','notebooks','counts','script'])
+    p.add_argument('what', choices=[*modes,'script'])
     p.add_argument('files', nargs=argparse.REMAINDER, default=[])
     p.add_argument('--precision', default='fp32', choices=['auto','fp32','bf16','fp16']); p.add_argument('--kind', default='cuda', choices=['cuda','mps'])
     p.add_argument('--capability', type=int, nargs=2, default=(8,0)); p.add_argument('--only', nargs='+')
@@ -645,7 +818,7 @@ def main():
     if argv and argv[0]!='script':
         o,rest = opts.parse_known_args(argv[1:])
         a = argparse.Namespace(what=argv[0], files=rest, **vars(o))
-        if a.what not in ('selftest','stages','library','limits','notebooks','counts'): p.print_help(); sys.exit(2)
+        if a.what not in modes: p.print_help(); sys.exit(2)
     else:
         if not argv: p.print_help(); sys.exit(2)
         a = argparse.Namespace(what='script', files=argv[1:], precision='fp32', kind='cuda', capability=(8,0), only=None)

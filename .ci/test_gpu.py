@@ -21,6 +21,9 @@ def pretend(*args):
 @pytest.mark.parametrize("args", [
     ["selftest"],
     ["limits"],
+    ["app"],
+    ["resume"],
+    ["training"],
     ["library"],
     ["library", "--precision", "bf16", *trains],
     ["library", "--precision", "fp16", *trains],

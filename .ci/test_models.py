@@ -1,4 +1,4 @@
-"""Families of models beyond those of notebook 17, and the command with models that need the padded forward. Random weights, the smallest sizes.
+"""Families of models beyond those of notebook 18, and the command with models that need the padded forward. Random weights, the smallest sizes.
 
 The right values are plain calls, a sequence at a time, in float64 where the model's code has it."""
 import json

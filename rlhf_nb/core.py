@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['known_errors', 'KERNELS', 'child_seed', 'generator', 'seed_all', 'pass_order', 'changes', 'send', 'Batch', 'joined',
            'Work', 'is_main', 'read_text', 'replacing', 'write_text', 'write_json', 'read_json', 'append_row',
-           'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress', 'keep_memory', 'give_back', 'resident', 'Heap']
+           'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress', 'keep_memory', 'give_back', 'resident',
+           'peak_resident', 'forget_peak', 'Peak', 'Heap']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
-import ctypes,gc,hashlib,json,math,os,platform,random,reprlib,shutil,sys,threading
+import ctypes,gc,hashlib,json,math,os,platform,random,re,reprlib,shutil,sys,threading
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,7 +93,7 @@ class Batch:
         if rows is not None and len(rows)!=len(prompts):
             raise ValueError(f'{len(prompts)} prompts, but {len(rows)} rows')
         self.prompts,self.responses,self.mask,self.rows,self.fields = prompts,responses,mask.bool(),rows,fields
-        # what was found out about it, for the next who asks: the mask on the CPU; where its tokens lie (`forward.layout_of`)
+        # what was found out about it, for the next who asks: the mask on the CPU; where its tokens lie (`layout.layout_of`)
         self._known = {}
 
     @classmethod
@@ -448,6 +449,38 @@ def resident()->int:
     "Bytes that this process holds; 0 where the system does not tell"
     f = Path('/proc/self/statm')
     return int(f.read_text(encoding='utf-8').split()[1])*os.sysconf('SC_PAGE_SIZE') if f.exists() else 0
+
+def peak_resident()->int:
+    "The most bytes that this process has held, since it began or since `forget_peak`; 0 where the system does not tell"
+    f = Path('/proc/self/status')            # its own: ru_maxrss would include the parent's
+    if f.exists() and (found := re.search(r'VmHWM:\s+(\d+)', f.read_text(encoding='utf-8'))): return int(found[1])*1024
+    if sys.platform=='win32': return 0
+    import resource
+    unit = 1 if sys.platform=='darwin' else 1024                 # bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
+
+def forget_peak():
+    "Let `peak_resident` begin again with what is held now, where the system (Linux) can"
+    f = Path('/proc/self/clear_refs')
+    try:
+        if f.exists(): f.write_text('5', encoding='utf-8')
+    except OSError: pass                     # a system that forbids it: `Peak` sees that nothing was forgotten
+
+class Peak:
+    "The most memory from here on: of tensors on a GPU, or of this process"
+    def __init__(self,
+        device # torch.device
+    ):
+        self.device,self.before = device,0
+        if device.type=='cuda': return torch.cuda.reset_peak_memory_stats(device)
+        forget_peak()
+        # what could not be forgotten was somebody else's
+        if (now := peak_resident())>1.1*resident(): self.before = now
+    def __call__(self)->dict: # peak_memory, bytes; empty where it isn't known
+        "How much it was so far"
+        if self.device.type=='cuda': return dict(peak_memory=torch.cuda.max_memory_allocated(self.device))
+        now = peak_resident()
+        return dict(peak_memory=now) if now>self.before else {}
 
 class Heap:
     "Gives memory back where much more is held than a step needs"
