@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,12 @@ def even(b):
 
 
 def train(stage, run=None):
-    "Train the stage in the run folder, `+lora`: adapters on one base; its model and its metrics rows"
-    stage, _, lora = stage.partition("+")
+    "Train the stage in the run folder, `+lora`: adapters on one base, `+low`: a copy in bfloat16 samples; its model and its metrics rows"
+    stage, *more = stage.split("+")
+    lora = "lora" in more
     o, model, prompts = getattr(config, stage), lm(), batch(1, sizes).prompts
+    if "low" in more:
+        o = replace(o, sampler_dtype="bfloat16")
     reference = None if lora else lm()
     if lora:
         model = adapt(model, LoraConfig(r=4, dropout=.1))
@@ -120,7 +124,7 @@ def check(stage, folder, want):
     return got["rows"]
 
 
-@pytest.mark.parametrize("stage", [s+more for s in ("sft", "reward", "ppo", "grpo", "dpo") for more in ("", "+lora")])
+@pytest.mark.parametrize("stage", [s+more for s in ("sft", "reward", "ppo", "grpo", "dpo") for more in ("", "+lora")]+["ppo+low", "grpo+lora+low"])
 def test_killed(stage, begin, tmp_path):
     "SIGKILL at five random moments, then once while a checkpoint is being written, all in one run folder"
     rng = random.Random(f"7 {stage}")

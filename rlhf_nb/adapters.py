@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'OURS', 'Lora', 'layer_size', 'linear_layers', 'chosen_layers', 'mk_pairs', 'Adapted',
            'is_quantised', 'loading', 'adapt', 'bare', 'reference_of', 'is_adapter', 'place_of', 'save_adapter',
-           'Saved', 'read_adapter', 'on_base', 'merged', 'merge_odd']
+           'Saved', 'read_adapter', 'on_base', 'dense_copy', 'merged', 'merge_odd']
 
 # %% ../nbs/17_adapters.ipynb #b987864e
 import os
@@ -421,6 +421,36 @@ def on_base(
     if own and head_ is None: raise ValueError(f'{saved.path}: a classifier without its head (score.weight)')
     return Adapted(base.requires_grad_(False), lora, pairs, head_ if own else None, own)
 
+def _in_16(base):
+    "A base that can be merged into"
+    if is_quantised(base): raise ValueError('merging: the base has four bits; give it in 16 or 32')
+    return base
+
+def _without_hooks(whole):
+    "A copy of a base, that no adapter adds to"
+    for m in whole.modules():
+        for i in [i for i,f in m._forward_hooks.items() if f is _add]: del m._forward_hooks[i]
+    return whole
+
+def _merge(whole, base, model):
+    "What the adapter adds to the matrices of `base`, into those of its copy `whole`, rounded once"
+    for path,o in model.paths().items():
+        layer,of = (m.get_submodule(path) for m in (whole,base))
+        delta = o.delta().detach().T if isinstance(layer, Conv1D) else o.delta().detach()
+        layer.weight.data = (of.weight.detach().float()+delta.to(of.weight.device)).to(layer.weight)
+
+@torch.no_grad()
+def dense_copy(
+    model, # Causal LM, with an adapter of ours or without
+    dtype  # Of its parameters; what is computed of the configuration (rotary frequencies) stays as it is
+):
+    "A whole copy without gradients, what an adapter adds merged into it; it never takes more memory than it has in the end"
+    base = _in_16(model.base if isinstance(model, Adapted) else model)
+    def cast(p): return nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+    whole = _without_hooks(deepcopy(base, {id(p):cast(p) for p in base.parameters()}))
+    if isinstance(model, Adapted): _merge(whole, base, model)
+    return whole.eval()
+
 def merged(
     model,    # Adapted, or a reward model on one
     base=None # The base in more than four bits (None: its own)
@@ -431,14 +461,9 @@ def merged(
         for k in 'wgc': getattr(rm, k).data = getattr(model, k).data.clone()
         rm.config.reward_mean = model.config.reward_mean
         return rm.eval()
-    whole = deepcopy(model.base if base is None else base).requires_grad_(True)
-    if is_quantised(whole): raise ValueError('merging: the base has four bits; give it in 16 or 32')
-    for m in whole.modules():
-        for i in [i for i,f in m._forward_hooks.items() if f is _add]: del m._forward_hooks[i]
-    for path,o in model.paths().items():
-        layer = whole.get_submodule(path)
-        delta = o.delta().detach().T if isinstance(layer, Conv1D) else o.delta().detach()
-        layer.weight.data = (layer.weight.float()+delta.to(layer.weight.device)).to(layer.weight.dtype)
+    base = model.base if base is None else base
+    whole = _without_hooks(deepcopy(_in_16(base))).requires_grad_(True)
+    _merge(whole, base, model)
     if not hasattr(model, 'score'): return whole
     rm = _classifier(whole, model.config.own()).to(whole.dtype)
     rm.score.weight.data = model.score.weight.detach().to(rm.score.weight)

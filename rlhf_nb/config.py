@@ -158,6 +158,8 @@ class RolloutConfig(Optim):
     temperature:Heat=1.0      # Of sampling, and of every log-probability
     # Subtracted from the score of a response that was cut (0 where nothing else is said and `reward` is a function)
     no_eos_penalty:NonNeg=1.0
+    # Precision of a copy of the policy that writes the answers of an update, adapters merged (None: the policy writes itself)
+    sampler_dtype:Literal['float32','bfloat16','float16']|None=None
     # Stop an update's epochs when KL(policy now || policy that sampled) per token passes this
     target_kl:NonNeg|None=None
     # Stop training when KL to the reference per response passes this (nats), on training or on dev prompts

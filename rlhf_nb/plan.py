@@ -10,6 +10,7 @@ __all__ = ['planned', 'known_cards', 'efficiency', 'usable', 'Held', 'models_hel
 # %% ../nbs/56_plan.ipynb #plan0003
 from bisect import bisect_left
 from dataclasses import asdict
+from dataclasses import asdict,replace
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,11 @@ class Need(NamedTuple):
     @property
     def peak(self)->int: return sum(self.most.values())
 
+def _writer(stage, c):
+    "How a stage's answers are written: by the model as it is held, or by the copy that `sampler_dtype` makes"
+    dtype = getattr(getattr(c, stage, None), 'sampler_dtype', None)
+    return replace(c.model, dtype=dtype, quantize=None, lora=LoraConfig()) if dtype else c.model
+
 def _moments(stage, c, model, low):
     "What lives at each moment of a stage, weights and AdamW's moments aside"
     e,asked = c.eval,c.data.max_prompt
@@ -109,9 +115,11 @@ def _moments(stage, c, model, low):
     out = at_depth(lambda m: learning_bytes(stage, c, m, low), model)
     o = getattr(c, stage)
     if isinstance(o, RolloutConfig):
-        drawn = [(o.batch_size,largest(stage, c).group)]
-        if o.eval_every is not None: drawn.append((o.eval_n,o.eval_samples))
-        each = [drawing_bytes(model, c.model, n, [(g,g)], asked, o.max_new_tokens) for n,g in drawn]
+        writer = _writer(stage, c)
+        drawn = [(writer,o.batch_size,largest(stage, c).group)]
+        if o.eval_every is not None: drawn.append((c.model,o.eval_n,o.eval_samples))
+        each = [drawing_bytes(model, m, n, [(g,g)], asked, o.max_new_tokens) for m,n,g in drawn]
+        if o.sampler_dtype: each[0]['copies'] = size_of(model, writer).bytes
         out['sampling'] = max(each, key=lambda o: sum(o.values()))
     elif stage=='reward' and c.reward.normalise is not False:
         # what its mean and spread are set on
@@ -128,7 +136,7 @@ class Effort(NamedTuple):
     updates:int   # None: depends on the data
     tokens:int    # Read and written, in forward passes
     low:float     # Operations in the precision of training
-    full:float    # Operations of sampling, in the precision of the weights
+    full:float    # Operations of sampling, in the precision of the weights that it reads
     steps:int     # Tokens that are drawn one after another
     moved:float   # Bytes of weights and keys that such a step reads
 
@@ -170,7 +178,8 @@ def _work_of_learning(stage, c, o:ModelShape, s:Size):
     passes = _read[stage][0]+_learned[stage][0]*_times(stage, c)*(2+c.model.gradient_checkpointing)+draws
     k = _updates(stage, c)
     all_ = k or 1
-    steps,moved = _drawing(n, own.max_new_tokens, o, s) if draws else (0,0.)
+    written = s._replace(bytes=s.numbers*getattr(torch, own.sampler_dtype).itemsize) if draws and own.sampler_dtype else s
+    steps,moved = _drawing(n, own.max_new_tokens, o, written) if draws else (0,0.)
     return Effort(k, all_*passes*n.prompts*sum(one.sizes), all_*(learned+read), all_*draws*sum(flops), all_*steps, moved)
 
 def _drawing(n, said, o, s):
@@ -215,7 +224,7 @@ def seconds(
     card:Card,
     low:bool,   # Does training read in 16 bits?
     layers:int,
-    half=False  # Are the weights themselves in 16 bits?
+    half=False  # Are the weights in 16 bits that write answers?
 )->float:
     "How long a card may take"
     def rate(half): return 1e12*efficiency*(card.half if half else card.single)
@@ -311,11 +320,13 @@ def _fewer_at_once(stage, c, moments):
         key,now = _prompts_at_once(stage, c)
         for k in _halves(now): yield key,k
 
-def _smaller_models(m:ModelConfig):
+def _smaller_models(c):
     "(key, value): less of each model"
+    m = c.model
     if not m.lora.r: yield 'model.lora.r',16
     if m.dtype=='float32': yield 'model.dtype','bfloat16'
-    if not m.quantize: yield 'model.quantize','4bit'
+    # of four bits no copy can be made that samples
+    if not (m.quantize or c.ppo.sampler_dtype or c.grpo.sampler_dtype): yield 'model.quantize','4bit'
 
 def _least(stage, c, model):
     "Bytes that are there whatever the batch: weights, and gradients and moments of what learns"
@@ -325,7 +336,7 @@ def _least(stage, c, model):
 def _proposals(need, c, model, memory):
     "What may be set, in the order in which it is tried: pairs of key and value"
     much = {k for k,v in need.moments.items() if sum(v.values())>memory}
-    fewer,smaller = list(_fewer_at_once(need.stage, c, much)),list(_smaller_models(c.model))
+    fewer,smaller = list(_fewer_at_once(need.stage, c, much)),list(_smaller_models(c))
     # where the models alone are too much, they come first
     return fewer+smaller if _least(need.stage, c, model)<memory else smaller[:1]+fewer+smaller[1:]
 
@@ -376,10 +387,10 @@ def time_table(
     layers:int
 )->str:
     "A Markdown table: tokens and operations of each stage, and how long each card may take"
-    low,half = is_low(c),c.model.dtype!='float32'
+    low = is_low(c)
     rows = [['stage','updates','tokens','operations',*known_cards]]
     for o in needs:
-        w = o.work
+        w,half = o.work,_writer(o.stage, c).dtype!='float32'
         times = [_duration(seconds(w, k, low, layers, half)) for k in known_cards.values()]
         rows.append([o.stage, w.updates or 'one', _number(w.tokens), f'{w.low+w.full:.2g}', *times])
     return md_table(rows, 'l'+'r'*(len(rows[0])-1))

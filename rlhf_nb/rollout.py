@@ -19,6 +19,7 @@ from .parallel import *
 from .config import *
 from .run import *
 from .models import *
+from .adapters import *
 from .train import *
 from .sampling import *
 from .sources import *
@@ -79,6 +80,8 @@ def check_rollouts(
                          'lower it, or raise batch_size')
     if why := too_long(policy, prompts, o.max_new_tokens):
         raise ValueError('a'+why)
+    if o.sampler_dtype and is_quantised(policy):
+        raise ValueError("sampler_dtype: adapters are merged into the copy that samples, and the policy's base has four bits")
     return size
 
 def _mean(x):
@@ -126,11 +129,19 @@ def _spread(x):
     s = x.std().item() if x.numel()>1 else 0.
     return s if math.isfinite(s) else x.double().std().item()
 
-def _precision(policy, acc):
-    "The context in which training reads, and whether that is less than the sampler's float32"
-    coarse = policy.dtype!=torch.float32 or getattr(policy, 'is_quantized', False)
-    if acc is None: return nullcontext,coarse
-    return acc.autocast,acc.mixed_precision!='no' or coarse
+def _precision(policy, acc, o):
+    "The context in which training reads, and whether it is another forward than the sampler's, or less than float32"
+    other = policy.dtype!=torch.float32 or is_quantised(policy) or o.sampler_dtype is not None
+    if acc is None: return nullcontext,other
+    return acc.autocast,acc.mixed_precision!='no' or other
+
+def _sampler(policy, o):
+    "What writes the answers of an update: the policy, or a copy of it as it is now"
+    if o.sampler_dtype is None: return policy
+    check_sampling(policy)
+    copy = dense_copy(policy, getattr(torch, o.sampler_dtype))
+    copy._decodes = True                  # checked in float32, as the policy
+    return copy
 
 def _read(model, b, parts, o, precision):
     "Log-probabilities (B,G,R) under the precision of the training forward, part by part"
@@ -142,6 +153,9 @@ def _read(model, b, parts, o, precision):
 def _sampler_gap(lp, b):
     "How far the sampler's log-probabilities are from those of the forward that trains, and what is made of it"
     gap = (lp-b.old_log_probs)[b.mask]
+    if lost := int((~gap.isfinite()).sum()):
+        raise FloatingPointError(f'{lost} of {len(gap)} sampled tokens have no probability: numbers of the model overflow; '
+                                 'with sampler_dtype or model.dtype float16 use bfloat16')
     w = sampler_weights(lp, b.old_log_probs)[b.mask]
     return dict(
         sampler_gap=gap.abs().max().item(),
@@ -247,11 +261,11 @@ def _others(n, at, seed, i):
     order = torch.randperm(n, generator=generator(seed, 'further', i)).tolist()
     yield from itertools.cycle(sorted(order, key=set(at).__contains__))
 
-def _answered(policy, score, prompts, rows, n, o, seed, i, at, *draw):
+def _answered(sampler, score, prompts, rows, n, o, seed, i, at, *draw):
     "Answers to the prompts of index `at`, with rewards and scores, and the seconds of sampling; further draws have noise of their own"
     began = time.perf_counter()
     noise = child_seed(seed, 'rollout', i, *draw)
-    b = sample(policy, [prompts[j] for j in at], n, o.max_new_tokens, o.temperature, noise)
+    b = sample(sampler, [prompts[j] for j in at], n, o.max_new_tokens, o.temperature, noise)
     seconds = time.perf_counter()-began
     b = b.plus(rows=rows and [rows[j] for j in at])
     b,raw = _rewards(score, b, i)
@@ -310,12 +324,16 @@ def rollouts(
     size = check_rollouts(policy, prompts, o, n, mini_batches, rows)
     if isinstance(score, Scorer): score.check(rows)
     total = n_rollouts(o, len(prompts))
-    answered = partial(_answered, policy, score, prompts, rows, n, o, seed)
-    precision,low = _precision(policy, acc)
+    precision,low = _precision(policy, acc, o)
     for i in range(start, total):
         began = time.perf_counter()
         _begin(score, i, total, i*size/len(prompts))
+        answered = partial(_answered, _sampler(policy, o), score, prompts, rows, n, o, seed)
+        copying = time.perf_counter()-began
         b,drawn,sampling = _draw_update(answered, len(prompts), size, seed, i, silent, resample)
+        sampling += copying
+        # a copy is gone before there are gradients
+        del answered
         if i==0: _check_signal(score, drawn)
         if note: note(_notes(score, drawn, i))
         orders = (torch.randperm(len(b), generator=generator(seed, 'mini', i, e)) for e in range(epochs))

@@ -213,6 +213,10 @@ def _together(c:Config)->Config:
     for k in ('dtype','quantize'):
         if c.model.lora.r or getattr(c.model, k)==getattr(ModelConfig(), k): continue
         raise ValueError(f'model.{k}: only a frozen base can have fewer bits; set model.lora.r too, such as 16')
+    for k in ('ppo','grpo'):
+        if c.model.quantize and getattr(c, k).sampler_dtype:
+            raise ValueError(f'{k}.sampler_dtype: adapters are merged into the copy that samples, and a base in four bits '
+                             'takes none; set model.quantize or this to null')
     if c.model.name=='scratch' and c.model.n_embd%c.model.n_head:
         raise ValueError(f'model.n_head: expected a divisor of model.n_embd ({c.model.n_embd}), got {c.model.n_head}')
     return c

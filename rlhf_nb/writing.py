@@ -43,7 +43,8 @@ def draw(
     # how much of this block `u` passes: its share of what the block adds
     inside = ((at-(c-sums).gather(-1, block))/sums.gather(-1, block)).clamp_(0, 1-2**-53)
     words = p.gather(1, block[...,None].expand(-1,-1,BLOCK))[:,0]
-    return torch.add(_passes(words, inside[:,0]), block[:,0], alpha=BLOCK).to(lp.device)
+    # where there is no number any more (NaN) the token must be one all the same: it is found out later
+    return torch.add(_passes(words, inside[:,0]), block[:,0], alpha=BLOCK).clamp_(max=V-1).to(lp.device)
 
 # %% ../nbs/22_writing.ipynb #m7tllgcf
 TOGETHER = 16 # the largest group whose own keys lie behind those of its prompt, in one tensor
