@@ -352,10 +352,10 @@ def to_lower(
     for k,v in _proposals(need, c, model, memory):
         said[k] = str(v).lower()
         chosen = _merge(chosen, nested(k.split('.'), v))
-        tried.append((dict(said),mk_config(chosen)))
+        tried.append((dict(said),chosen))
     def fits(o):
         "Is it enough? The models alone are quickly counted"
-        stage,new = need.stage,o[1]
+        stage,new = need.stage,mk_config(o[1])
         return _least(stage, new, model)<=memory and need_of(stage, new, model).peak<=memory
     # each leaves less than the one before, so that the first that fits is found by halving
     k = bisect_left(tried, True, key=fits)
