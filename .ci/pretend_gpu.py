@@ -17,13 +17,14 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py app                                       the page over HTTP: one comparison, the CPU's answers
   python .ci/pretend_gpu.py resume [--precision ...] [--only sft ...] each stage killed and gone on with: equal weights and logs
   python .ci/pretend_gpu.py notebooks nbs/26_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py notebooks --quick nbs/26_rollout.ipynb    only two updates of each training, and only faults of devices
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
 """
-import argparse,collections,contextlib,gc,itertools,os,re,sys,threading,time,traceback,weakref
+import argparse,collections,contextlib,functools,gc,itertools,os,re,sys,threading,time,traceback,weakref
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1'); os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 import torch
@@ -102,7 +103,9 @@ class _Function(TorchFunctionMode):
     "The Python level: devices in arguments and properties"
     def __init__(self, book): super().__init__(); self.b = book
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        b,kw = self.b,dict(kwargs or {})
+        b = self.b
+        if not b.live and func not in _moves and not (kwargs and 'device' in kwargs): return func(*args, **kwargs or {})   # all is on the CPU
+        kw = dict(kwargs or {})
         h = _handlers.get(func)
         if h is not None: return h(self, b, func, args, kw)
         name = getattr(func, '__name__', '')
@@ -203,6 +206,7 @@ def _get_device(mode, b, func, args, kw): return 0 if b.on(args[0]) else -1
 _handlers = {_T.device.__get__:_device, _T.is_cuda.__get__:_is('cuda'), _T.is_mps.__get__:_is('mps'), _T.is_cpu.__get__:_is('cpu'),
              _T.numpy:_no_numpy, _T.__array__:_no_numpy, _T.tolist:_tolist, _T.to:_to, _T.cuda:_cuda, _T.cpu:_cpu, _T.backward:_backward,
              _T.__deepcopy__:_deepcopy, _T.get_device:_get_device, _T.pin_memory:_pin}
+_moves = {_T.to,_T.cuda,_T.pin_memory}
 
 
 class _Dispatch(TorchDispatchMode):
@@ -211,7 +215,9 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         with _hide(): return self._do(func, args, kwargs or {})
     def _do(self, func, args, kw):
-        b,name = self.b,func._schema.name.split('::')[1]
+        b = self.b
+        if not b.live and not b.ctx[-1]: return func(*args, **kw)
+        name = func._schema.name.split('::')[1]
         ins = _tensors((args,kw), [])
         dev = self._common(name, func, args, kw, ins)
         if dev:
@@ -469,8 +475,10 @@ def library(a):
         from rlhf_nb.template import tokenize_prompts,tokenize_sft
         from rlhf_nb.data import tokenize_pairs
         from rlhf_nb.dpo import train_dpo
+        from rlhf_nb import stats
         from rlhf_nb.frontier import best_of_n,gibbs
         from rlhf_nb.evaluate import sample_records
+        from rlhf_nb.failures import change
         from rlhf_nb.grpo import train_grpo
         from rlhf_nb.models import exact_kl,log_probs,mk_reward_model,mk_value_model,scores,values,check_forward
         from rlhf_nb.load import load_policy,mk_policy,save_model
@@ -505,7 +513,18 @@ def library(a):
                     got = f(*mods, b)
                     if got.device!=b.device: raise DeviceError(f'the batch is on {b.device}, the answer on {got.device} ({where})')
                     torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=1e-4)
+            def statistics():
+                "Of rewards and points on the device: the CPU's numbers, whatever lies where"
+                x,y = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(0))
+                points,keys,longer = stats.score_points(x, y).float(),[i%50 for i in range(180)],(x-y+torch.randn(60, 3)).mul(9).round()
+                fs = [lambda f: stats.mean_ci(f(x)), lambda f: stats.share_ci(f(x.sigmoid())), lambda f: stats.paired_test(f(x-y)), lambda f: stats.paired_test(f(x[:8]-y[:8])),
+                      lambda f: stats.win_rate(f(x), y), lambda f: stats.tally(f(points)), lambda f: stats.clustered_share(f(points.flatten()), keys), lambda f: stats.clustered_mean(f(x.flatten()), keys),
+                      lambda f: stats.clustered_difference(f(points.flatten()), points.flatten(), keys), lambda f: stats.length_controlled(f(points), longer), lambda f: change(f(points), points.roll(1, 0)),
+                      lambda f: best_of_n(f(x.repeat(1, 3)), y.repeat(1, 3)), lambda f: gibbs(x, f(y)), lambda f: accuracy(f(x), points[:,0]>0), lambda f: accuracy(x, f(points[:,0])>0),
+                      lambda f: calibration(f(x)), lambda f: by_length(f(x[:20,:2]), pairs[:20]), lambda f: by_length(x[:20,:2], f(pairs[:20]))]
+                for i,f in enumerate(fs): assert f(on)==f(lambda o: o), i
             cases = {
+              'statistics of what is on the device': statistics,
               'log_probs, exact_kl, scores, values: the CPU\'s numbers, where the batch is': lambda: (same(log_probs, new()), same(exact_kl, other(), new()),
                   same(scores, mk_reward_model(new())), same(scores, mk_reward_model(new(), 'log_prob')), same(values, mk_reward_model(new())),
                   same(mk_scores(tok, mk_scorer), mk_reward_model(new()))),
@@ -540,7 +559,6 @@ def library(a):
               'sample_records, reference on the CPU, policy on the device': lambda: sample_records({'reference':new(), 'ppo':on(new())}, [o['prompt'] for o in world.test][:6], tok, mk_scorer(excited, tok), o=EvalConfig(max_new_tokens=5)),
               'weighted scorers, reward model on the CPU': lambda: mk_scorer([(1.,(mk_reward_model(new()),tok)),(.5,excited)], tok)(sample(on(new()), prompts[:3], 1, 5)),
               'sample_records, all on the device, 3 samples': lambda: sample_records({'reference':on(new()), 'ppo':on(new())}, [o['prompt'] for o in world.test][:6], tok, mk_scorer((on(mk_reward_model(new())),tok), tok), o=EvalConfig(max_new_tokens=5, n_samples=3)),
-              'accuracy, calibration, by_length: scores on the device, pairs on the CPU': lambda: (lambda s: (accuracy(s), calibration(s), by_length(s, pairs[:20])))(pair_scores(on(mk_reward_model(new())), pairs[:20])),
               'best_of_n and gibbs on the device': lambda: (lambda b: (best_of_n(b, b), gibbs(b, b)))(on(torch.randn(12, 8))),
               'normalise': lambda: normalise(on(mk_reward_model(new())), sample(on(new()), prompts[:6], 1, 5)),
               'a second accelerator with another precision': lambda: mk_accelerator('bf16' if a.precision!='bf16' else 'fp32'),
@@ -553,16 +571,32 @@ def library(a):
     return faults
 
 
+def two_updates():
+    "From here on a training ends after its second update, and what it has trained lies in a folder of its own"
+    import tempfile
+    import rlhf_nb.train
+    steps = rlhf_nb.train.steps
+    @functools.wraps(steps)
+    def few(model, updates, *args, **kw): return itertools.islice(steps(model, itertools.islice(updates, 2), *args, **kw), 2)
+    assert 'rlhf_nb.sft' not in sys.modules    # it would have the other one already
+    rlhf_nb.train.steps = few
+    tempfile.tempdir = tempfile.mkdtemp()
+
+
 def notebooks(a):
-    "Code cells, with the display machinery left out"
+    "Code cells, with the display machinery left out. `--quick`: trainings of two updates, of which not all that a notebook says is true; faults of devices alone count"
     import json
     os.environ.setdefault('MPLBACKEND', 'agg')
-    bad = 0
-    for path in a.files:
+    bad,quick = 0,'--quick' in a.files
+    if quick: two_updates()
+    for path in (f for f in a.files if f!='--quick'):
         nb = json.load(open(path)); here = os.getcwd(); faults = []
         os.chdir(os.path.dirname(os.path.abspath(path)))
         sys.path.insert(0, os.getcwd())
-        ns,n = {'__name__':'__main__', 'display':print},0
+        ns,n,began = {'__name__':'__main__', 'display':print},0,time.process_time()
+        if not quick and 'small_reference' in json.dumps(nb):
+            from rlhf_nb.sft import small_reference
+            small_reference()      # on the CPU: it is kept for all notebooks
         with PretendGPU(a.kind, tuple(a.capability), watch=('rlhf_nb','<cell')):
             reset_accelerate()
             for i,c in enumerate(nb['cells']):
@@ -576,10 +610,11 @@ def notebooks(a):
                     if isinstance(e, KeyboardInterrupt): raise
                     tb = [o for o in traceback.extract_tb(e.__traceback__) if 'pretend_gpu' not in o.filename and '/torch/' not in o.filename]
                     o = ([x for x in tb if 'rlhf_nb' in x.filename or '<cell' in x.filename] or tb)[-1]
+                    if quick and not re.search('cuda|device|[Dd]evice', f'{type(e).__name__} {e}'): continue
                     if os.environ.get('PRETEND_TRACEBACK'): traceback.print_exc()
                     faults.append(f'cell {i}: {os.path.basename(o.filename)}:{o.lineno} {o.name}: {type(e).__name__}: {str(e)[:160]}')
         os.chdir(here); sys.path.pop(0)
-        print(f'{path}: {n} cells, {len(faults)} fail', flush=True)
+        gc.collect(); print(f'{path}: {n} cells, {len(faults)} fail ({time.process_time()-began:.0f} CPU-seconds)', flush=True)
         for f in faults: print('   ', f, flush=True)
         bad += len(faults)
     return bad
@@ -755,7 +790,7 @@ def training(a):
             return model,fit(model, updates, steep, o, 10, run, 'sft', acc=acc)
         model,rows = run_of()
         skipped = [r['skipped'] for r in rows]
-        assert 0<sum(skipped)<10 and skipped==sorted(skipped, reverse=True), skipped
+        assert 0<sum(skipped)<10, skipped
         for stop in (sum(skipped)-1 or 1,7):
             with tempfile.TemporaryDirectory() as d:
                 run = Run(d+'/run', tiny_config('fp16'))

@@ -28,7 +28,7 @@ def change(
     ref # (B,n) of the reference, on the same prompts
 )->dict: # mean, low, high, n (prompts)
     "Difference of two shares by prompt, with its 95% interval (Agresti & Min 2005)"
-    d = (torch.as_tensor(x).double()-torch.as_tensor(ref).double()).view(len(x), -1).mean(1)
+    d = (floats(x)-floats(ref)).view(len(x), -1).mean(1)
     # two prompts more, one at +1/sqrt 2 and one at -1/sqrt 2: no variance of 0 where all are equal
     n = len(d)+2
     m,v = d.sum().item()/n,((d**2).sum().item()+1)/n

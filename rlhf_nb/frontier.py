@@ -11,7 +11,6 @@ import math
 import torch
 
 from .stats import *
-from .stats import _floats
 
 # %% ../nbs/30_frontier.ipynb #03ee83c0
 def best_of_n(
@@ -65,11 +64,7 @@ def gibbs(
 
 def _answers(proxy, gold):
     "Rewards of answers as float64, all of them known: the best of answers whose reward is NaN is anyone's"
-    def double(o):
-        "Of a tensor or of lists, float64"
-        if o is None: return None
-        return o.double() if torch.is_tensor(o) else _floats(o)
-    out = dict(proxy=double(proxy), gold=double(gold))
+    out = dict(proxy=floats(proxy), gold=None if gold is None else floats(gold))
     shape = out['proxy'].shape
     for k,o in out.items():
         if o is None: continue

@@ -99,7 +99,7 @@ def gauge(
     log_odds:bool=True # Are differences of scores log-odds, so that they can be calibrated?
 )->dict: # accuracy, by, sections, length, rules, ties, ece
     "How right scores are about pairs"
-    s = torch.as_tensor(scores, dtype=torch.float64)
+    s = floats(scores)
     values = _values(pairs, by) if by else None
     at = (~s.isnan().any(1)).nonzero()[:,0].tolist()
     if not at: raise ValueError(f'none of the {len(pairs)} pairs has a score')

@@ -184,7 +184,9 @@ def _our_rl(job, policy, ref, tok, rows):
     kw = dict(
         _ours,
         updates=job['steps'], batch_size=job['prompts'],
-        max_new_tokens=NEW)
+        max_new_tokens=NEW,
+        # as the peer's `generate` under autocast
+        sampler_dtype='bfloat16' if job['precision']=='bf16' else None)
     prompts = prompt_ids(rows)
     # the reward of GRPO is nearly free, so that what is measured is GRPO; PPO's is a model, as its peer wants one
     if job['what']=='grpo':

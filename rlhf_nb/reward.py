@@ -78,8 +78,8 @@ def accuracy(
     where=None  # (B,) bool: only these pairs
 )->dict:        # accuracy, low, high, n
     "How often the chosen response scores higher, with its 95% interval (Wilson); ties count half"
-    d = s[:,0]-s[:,1]
-    if where is not None: d = d[where]
+    d = (s[:,0]-s[:,1]).cpu()
+    if where is not None: d = d[where.cpu()]
     n = len(d)
     k = _right(d).sum().item()
     low,high = wilson(k, n)
@@ -102,7 +102,7 @@ def calibration(
     bins:int=10  # Of equal size
 )->dict:         # ece, n, and a row per bin: p (predicted), right (share), low, high, n
     "Is the higher score preferred as often as sigmoid(difference) says?"
-    d = s[:,0]-s[:,1]
+    d = (s[:,0]-s[:,1]).cpu()
     p = d.abs().sigmoid()
     right = _right(d)
     rows = []
