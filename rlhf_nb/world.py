@@ -367,7 +367,7 @@ def make_world(
 def world_tokenizer(
     world:World,        # Its corpus and facts are learned from
     vocab_size:int=900  # Tokens, the 256 bytes included
-)->'PreTrainedTokenizerFast':
+): # A `PreTrainedTokenizerFast`
     "A byte-level BPE for the world's texts"
     from transformers import PreTrainedTokenizerFast    # here: who only reads the world's texts does not wait for it
     t = Tokenizer(models.BPE())
