@@ -483,7 +483,7 @@ def library(a):
         from rlhf_nb.models import exact_kl,log_probs,mk_reward_model,mk_value_model,scores,values,check_forward
         from rlhf_nb.load import load_policy,mk_policy,save_model
         from rlhf_nb.ppo import train_ppo
-        from rlhf_nb.reward import accuracy,by_length,calibration,normalise,pair_scores,train_reward
+        from rlhf_nb.reward import accuracy,by_length,calibration,normalise,train_reward
         from rlhf_nb.sampling import sample
         from rlhf_nb.sources import mk_scorer
         from rlhf_nb.rollout import bandit,bandit_probs
