@@ -30,7 +30,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1",
 
 # part: seconds at most, the most important first
 limits = dict(env=40, exact=80, stages_bf16=80, decode=110, adapters=80, plain_peft=40, tokens=50, demo=80, four_bits=60, demo_fp16=60,
-              library=60, stages_fp16=60, trl=110, determinism=60, stages_fp32=60)
+              library=60, stages_fp16=60, trl=110, determinism=60, stages_fp32=60, t4=110)
 packages = "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes"
 
 
@@ -699,6 +699,35 @@ def determinism(k):
         k.check(f"GRPO resumed at update 3 of 6, {precision}", lambda: resumed(precision))
 
 
+def t4(k):
+    "The first cells of the tutorial for a T4, to where GRPO has trained; then updates of its model's shape, beside what was planned"
+    if lacks := [o for o in ("IPython", "matplotlib", "pandas") if not find_spec(o)]:
+        return k.emit("not run", ok=True, installed=False, note=f"needs {', '.join(lacks)}")
+    nb = json.loads((Path(__file__).resolve().parent.parent/"nbs"/"tutorials"/"t4_lora.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(o["source"]) for o in nb["cells"] if o["cell_type"] == "code"]
+    last = next(i for i, s in enumerate(cells) if "timed('grpo'" in s)
+    ns = {}
+    for i, s in enumerate(cells[:last+1]):
+        k.check(f"t4_lora, cell {i}", lambda: exec(s, ns))
+    c, planned = ns["t4"], {o.stage: o.peak/1e9 for o in ns["needs"]}
+    qwen = Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=601) if k.tiny else ns["qwen"]
+    def update(stage):
+        acc, o = k.acc("fp16"), getattr(c, stage)
+        lm = AutoModelForCausalLM.from_config(qwen).eval().to(k.dev, torch.float16 if k.cuda else torch.bfloat16)
+        policy = adapt(lm, c.model.lora)
+        # as many tokens as the settings allow
+        G, R = (o.group_size, o.max_new_tokens) if stage == "grpo" else (2, c.data.max_response)
+        b = k.batch(2 if k.tiny else o.batch_size, G, k.P, k.new if k.tiny else R, 601)
+        if stage == "grpo":
+            r = k.updates(acc, policy, rollout(policy, b, stage), lambda net, x, n: grpo_step(net, x, n, o), o)
+        else:
+            b = b.to(k.dev).plus(ref_sums=torch.zeros(len(b), 2, device=k.dev))
+            r = k.updates(acc, policy, b, lambda net, x, n: dpo_step(net, x, n, o), o)
+        return {**r, "planned_gb": planned[stage]}
+    for stage in planned:
+        k.check(f"{stage}, an update of the planned shape", lambda: update(stage))
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, type=Path)
@@ -721,10 +750,10 @@ if not a.part:
 
 import pretend_gpu
 import torch
-from transformers import AutoModelForCausalLM,GPT2Config,LlamaConfig
+from transformers import AutoModelForCausalLM,GPT2Config,LlamaConfig,Qwen2Config
 
 from rlhf_nb import peers
-from rlhf_nb.adapters import bare
+from rlhf_nb.adapters import adapt,bare
 from rlhf_nb.benchmark import prepare
 from rlhf_nb.config import DPOConfig,GRPOConfig,LoraConfig,SFTConfig,WorldConfig
 from rlhf_nb.core import Batch,generator

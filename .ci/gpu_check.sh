@@ -5,7 +5,7 @@
 # On the machine with the GPU, OUT naming a folder for the results (COMMIT, where git is not there):
 #   .ci/gpu_check.sh first              520 s: ceilings, exactness, memory and time of every stage, decoding, adapters, launches, all stages of a run
 #   .ci/gpu_check.sh second             250 s: four bits, fp16, a notebook's calls, TRL, determinism
-#   .ci/gpu_check.sh third              200 s: float32
+#   .ci/gpu_check.sh third              200 s: float32, the first cells of the tutorial for a T4
 # In $OUT: results.jsonl (a line per finding, written at once; `cat $OUT/results.jsonl >> results/gpu.jsonl` keeps them), log.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ wheels)
 dry) device=cpu size=tiny budget=1800 slack=4 OUT=${OUT:-$(mktemp -d)} ;;
 first) budget=520 parts=(env exact stages_bf16 decode adapters plain_peft tokens demo) ;;
 second) budget=250 parts=(four_bits stages_fp16 demo_fp16 library trl determinism) ;;
-third) budget=200 parts=(stages_fp32) ;;
+third) budget=200 parts=(stages_fp32 t4) ;;
 *) sed -n '2,9p' "$0"; exit 2 ;;
 esac
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

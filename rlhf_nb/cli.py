@@ -171,7 +171,13 @@ def cmd_run(a):
     twice = [s for s in a.seeds or () if a.seeds.count(s)>1]
     if twice: raise ValueError(f'--seeds: {twice[0]} stands twice')
     if a.publish: _may_publish(a.publish, a.replace)
+    _warn(c, todo)
     run_all(a.out, c, todo, _said(a), a.seeds, a.resume, a.publish)
+
+def _warn(c, stages):
+    "Say which stages this machine's card may be too small for"
+    if not is_main(): return
+    for line in card_warnings(c, stages): print(f'this card may be too small: {line}', flush=True)
 
 def _may_publish(
     folder,       # Of `--publish`
@@ -191,6 +197,7 @@ def cmd_train(a):
     "One stage"
     # stages of one run may be trained one after another
     c,again = _config(a),a.resume or Places(a.out).config_file.exists()
+    _warn(c, [a.stage])
     with together(),only_writer(a.out): run_one(Run(a.out, c, again, save=False), [a.stage], _said(a))
 
 def cmd_explore(a):

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache,partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
@@ -121,7 +122,7 @@ memory_parts = dict(
     activations='kept by the forward pass for the backward one, and what is being computed',
     logits='a number for each token of the vocabulary',
     keys='keys and values of what was read and written while sampling',
-    probabilities='three rows over the vocabulary for each answer that is being written')
+    probabilities='rows over the vocabulary for each answer that is being written')
 
 def most_by_moment(
     most:dict # {(moment, operation): {part: bytes}}
@@ -246,8 +247,11 @@ def learning_bytes(
             p.grad = torch.zeros_like(p)
             ledger.hold('gradients', [p.grad])
         p.register_post_accumulate_grad_hook(lambda p: ledger.hold('gradients', [p.grad]))
-    autocast = partial(torch.autocast, 'cpu', torch.bfloat16) if low else nullcontext
-    with ledger:
+    # a base in the precision that it is read in needs no copies
+    half = c.model.precision=='fp16' or c.model.precision=='auto' and c.model.dtype=='float16'
+    autocast = partial(torch.autocast, 'cpu', torch.float16 if half else torch.bfloat16) if low else nullcontext
+    # all words in one product: where nothing is computed, calls are what takes time
+    with ledger,mock.patch('rlhf_nb.forward.WORDS', model.vocab_size):
         ledger.moment = 'forward'
         loss,_ = _step_of(stage, c)(Net(net, autocast), piece, counts(b))
         ledger.moment = 'backward'
@@ -293,13 +297,17 @@ def drawing_bytes(
     "What lives while answers are written"
     m = hollow(model, o)
     each = [decode_bytes(m, asked, n, said, drawn) for n,drawn in groups]
-    words = sum((4*n+20*drawn)*model.vocab_size for n,drawn in groups)
-    k = at_once(prompts, sum(each))
-    # the prompts are read before there is room for answers
-    read = sum(decode_bytes(m, asked, 0, said) for _ in groups)
-    first = dict(keys=k*read, activations=_prefill(_shallow(model, 1), o, k, asked))
-    then = dict(keys=k*(sum(each)-words), probabilities=k*words)
-    return max(first, then, key=lambda o: sum(o.values()))
+    words = sum(vocabulary_bytes(model.vocab_size, *g) for g in groups)
+    k,keys = at_once(prompts, sum(each)),sum(each)-words
+    # prompts are read before there is room for answers; of several models the last one's, when the others have theirs
+    prompt = keys if len(groups)>1 else decode_bytes(m, asked, 0, said)
+    layer = _shallow(model, 1)
+    first = dict(keys=k*prompt, activations=_prefill(layer, o, k, asked))
+    # then all answers read a token, beside two rows of the last one, and draw the next
+    answers,last = max(n for n,_ in groups),8*model.vocab_size*sum(n for n,_ in groups)
+    token = dict(keys=k*keys, probabilities=k*last, activations=_prefill(layer, o, k*answers, 1))
+    draw = dict(keys=k*keys, probabilities=k*words)
+    return max(first, token, draw, key=lambda o: sum(o.values()))
 
 def _prefill(model, o, prompts, asked):
     "What is being computed while prompts are read, in one layer: nothing of it is kept"

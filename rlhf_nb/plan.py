@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['planned', 'known_cards', 'efficiency', 'usable', 'Held', 'models_held', 'Size', 'size_of', 'weight_bytes', 'Need',
            'Effort', 'Card', 'seconds', 'card_memory', 'plan_stages', 'is_low', 'need_of', 'model_config', 'to_lower',
-           'memory_table', 'time_table', 'plan_page']
+           'memory_table', 'time_table', 'plan_page', 'card_warnings']
 
 # %% ../nbs/56_plan.ipynb #plan0003
+from bisect import bisect_left
+from dataclasses import asdict
 from dataclasses import asdict,replace
 from typing import NamedTuple
 
@@ -119,6 +121,10 @@ def _moments(stage, c, model, low):
         each = [drawing_bytes(model, m, n, [(g,g)], asked, o.max_new_tokens) for m,n,g in drawn]
         if o.sampler_dtype: each[0]['copies'] = size_of(model, writer).bytes
         out['sampling'] = max(each, key=lambda o: sum(o.values()))
+    elif stage=='reward' and c.reward.normalise is not False:
+        # what its mean and spread are set on
+        n = min(c.eval.batch_size, o.n_normalise)
+        out['sampling'] = drawing_bytes(model, c.model, n, [(1,1)], asked, e.max_new_tokens)
     elif stage=='dpo' and o.eval_every is not None:
         # what the policy itself answers to dev prompts
         out['sampling'] = drawing_bytes(model, c.model, RolloutConfig().eval_n, [(1,1)], asked, c.data.max_response)
@@ -265,9 +271,10 @@ def need_of(
     s,h,lora = size_of(model, c.model),models_held(stage, c),bool(c.model.lora.r)
     given,learns = _given_reward(stage, c),h.learn*s.own
     def always(moment):
-        "Weights and AdamW's moments; when DPO's policy answers, its reference is there again"
+        "Weights and AdamW's moments; when DPO's policy answers, its reference is there again; a reward model has learned by then"
         here = h._replace(frozen=1) if stage=='dpo' and moment=='sampling' else h
-        return dict(weights=weight_bytes(s, here, lora)+4*given, moments=8*learns)
+        left = learns if (stage,moment)!=('reward','sampling') else 0
+        return dict(weights=weight_bytes(s, here, lora)+4*given, moments=8*left)
     moments = {k:{**v, **always(k)} for k,v in _moments(stage, c, model, is_low(c)).items()}
     work = _work_of_learning if stage in trained else _work_of_measuring
     numbers = s.numbers+(h.learn+h.frozen)*s.own if lora else (h.learn+h.frozen)*s.numbers
@@ -303,16 +310,15 @@ def _prompts_at_once(stage, c):
         return f'{stage}.eval_n',o.eval_n
     return f'{stage}.batch_size',o.batch_size
 
-def _fewer_at_once(need, c):
-    "(key, value): less of it at a time, which changes no gradient and no answer; the mildest first"
-    stage = need.stage
-    if need.when in ('forward','backward'):
+def _fewer_at_once(stage, c, moments):
+    "(key, value): less of it at a time, at the moments that take too much, which changes no gradient and no answer; the mildest first"
+    if moments & {'forward','backward'}:
         n = largest(stage, c)
         for k in _halves(getattr(c, stage).micro_tokens, n.asked+n.group*n.said): yield f'{stage}.micro_tokens',k
         if not c.model.gradient_checkpointing: yield 'model.gradient_checkpointing',True
-        return
-    key,now = _prompts_at_once(stage, c)
-    for k in _halves(now): yield key,k
+    if moments & {'sampling','reading'}:
+        key,now = _prompts_at_once(stage, c)
+        for k in _halves(now): yield key,k
 
 def _smaller_models(c):
     "(key, value): less of each model"
@@ -322,12 +328,17 @@ def _smaller_models(c):
     # of four bits no copy can be made that samples
     if not (m.quantize or c.ppo.sampler_dtype or c.grpo.sampler_dtype): yield 'model.quantize','4bit'
 
-def _proposals(need, c, memory):
+def _least(stage, c, model):
+    "Bytes that are there whatever the batch: weights, and gradients and moments of what learns"
+    s,h = size_of(model, c.model),models_held(stage, c)
+    return weight_bytes(s, h, bool(c.model.lora.r))+12*h.learn*s.own
+
+def _proposals(need, c, model, memory):
     "What may be set, in the order in which it is tried: pairs of key and value"
-    fewer,smaller = list(_fewer_at_once(need, c)),list(_smaller_models(c))
-    always = sum(need.most.get(k, 0) for k in ('weights','gradients','moments','copies'))
-    # what is there whatever the batch comes first, where it alone is too much
-    return fewer+smaller if always<memory else smaller[:1]+fewer+smaller[1:]
+    much = {k for k,v in need.moments.items() if sum(v.values())>memory}
+    fewer,smaller = list(_fewer_at_once(need.stage, c, much)),list(_smaller_models(c))
+    # where the models alone are too much, they come first
+    return fewer+smaller if _least(need.stage, c, model)<memory else smaller[:1]+fewer+smaller[1:]
 
 def to_lower(
     need:Need,
@@ -337,13 +348,19 @@ def to_lower(
 )->str:          # Such as `ppo.micro_tokens=1024`, several with `--set` between them; empty where the stage fits
     "The settings that make a stage fit"
     if need.peak<=memory: return ''
-    chosen,said = asdict(c),{}
-    for k,v in _proposals(need, c, memory):
+    chosen,said,tried = asdict(c),{},[]
+    for k,v in _proposals(need, c, model, memory):
         said[k] = str(v).lower()
         chosen = _merge(chosen, nested(k.split('.'), v))
-        if need_of(need.stage, mk_config(chosen), model).peak<=memory:
-            return ' --set '.join(f'{k}={v}' for k,v in said.items())
-    return 'model.name=(a smaller one)'
+        tried.append((dict(said),chosen))
+    def fits(o):
+        "Is it enough? The models alone are quickly counted"
+        stage,new = need.stage,mk_config(o[1])
+        return _least(stage, new, model)<=memory and need_of(stage, new, model).peak<=memory
+    # each leaves less than the one before, so that the first that fits is found by halving
+    k = bisect_left(tried, True, key=fits)
+    if k==len(tried): return 'model.name=(a smaller one)'
+    return ' --set '.join(f'{k}={v}' for k,v in tried[k][0].items())
 
 # %% ../nbs/56_plan.ipynb #plan0019
 def _gb(n): return f'{n/1e9:.2f}' if n>=5e6 else '<.01' if n else ''
@@ -403,10 +420,23 @@ def plan_page(
 def _verdict(needs, c, model, card, memory):
     "Does each stage fit, and if not, what to lower"
     name = f'the {card}' if card in known_cards else f'a card of {card} GB'
-    small = [o for o in needs if o.peak>memory]
-    if not small: return [f'All stages fit on {name} ({memory/1e9:.3g} GB of it for tensors).']
-    def line(o):
-        "One that does not fit"
-        return (f'{o.stage} needs {o.peak/1e9:.3g} GB ({o.when}), {name} has {memory/1e9:.3g} GB for tensors: '
-                f'--set {to_lower(o, c, model, memory)}')
-    return list(map(line, small))
+    small = [_too_small(o, c, model, name, memory) for o in needs if o.peak>memory]
+    return small or [f'All stages fit on {name} ({memory/1e9:.3g} GB of it for tensors).']
+
+def _too_small(need, c, model, name, memory):
+    "A stage that does not fit, and what to lower"
+    return (f'{need.stage} needs {need.peak/1e9:.3g} GB ({need.when}), {name} has {memory/1e9:.3g} GB for tensors: '
+            f'--set {to_lower(need, c, model, memory)}')
+
+def card_warnings(
+    c:Config,
+    stages=None # Those that will run (None: all)
+)->list:        # A line for each stage that this machine's card may be too small for; none where it runs on no CUDA card
+    "What a run had better lower before it begins: the longest prompts and answers are meant, which may never come"
+    if not c.device.startswith(('cuda','auto')) or not torch.cuda.is_available(): return []
+    card = torch.cuda.get_device_properties(int(c.device.partition(':')[2] or 0))
+    model,memory = model_config(c),usable*card.total_memory
+    # of a model so small nothing is too much
+    if size_of(model, c.model).numbers<1e7: return []
+    needs = plan_stages(c, [s for s in planned if stages is None or s in stages])
+    return [_too_small(o, c, model, card.name, memory) for o in needs if o.peak>memory]
