@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 here = Path(__file__).resolve().parent
+# notebooks whose models meet on two devices; `.ci/run full` has all of them
+mixing = [str(next(here.parent.glob(f"nbs/[0-9]*_{name}.ipynb"))) for name in ("train", "ppo", "dpo")]
 trains = ["--only", "numbers", "train_grpo, r", "train_dpo", "train_ppo"]
 
 
@@ -22,7 +24,8 @@ def pretend(*args):
     ["selftest"],
     ["limits"],
     ["app"],
-    ["resume"],
+    ["resume", "--only", "sft", "reward", "ppo"],
+    ["notebooks", "--quick", *mixing],
     ["training"],
     ["library"],
     ["library", "--precision", "bf16", *trains],

@@ -468,11 +468,13 @@ def forget_peak():
 
 class Peak:
     "The most memory from here on: of tensors on a GPU, or of this process"
+    ever = 0                                 # what this process has held before it was forgotten, at most
     def __init__(self,
         device # torch.device
     ):
         self.device,self.before = device,0
         if device.type=='cuda': return torch.cuda.reset_peak_memory_stats(device)
+        Peak.ever = max(Peak.ever, peak_resident())
         forget_peak()
         # what could not be forgotten was somebody else's
         if (now := peak_resident())>1.1*resident(): self.before = now

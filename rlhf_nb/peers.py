@@ -8,7 +8,7 @@ __all__ = ['units', 'work', 'model_sizes', 'cuts', 'OWN', 'PLAIN', 'G', 'NEW', '
            'trl_steps', 'hf_steps']
 
 # %% ../nbs/62_peers.ipynb #pe00h003
-import json,os,platform,re,sys,time
+import json,os,platform,sys,time
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -118,7 +118,7 @@ class Pace:
         # called off the clock
         more = {k:v() if callable(v) else v
                 for k,v in kw.items()}
-        self.say(cpu=cpu, memory=peak_resident()/2**30, **more)
+        self.say(cpu=cpu, memory=max(Peak.ever, peak_resident())/2**30, **more)
         # the other end is closed: no more turns, whatever the trainer would still do
         if not sys.stdin.readline():
             os._exit(0)

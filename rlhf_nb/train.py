@@ -9,7 +9,7 @@ __all__ = ['dtypes', 'FIRST_SCALE', 'counts', 'micro_batches', 'own_pieces', 'in
            'load_checkpoint']
 
 # %% ../nbs/19_train.ipynb #c9484837
-import json,math,os,re,sys,time
+import json,math,os,re,time
 from collections import defaultdict
 from contextlib import nullcontext
 
