@@ -9,7 +9,6 @@ __all__ = ['planned', 'known_cards', 'efficiency', 'usable', 'Held', 'models_hel
 
 # %% ../nbs/56_plan.ipynb #plan0003
 from bisect import bisect_left
-from dataclasses import asdict
 from dataclasses import asdict,replace
 from typing import NamedTuple
 
