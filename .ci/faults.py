@@ -1,7 +1,7 @@
 """Plants one fault after another in a copy of the repository and runs the test that should notice: a test that stays green is the fault.
 
-`python .ci/faults.py [name of a list in .ci/faults ...]`. A fault is {"file": "nbs/26_rollout.ipynb", "old": code that stands there
-once, "new": what it is replaced by, "test": "nbs/26_rollout.ipynb" or arguments of pytest, "why": what is broken}."""
+`python .ci/faults.py [name of a list in .ci/faults ...]`. A fault is {"file": "nbs/27_rollout.ipynb", "old": code that stands there
+once, "new": what it is replaced by, "test": "nbs/27_rollout.ipynb" or arguments of pytest, "why": what is broken}."""
 import json, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 

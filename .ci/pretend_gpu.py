@@ -16,8 +16,8 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py library [--precision ...] [--kind ...]    the calls of a user's notebook, with models where `load_policy` puts them
   python .ci/pretend_gpu.py app                                       the page over HTTP: one comparison, the CPU's answers
   python .ci/pretend_gpu.py resume [--precision ...] [--only sft ...] each stage killed and gone on with: equal weights and logs
-  python .ci/pretend_gpu.py notebooks nbs/26_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
-  python .ci/pretend_gpu.py notebooks --quick nbs/26_rollout.ipynb    only two updates of each training, and only faults of devices
+  python .ci/pretend_gpu.py notebooks nbs/27_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
+  python .ci/pretend_gpu.py notebooks --quick nbs/27_rollout.ipynb    only two updates of each training, and only faults of devices
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update

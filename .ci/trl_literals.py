@@ -1,6 +1,6 @@
 """Reference losses, computed by TRL's own trainers: prints JSON with the inputs, the losses and their gradients.
 
-The tests of notebooks 21, 28 and 29 hold these numbers as literals, so nothing here runs in CI. To compute them again, in an
+The tests of notebooks 21, 29 and 30 hold these numbers as literals, so nothing here runs in CI. To compute them again, in an
 environment of its own (not the project's: TRL is not one of its requirements):
 
     pip install 'trl==1.16.0' 'transformers==5.23.0' 'torch==2.13.0'
