@@ -53,6 +53,18 @@ def test_outputs(nb):
 
 
 @each_notebook
+def test_imports_alone(nb):
+    "nbdev's docs run each cell that imports, so in a notebook with a module nothing else stands there (installing in Colab apart)"
+    mixed = ast.Expr, ast.Assign
+    for c in cells(nb):
+        if nb not in numbered.values() or c["source"].startswith("#| export") or "google.colab" in c["source"]:
+            continue
+        source = re.sub(r"^%.*", "", c["source"], flags=re.M)
+        kinds = {type(node) for node in ast.walk(ast.parse(source))}
+        assert not kinds & {ast.Import, ast.ImportFrom} or not kinds & set(mixed), c["source"][:200]
+
+
+@each_notebook
 def test_weight(nb):
     assert nb.stat().st_size <= 300_000, f"{nb.stat().st_size:,} bytes; 300,000 is the most: smaller or fewer figures"
 

@@ -54,7 +54,10 @@ def _drawn(s:str)->str:
 
 class Plot(Figure):
     "A figure that knows what it shows, and that a notebook displays without pyplot (whose global state threads must not share)"
-    alt = ''    # The same in a sentence
+    def __init__(self, *args, **kwargs):
+        "As matplotlib's, and `alt`: the same in a sentence"
+        super().__init__(*args, **kwargs)
+        self.alt = ''
     def _repr_png_(self):
         "The picture for a notebook, with few colours: notebooks are kept in git"
         full,small = io.BytesIO(),io.BytesIO()
