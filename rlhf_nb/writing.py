@@ -22,8 +22,7 @@ def _passes(p, u):
     "The first place at which the sum so far, of `p` (M,V), passes `u` (M) of the whole"
     c = p.cumsum(-1, dtype=torch.float64)
     # `u` of the sum, which rounding keeps from being 1
-    i = torch.searchsorted(c, u[:,None]*c[:,-1:], right=True)[:,0]
-    return i.clamp_(max=p.shape[-1]-1)
+    return torch.searchsorted(c, u[:,None]*c[:,-1:], right=True)[:,0]
 
 def draw(
     lp, # (M,V) log-probabilities
@@ -31,7 +30,8 @@ def draw(
 ):      # (M)
     "The first token at which the cumulative distribution passes `u`"
     V = lp.shape[-1]
-    if V<=BLOCK: return _passes(lp.to(u.device).exp(), u).to(lp.device)
+    # where there is no number any more (NaN) the token must be one all the same: it is found out later
+    if V<=BLOCK: return _passes(lp.to(u.device).exp(), u).clamp_(max=V-1).to(lp.device)
     p = lp.new_empty(len(lp), -(-V//BLOCK)*BLOCK, device=u.device)
     p[:,V:] = 0
     torch.exp(lp.to(u.device), out=p[:,:V])
@@ -43,7 +43,6 @@ def draw(
     # how much of this block `u` passes: its share of what the block adds
     inside = ((at-(c-sums).gather(-1, block))/sums.gather(-1, block)).clamp_(0, 1-2**-53)
     words = p.gather(1, block[...,None].expand(-1,-1,BLOCK))[:,0]
-    # where there is no number any more (NaN) the token must be one all the same: it is found out later
     return torch.add(_passes(words, inside[:,0]), block[:,0], alpha=BLOCK).clamp_(max=V-1).to(lp.device)
 
 # %% ../nbs/22_writing.ipynb #m7tllgcf
