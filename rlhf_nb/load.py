@@ -221,6 +221,7 @@ def _fused(c):
 
 def _load(cls, name, device='cpu', dtype='float32', quantize=None):
     "Weights and what the checkpoint lacks"
+    check_bf16('model.dtype', dtype, device, 'float16')
     c,dtype = _config(name),getattr(torch, dtype)
     # a base in low precision goes straight to the device: the host may be smaller than the model
     direct = quantize or dtype!=torch.float32 and str(device)!='cpu'
