@@ -278,7 +278,7 @@ def gold_reward(
 annotator_temperature = .5  # The annotator's T
 
 def _p_first(a, b):
-    "With what probability the annotator prefers an answer of gold reward `a` to one of `b`"
+    "With what probability the annotator prefers an answer of true reward `a` to one of `b`"
     return 1/(1+math.exp((b-a)/annotator_temperature))
 
 def bayes_accuracy(
