@@ -323,15 +323,21 @@ def _beside_row(
     return [label,md_name(name),kl,f"{' to '.join(map(str, (ns[0],ns[-1])))}{past}",f'{mine:.2f}',f'{best:.2f}',
             with_interval(short),with_interval(share),*([each] if len(ds)>1 else []),short['n'],_place(short)]
 
-_not_beside = ('The methods are not compared with best-of-n here: the stage `frontier` ran before `evaluate`, or was of '
-               'an older version. Remove `results/frontier.json` and run `frontier` and `analyze` again with `--resume`.')
+_not_beside = ('The methods are not compared with best-of-n here: the stage `frontier` ran before `evaluate`, or was '
+               'of an older version. Remove `results/frontier.json`, and run `frontier` and `analyze` again with '
+               '`--resume`.')
+
+def _drawn(points:list)->int:
+    "The largest n of best-of-n: dict(n, kl, ...) each"
+    return max((p['kl'],p['n']) for p in points)[1] if points else 0
 
 def best_of_n_lines(
     runs:dict # {seed: `RunResults`}
 )->list:      # Empty where no run has a frontier
     "What the methods reach beside best-of-n at the same KL"
+    drawn = [_drawn(o) for o in each_run(runs, 'frontier', 'best_of_n').values()]
     found = list(each_run(runs, 'frontier', 'equal_kl').values())
-    if not any(found): return [_not_beside] if each_run(runs, 'frontier') else []
+    if not any(found): return [_not_beside] if drawn else []
     names = list(dict.fromkeys(name for o in found for name in o))
     each = ['each seed'] if len(found)>1 else []
     rows = [['measure','model','KL','between n','its','best-of-n','best-of-n − its','share of the gain',*each,
@@ -341,8 +347,8 @@ def best_of_n_lines(
             have = [o[name] for o in found if k in o.get(name, {})]
             if have: rows.append(_beside_row(name, label, have, [o[k] for o in have]))
     several = f', which are those of {len(found)} runs; of other seeds it says nothing' if len(found)>1 else ''
-    return ['Each method beside best-of-n **at the same KL**: on the line between the two n around it, on the same '
-            'prompts. The share of the gain is the gain over the reference divided by that of best-of-n: 1 is on '
+    return [f'Each method beside best-of-n (n up to {min(drawn)}) **at the same KL**: on the line between the two n '
+            'around it, on the same prompts. The share of the gain is the gain over the reference divided by that of best-of-n: 1 is on '
             f'best-of-n, 0 is the reference. 95% intervals over the prompts{several}. Best-of-n is '
             'taken to have the KL log n − (n−1)/n, the most it can have, which favours the methods.','',md_table(rows)]
 

@@ -112,8 +112,8 @@ def against_best_of_n(
     gold,        # (B,N) true rewards of the same answers, or None
     policy:dict, # kl, reward and gold (B,n) of a method's answers to the same prompts
     ns=best_ns
-)->dict: # kl, between (two n), beyond; reward and gold: dict(policy, best, gain, best_gain, short, share), with intervals
-    "A method beside best-of-n at the same KL, paired by prompt"
+)->dict: # kl, between (two n), beyond; reward and gold: dict(policy, best, gain, best_gain, short, share)
+    "A method beside best-of-n at the same KL, paired by prompt; what it lacks is `short`"
     by = best_by_prompt(proxy, gold, ns)
     B = len(next(iter(by.values()))['reward'])
     mine = {k:floats(o) for k,o in policy.items()}

@@ -185,7 +185,8 @@ class RunResults(TypedDict, total=False):
     last_token:dict   # the same of the plain head
     win_rates:dict    # {judge: {model: win rate}}
     failures:dict     # rates: {prompt set: {model: {failure: dict(mean, low, high, n)}}}
-    frontier:dict     # best_of_n and gibbs: lists of dict(n or beta, kl, reward, gold); equal_kl: {model: `against_best_of_n`}
+    # best_of_n and gibbs: lists of dict(n or beta, kl, reward, gold); equal_kl: {model: `against_best_of_n`}
+    frontier:dict
     overoptimise:list # rows with kl, reward, gold
     training:dict     # {stage: dict(updates, metrics, diagnosis)}
     seconds:dict      # of each stage
