@@ -27,6 +27,8 @@ from .formats import *
 from .template import *
 from .data import *
 from .forward import *
+from .folders import *
+from .modelcard import *
 from .adapters import *
 from .load import *
 from .reward import *
@@ -347,7 +349,7 @@ def _only(
         if known.match(o.strip()): continue
         raise ValueError(f"--set {o}: {what} with {', '.join(keys[:-1])} and {keys[-1]} alone")
 
-def _merge(folder, to):
+def _merge(folder, to, command):
     "A whole model of an adapter's folder, in the precision that its base has on disk"
     saved = read_adapter(folder)
     rewards = saved.peft.get('task_type')=='SEQ_CLS' or 'head' in saved.ours
@@ -357,7 +359,7 @@ def _merge(folder, to):
     m,tok = (load_reward_model if rewards else load_policy)(str(folder), **how)
     # what only peft can read is merged when it is loaded
     whole = m if saved.odd else merged(m)
-    save_model(whole, tok, to)
+    save_model(whole, tok, to, card_of_adapter(folder, saved.base, rewards, command))
     print(f'{to}: {folder} merged into {saved.base}')
 
 def cmd_plan(a):
@@ -372,7 +374,7 @@ def cmd_merge(a):
     found = [folder] if one else sorted(f.parent for f in folder.glob('*/adapter_config.json'))
     if not found: raise ValueError(f'{folder}: no adapters here: neither an adapter_config.json nor a folder with one')
     to = Path(a.to) if a.to else folder.with_name(folder.name+'_merged') if one else folder/'merged'
-    for o in found: _merge(o, to if one else to/o.name)
+    for o in found: _merge(o, to if one else to/o.name, _said(a))
 
 def cmd_eval_reward(a):
     "How right any reward model is on any pairs"

@@ -6,7 +6,7 @@
 __all__ = ['known_errors', 'KERNELS', 'child_seed', 'generator', 'seed_all', 'pass_order', 'changes', 'send', 'Batch', 'joined',
            'Work', 'is_main', 'read_text', 'replacing', 'write_text', 'write_json', 'read_json', 'append_row',
            'read_rows', 'no_gc', 'no_memory', 'in_one_line', 'progress', 'keep_memory', 'give_back', 'resident',
-           'peak_resident', 'forget_peak', 'Peak', 'Heap']
+           'peak_resident', 'forget_peak', 'Peak', 'Heap', 'has_bf16', 'check_bf16']
 
 # %% ../nbs/00_core.ipynb #c4ffb4f7
 import ctypes,gc,hashlib,json,math,os,platform,random,re,reprlib,shutil,sys,threading
@@ -496,3 +496,22 @@ class Heap:
         if self.fresh: self.most = max(self.most, now)
         self.fresh = now>1.2*self.most
         if self.fresh: give_back()
+
+# %% ../nbs/00_core.ipynb #gpubf002
+def has_bf16(
+    device # Of a GPU
+)->bool:
+    "Has a GPU units for bf16? Ampere (8.0) is the first; of older ones `is_bf16_supported()` says yes, since torch emulates it, slowly"
+    return torch.cuda.get_device_capability(device)>=(8,0)
+
+def check_bf16(
+    setting, # Its name, such as `model.dtype`
+    value,   # What it says: nothing but `bf16` and `bfloat16` is looked at
+    device,
+    instead  # What can be set, in words
+):
+    "A ValueError where a setting asks a GPU for bfloat16 that has no units for it"
+    d = torch.device(device)
+    if value not in ('bf16','bfloat16') or d.type!='cuda' or has_bf16(d): return
+    has = '.'.join(map(str, torch.cuda.get_device_capability(d)))
+    raise ValueError(f'{setting}: {value} needs a GPU of compute capability 8.0 or more, and {d} has {has}; use {instead}')

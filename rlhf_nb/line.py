@@ -25,6 +25,7 @@ from .template import *
 from .data import *
 from .forward import *
 from .models import *
+from .modelcard import *
 from .adapters import *
 from .load import *
 from .train import *
@@ -63,8 +64,12 @@ class Line:
         return on_main(lambda: self.run.done(stage))
     @cached_property
     def acc(self):
-        "The accelerator: where models are, and in which precision"
-        return mk_accelerator(self.config.model.precision, self.config.device)
+        "The accelerator: where models are, and in which precision; a ValueError where a setting asks a GPU for what it has not"
+        c = self.config
+        acc = mk_accelerator(c.model.precision, c.device)
+        asked = {'model.dtype':c.model.dtype, 'ppo.sampler_dtype':c.ppo.sampler_dtype, 'grpo.sampler_dtype':c.grpo.sampler_dtype}
+        for k,v in asked.items(): check_bf16(k, v, acc.device, 'float16')
+        return acc
     @cached_property
     def tok(self):
         "The reference's tokenizer, or the one it will have"
@@ -193,7 +198,7 @@ class Line:
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
     def save(self, model, stage:str):
         "Leave the model where it says that the stage is done"
-        save_model(model, self.template, self.run.made(stage))
+        save_model(model, self.template, self.run.made(stage), card_of_run(self.run, stage, self.command))
     @cached_property
     def gold(self):
         "The scorer of the true reward, which only the world has"

@@ -80,6 +80,7 @@ def check_rollouts(
                          'lower it, or raise batch_size')
     if why := too_long(policy, prompts, o.max_new_tokens):
         raise ValueError('a'+why)
+    check_bf16('sampler_dtype', o.sampler_dtype, policy.device, 'float16')
     if o.sampler_dtype and is_quantised(policy):
         raise ValueError("sampler_dtype: adapters are merged into the copy that samples, and the policy's base has four bits")
     return size

@@ -131,17 +131,13 @@ def best_precision(
         if asked not in dtypes:
             raise ValueError(f"RLHF_NB_PRECISION: expected {', '.join(dtypes)}, got '{asked}'")
         return asked
-    if d.type=='cuda': return 'bf16' if _has_bf16(d) else 'fp16'
+    if d.type=='cuda': return 'bf16' if has_bf16(d) else 'fp16'
     native = d.type=='cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bf16' if native else 'fp32'
 
 # by how much fp16 multiplies a loss, so that small gradients do not become 0. What overflows is an update lost, and a stage has
 # some hundred: torch's own 2**16 would lose the first of them, until it has come down. Here 6e-11 is still a gradient
 FIRST_SCALE = 2.**10
-
-def _has_bf16(device)->bool:
-    "Has a GPU units for bf16? Ampere (8.0) is the first; of older ones `is_bf16_supported()` says yes, since torch emulates it, slowly"
-    return torch.cuda.get_device_capability(device)>=(8,0)
 
 class Engine(Accelerator):
     "`accelerate` for the processes; precision and device are this object's own: a plain `Accelerator` has those of the first one in the process"
@@ -184,10 +180,7 @@ def mk_accelerator(
         raise ValueError(f"model.precision: expected auto, {', '.join(dtypes)}, got '{precision}'")
     if precision=='fp16' and d.type=='cpu':
         raise ValueError('model.precision: fp16 needs a GPU, and the device is cpu; use auto, bf16 or fp32')
-    if precision=='bf16' and d.type=='cuda' and not _has_bf16(d):
-        has = '.'.join(map(str, torch.cuda.get_device_capability(d)))
-        raise ValueError(f'model.precision: bf16 needs a GPU of compute capability 8.0 or more, and {d} has {has}; '
-                         'use auto, fp16 or fp32')
+    check_bf16('model.precision', precision, d, 'auto, fp16 or fp32')
     return Engine(precision, d)
 
 # %% ../nbs/19_train.ipynb #82586203
