@@ -348,8 +348,8 @@ def best_of_n_lines(
             if have: rows.append(_beside_row(name, label, have, [o[k] for o in have]))
     several = f', which are those of {len(found)} runs; of other seeds it says nothing' if len(found)>1 else ''
     return [f'Each method beside best-of-n (n up to {min(drawn)}) **at the same KL**: on the line between the two n '
-            'around it, on the same prompts. The share of the gain is the gain over the reference divided by that of best-of-n: 1 is on '
-            f'best-of-n, 0 is the reference. 95% intervals over the prompts{several}. Best-of-n is '
+            'around it, on the same prompts. The share of the gain is the gain over the reference divided by that of '
+            f'best-of-n: 1 is on best-of-n, 0 is the reference. 95% intervals over the prompts{several}. Best-of-n is '
             'taken to have the KL log n − (n−1)/n, the most it can have, which favours the methods.','',md_table(rows)]
 
 # %% ../nbs/48_claims.ipynb #cla0rest

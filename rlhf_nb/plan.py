@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModel,AutoModelForCausalLM,GPT2Config
 
+from .core import *
 from .config import *
 from .settings import *
 from .run import *
@@ -208,9 +209,10 @@ class Card(NamedTuple):
     half:float      # Operations a second in 16 bits, in 10^12
     single:float    # The same in float32
     bandwidth:float # GB a second
+    dtype:str='bfloat16' # Of 16 bits, that it has units for and a frozen base may have
 
 known_cards = dict(
-    T4=Card(16, 65, 8.1, 320),
+    T4=Card(16, 65, 8.1, 320, 'float16'),
     A10=Card(24, 125, 31.2, 600),
     L4=Card(24, 121, 30.3, 300),
     A100=Card(40, 312, 19.5, 1555),
@@ -320,11 +322,11 @@ def _fewer_at_once(stage, c, moments):
         key,now = _prompts_at_once(stage, c)
         for k in _halves(now): yield key,k
 
-def _smaller_models(c):
-    "(key, value): less of each model"
+def _smaller_models(c, dtype):
+    "(key, value): less of each model; `dtype` is the card's"
     m = c.model
     if not m.lora.r: yield 'model.lora.r',16
-    if m.dtype=='float32': yield 'model.dtype','bfloat16'
+    if m.dtype=='float32': yield 'model.dtype',dtype
     # of four bits no copy can be made that samples
     if not (m.quantize or c.ppo.sampler_dtype or c.grpo.sampler_dtype): yield 'model.quantize','4bit'
 
@@ -333,10 +335,10 @@ def _least(stage, c, model):
     s,h = size_of(model, c.model),models_held(stage, c)
     return weight_bytes(s, h, bool(c.model.lora.r))+12*h.learn*s.own
 
-def _proposals(need, c, model, memory):
+def _proposals(need, c, model, memory, dtype):
     "What may be set, in the order in which it is tried: pairs of key and value"
     much = {k for k,v in need.moments.items() if sum(v.values())>memory}
-    fewer,smaller = list(_fewer_at_once(need.stage, c, much)),list(_smaller_models(c))
+    fewer,smaller = list(_fewer_at_once(need.stage, c, much)),list(_smaller_models(c, dtype))
     # where the models alone are too much, they come first
     return fewer+smaller if _least(need.stage, c, model)<memory else smaller[:1]+fewer+smaller[1:]
 
@@ -344,12 +346,13 @@ def to_lower(
     need:Need,
     c:Config,
     model,       # Configuration of the model that the run begins with
-    memory:float # Bytes that there are
+    memory:float,# Bytes that there are
+    dtype:str='bfloat16' # Of 16 bits, that the card has units for
 )->str:          # Such as `ppo.micro_tokens=1024`, several with `--set` between them; empty where the stage fits
     "The settings that make a stage fit"
     if need.peak<=memory: return ''
     chosen,said,tried = asdict(c),{},[]
-    for k,v in _proposals(need, c, model, memory):
+    for k,v in _proposals(need, c, model, memory, dtype):
         said[k] = str(v).lower()
         chosen = _merge(chosen, nested(k.split('.'), v))
         tried.append((dict(said),chosen))
@@ -420,13 +423,14 @@ def plan_page(
 def _verdict(needs, c, model, card, memory):
     "Does each stage fit, and if not, what to lower"
     name = f'the {card}' if card in known_cards else f'a card of {card} GB'
-    small = [_too_small(o, c, model, name, memory) for o in needs if o.peak>memory]
+    dtype = known_cards[card].dtype if card in known_cards else 'bfloat16'
+    small = [_too_small(o, c, model, name, memory, dtype) for o in needs if o.peak>memory]
     return small or [f'All stages fit on {name} ({memory/1e9:.3g} GB of it for tensors).']
 
-def _too_small(need, c, model, name, memory):
+def _too_small(need, c, model, name, memory, dtype):
     "A stage that does not fit, and what to lower"
     return (f'{need.stage} needs {need.peak/1e9:.3g} GB ({need.when}), {name} has {memory/1e9:.3g} GB for tensors: '
-            f'--set {to_lower(need, c, model, memory)}')
+            f'--set {to_lower(need, c, model, memory, dtype)}')
 
 def card_warnings(
     c:Config,
@@ -434,9 +438,11 @@ def card_warnings(
 )->list:        # A line for each stage that this machine's card may be too small for; none where it runs on no CUDA card
     "What a run had better lower before it begins: the longest prompts and answers are meant, which may never come"
     if not c.device.startswith(('cuda','auto')) or not torch.cuda.is_available(): return []
-    card = torch.cuda.get_device_properties(int(c.device.partition(':')[2] or 0))
+    i = int(c.device.partition(':')[2] or 0)
+    card = torch.cuda.get_device_properties(i)
     model,memory = model_config(c),usable*card.total_memory
     # of a model so small nothing is too much
     if size_of(model, c.model).numbers<1e7: return []
     needs = plan_stages(c, [s for s in planned if stages is None or s in stages])
-    return [_too_small(o, c, model, card.name, memory) for o in needs if o.peak>memory]
+    dtype = 'bfloat16' if has_bf16(i) else 'float16'
+    return [_too_small(o, c, model, card.name, memory, dtype) for o in needs if o.peak>memory]

@@ -19,6 +19,7 @@ from .world import *
 from .shapes import *
 from .forward import *
 from .models import *
+from .modelcard import *
 from .adapters import *
 from .load import *
 from .sft import *
@@ -163,7 +164,7 @@ def ppo_stage(line:Line):
     reward_model = line.model('reward') if line.config.ppo.value_from=='reward' else None
     value = mk_value_model(parts['reference'], reward_model)
     train_ppo(value=value, **parts)
-    save_model(value, line.template, line.run.value_model)
+    save_model(value, line.template, line.run.value_model, card_of_run(line.run, 'ppo', line.command, 'value'))
     line.save(parts['policy'], 'ppo')
 
 def grpo_stage(line:Line):
@@ -273,6 +274,7 @@ def evaluate_stage(line:Line):
         split=c.eval.split,
         config=asdict(c),
         reward_model=read_json(accuracies) if accuracies.exists() else None)
+    renew_numbers(line.run)
 
 def world_rates(
     r:dict # A record
