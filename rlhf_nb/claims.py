@@ -81,17 +81,13 @@ def p_text(p:float)->str:
     "A p value"
     return '<.001' if p<.001 else f'{p:.3f}'
 
-def _spaced(s:str)->str:
-    "A key as words"
-    return s.replace('_', ' ')
-
 def _for_each(seed:str, runs, text:str)->str:
     "A sentence about one run of several; one run alone is not named"
     return f'Seed {seed}: {text[0].lower()}{text[1:]}' if len(runs)>1 else text
 
 # %% ../nbs/48_claims.ipynb #cla0mod1
 # measure of summary.json -> head of its column; only those that some model has are shown
-_model_columns = dict(gold_reward='gold reward', reward='reward', kl='KL, nats per response',
+_model_columns = dict(gold_reward='true reward', reward='reward', kl='KL, nats per response',
                       n_tokens='tokens', finished='finished', win_rate='win rate')
 
 def _win_line(
@@ -100,7 +96,7 @@ def _win_line(
     several:bool # Are there several runs, even if few of them have this model?
 )->str:
     "What the win rates of one model show"
-    by = _spaced(next(iter(wins.values())).get('by', 'reward'))
+    by = in_words(next(iter(wins.values())).get('by', 'reward'))
     if several:
         rates = ', '.join(f'{with_interval(d)} (seed {s})' for s,d in wins.items())
     else: rates = with_interval(next(iter(wins.values())))
@@ -172,7 +168,7 @@ def between_lines(
         if 'reference' in (metric,a,b) or metric not in ('gold_reward','reward'):
             continue            # win rates are against the reference already
         ps = ', '.join(p_text(d['p_holm']) for d in ds if 'p_holm' in d)
-        rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),
+        rows.append([md_inline(in_words(metric)),md_name(a),md_name(b),
                      with_interval(pool_runs(ds)),ps,
                      ds[0]['n'],_shown(a, b, ds)])
     if len(rows)==1: return None                                   # the heads alone
@@ -198,31 +194,31 @@ def _judged(
 def judge_lines(
     runs:dict # {seed: `RunResults`}
 )->list:      # None where nobody judged
-    "Lines on the judges and where they disagree with gold"
+    "Lines on the judges and where they disagree with the true reward"
     judged = [_judged(r) for r in runs.values() if 'win_rates' in r]
     if not judged: return None
     judges = list(dict.fromkeys(j for w in judged for j in w))     # of any run
     known = {k for w in judged for models in w.values() for d in models.values() for k in d}
     extra = [k for k in ('flips','failed','slot_bias') if k in known]
-    rows = [['judge','model','win rate','n','shown',*map(_spaced, extra)]]
+    rows = [['judge','model','win rate','n','shown',*map(in_words, extra)]]
     agreed = {}                                                    # (judge, model) -> better, worse or neither
     for j in judges:
         for m in dict.fromkeys(m for w in judged for m in w.get(j, {})):
             ds = [w[j][m] for w in judged if m in w.get(j, {})]
             agreed[j,m] = _agreed(ds)
-            rows.append([md_inline(j),md_name(m),with_interval(pool_runs(ds)),
+            rows.append([md_inline(shown_name(j)),md_name(m),with_interval(pool_runs(ds)),
                          ds[0].get('n'),claim(ds),
                          *(_cells([d.get(k) for d in ds]) for k in extra)])
     def differs(judge, m):
-        "Is its claim another than gold's? Not in how many seeds"
+        "Is its claim another than the true reward's? Not in how many seeds"
         return ('gold',m) in agreed and agreed[judge,m]!=agreed['gold',m]
     out = []
     for judge in judges if 'gold' in judges else ():
         if judge=='gold': continue                                 # it agrees with itself
         off = [md_name(m) for j,m in agreed if j==judge and differs(judge, m)]
-        found = 'says the same as gold of every model'
+        found = 'says the same as the true reward of every model'
         if off:
-            found = 'disagrees with gold about '+', '.join(off)
+            found = 'disagrees with the true reward about '+', '.join(off)
         out.append(f'- Judge *{md_inline(judge)}* {found}.')
     return [md_table(rows),'',*out,*_other_prompts(runs)]
 
@@ -366,10 +362,10 @@ def turn_lines(
         turn = fit_gold(c.kl, c.gold)['turn']                      # square root of a KL
         first,end = c.iloc[0],c.iloc[-1]
         if best<c.index[-1]:
-            at = f'gold is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
+            at = f'the true reward is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
         else:
-            at = f'gold still rises at the end (KL {end.kl:.1f})'
-        last = (f'at the end (KL {end.kl:.1f}) gold is {end.gold:.2f} and the reward {end.reward:.2f}, from '
+            at = f'the true reward still rises at the end (KL {end.kl:.1f})'
+        last = (f'at the end (KL {end.kl:.1f}) the true reward is {end.gold:.2f} and the reward {end.reward:.2f}, from '
                 f'{first.reward:.2f}')
         fitted = f'; the fitted turn is at KL {turn**2:.1f}' if turn else ''
         out.append(f"- {f'Seed {s}: ' if s else ''}{at}; {last}{fitted}. Moving averages over {len(rows)} updates.")
@@ -388,7 +384,7 @@ def failure_lines(
     rows = [['failure',*map(md_name, names),'n (prompts)']]
     for failure,d in df[df.failure.isin(frequent)].groupby('failure', sort=False):
         by = {r['model']:with_interval(r) for r in d.to_dict('records')}
-        rows.append([md_inline(_spaced(failure)),*(by.get(m, '') for m in names),d.n.iloc[0]])
+        rows.append([md_inline(in_words(failure)),*(by.get(m, '') for m in names),d.n.iloc[0]])
     more = (f' The {most} most frequent of {total} rates; all of them, with tests, are in '
             '`failure_analysis/`.' if total>most else '')
     return [f'Share of answers, {spread_of(failures)}.{more}','',md_table(rows)]

@@ -418,13 +418,13 @@ def summary_table(
 )->str:
     "The comparison as a Markdown table"
     heads = dict(
-        gold_reward='gold reward', reward='reward', kl='KL, nats per response', n_tokens='tokens',
+        gold_reward='true reward', reward='reward', kl='KL, nats per response', n_tokens='tokens',
         finished='finished')
     heads = {k:v for k,v in heads.items()
              if k in next(iter(s.values()))}
     judge = next((v['win_rate']['by']
                   for v in s.values() if 'win_rate' in v), 'reward')
-    rows = [['model', *heads.values(), f"win rate against the reference ({md_inline(judge.replace('_', ' '))})", 'n']]
+    rows = [['model', *heads.values(), f"win rate against the reference ({md_inline(in_words(judge))})", 'n']]
     for name,v in s.items():
         cells = {k:interval(v[k]) for k in heads}
         if name=='reference' and 'kl' in cells: cells['kl'] = '0'   # by definition

@@ -229,7 +229,7 @@ def overoptimise_stage(
     n_pairs=800,  # Pairs that the weak reward model learns from
     updates=24    # Of GRPO
 ):
-    "A weak reward model (the plain head, few pairs), and GRPO without any brake: proxy and gold, update by update"
+    "A weak reward model (the plain head, few pairs), and GRPO without any brake: reward and true reward, update by update"
     c = line.config
     policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
@@ -291,7 +291,7 @@ def world_rates(
     return out
 
 def judge_stage(line:Line):
-    "Win rates by the stored rewards: gold, where it is known, and the reward model"
+    "Win rates by the stored rewards: the true reward, where it is known, and the reward model"
     judge_run(line.run.path, command=line.command)
 
 def failures_stage(line:Line):

@@ -286,7 +286,7 @@ def truth_and_tone(
 annotator_temperature = .5  # The annotator's T
 
 def _p_first(a, b):
-    "With what probability the annotator prefers an answer of gold reward `a` to one of `b`"
+    "With what probability the annotator prefers an answer of true reward `a` to one of `b`"
     return 1/(1+math.exp((b-a)/annotator_temperature))
 
 def bayes_accuracy(
