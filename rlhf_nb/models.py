@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from .core import *
 from .layout import *
 from .forward import *
-from .forward import _logits,_product,_slices
+from .forward import _add_product,_logits,_product,_slices
 
 # %% ../nbs/15_models.ipynb #0d168dfa
 def _log_probs_padded(policy, l:Layout, temperature):
@@ -473,7 +473,7 @@ class _LogProb(torch.autograd.Function):
                 g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)
                 dh[s] = _product(g, low).to(h.dtype)     # (m,V) by (V,d)
                 # no copy of W's size where the precisions are the same
-                if need_W and dt==W.dtype: dW.addmm_(g.T, h[s].to(dt))
+                if need_W and dt==W.dtype: _add_product(dW, g.T, h[s].to(dt))
                 elif need_W: dW.add_(_product(g.T, h[s].to(dt)))
                 if need_b: db += g.sum(0).to(bias.dtype)
         return dh if need_h else None,dW,db,None,None,None
