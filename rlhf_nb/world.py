@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['facts', 'family_mix', 'base_answers', 'annotator_temperature', 'Ask', 'family', 'Said', 'outcome', 'gold_reward',
-           'bayes_accuracy', 'World', 'make_world', 'world_tokenizer']
+           'truth_and_tone', 'bayes_accuracy', 'World', 'make_world', 'world_tokenizer']
 
 # %% ../nbs/07_world.ipynb #d931389b
 import json,math,random,re
@@ -273,6 +273,14 @@ def gold_reward(
         o = outcome(prompt, response)
         return max(-6., o['quality']+o['style']-(not ended))
     return [one(*o) for o in zip(prompts, responses, finished, strict=True)]
+
+# %% ../nbs/07_world.ipynb #trutone2
+def truth_and_tone(
+    record:dict # With prompt and response
+)->dict:        # truth, tone
+    "What an answer says, and how it says it: the two parts of the true reward"
+    o = outcome(record['prompt'], record['response'])
+    return dict(truth=o['quality'], tone=o['style'])
 
 # %% ../nbs/07_world.ipynb #bf539275
 annotator_temperature = .5  # The annotator's T
