@@ -14,7 +14,7 @@ from as_in_colab import extras, hidden
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
-numbered = {f.stem.split("_", 1)[1]: f for f in notebooks if re.match(r"\d\d_", f.name)}
+numbered = {f.stem.split("_", 1)[1]: f for f in notebooks if re.match(r"\d\d[a-z]?_", f.name)}
 order = {name: f.name.split("_")[0] for name, f in numbered.items()}
 modules = {f.stem: f for f in sorted((root/"rlhf_nb").glob("*.py")) if f.stem not in ("__init__", "__main__", "_modidx")}
 homes = {"gradio": {"app", "tabs"}, "matplotlib": {"plots", "report", "benchmark"}, "openai": {"endpoint"}, "seaborn": {"plots", "report", "benchmark"}}
