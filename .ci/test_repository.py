@@ -67,6 +67,13 @@ def test_imports_alone(nb):
 
 
 @each_notebook
+def test_cells_are_cells(nb):
+    "No cell of a script (`# %%`) within a cell: such code is never run, and such text is a heading"
+    every = [c["source"] for kind in ("markdown", "code") for c in cells(nb, kind)]
+    assert not [s for s in every if re.search(r"^# %%", s, re.M)]
+
+
+@each_notebook
 def test_weight(nb):
     assert nb.stat().st_size <= 300_000, f"{nb.stat().st_size:,} bytes; 300,000 is the most: smaller or fewer figures"
 
