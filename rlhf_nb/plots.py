@@ -396,8 +396,8 @@ def plot_win_rates(
            x=f'win rate against the reference, n = {df.n.iloc[0]} prompts\nhollow: the interval holds 1/2')
     fig.suptitle(f'{_verdicts(df)}\n{_spread(df.runs.max())}', fontsize=_title)
     df = df.rename(columns=dict(mean='rate'))
-    fig.alt = 'Win rates against the reference. '+'; '.join(f'{r.model} by {shown_name(r.judge)}: {r.rate:.2f} '
-                                                            f'({r.low:.2f} to {r.high:.2f})' for r in df.itertuples())+'.'
+    said = (f'{r.model} by {shown_name(r.judge)}: {r.rate:.2f} ({r.low:.2f} to {r.high:.2f})' for r in df.itertuples())
+    fig.alt = f"Win rates against the reference. {'; '.join(said)}."
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #plo0fai1
