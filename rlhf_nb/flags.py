@@ -22,8 +22,8 @@ class FlagNames(NamedTuple):
     cards:tuple      # Graphics cards that `plan` knows
 
 flag_names = FlagNames(
-    stages=('sft','reward','dpo','ppo','grpo','last_token','frontier','overoptimise','evaluate','judge','failures','analyze'),
-    usual=('sft','reward','dpo','ppo','grpo','frontier','evaluate','judge','failures','analyze'),
+    stages=('sft','reward','dpo','ppo','grpo','last_token','overoptimise','evaluate','frontier','judge','failures','analyze'),
+    usual=('sft','reward','dpo','ppo','grpo','evaluate','frontier','judge','failures','analyze'),
     trained=('sft','reward','dpo','ppo','grpo'),
     templates=('auto','chat','hh','plain'),
     rewards=('auto','chat','pair','text'),
