@@ -31,6 +31,9 @@ def prepare(cell):
     if "hide" in directives:
         return None
     cell.source = re.sub(r"^# ?\|.*\n?", "", cell.source, flags=re.M).strip()
+    for o in cell.outputs:
+        if "text/markdown" in o.get("data", {}):
+            o.data["text/markdown"] = from_root(o.data["text/markdown"])
     alt.extend(d[8:].strip() for d in directives if d.startswith("fig-alt:"))
     if "echo: false" in directives:
         cell.metadata["transient"] = {"remove_source": True}

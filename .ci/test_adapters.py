@@ -1,7 +1,9 @@
 "Models on one base are what they would be on bases of their own: sampled, trained, saved, run"
 import json
 import os
+import re
 import shutil
+from contextlib import chdir
 from copy import deepcopy
 
 import peft
@@ -12,13 +14,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
 from tiny import batch, configs, lm, timeless
-from rlhf_nb.core import generator,seed_all
+from rlhf_nb.core import Batch,generator,seed_all
 from rlhf_nb.config import LoraConfig
 from rlhf_nb.settings import load_config
 from rlhf_nb.run import Run
 from rlhf_nb.forward import checkpoint_layers
-from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model,scores
-from rlhf_nb.adapters import Adapted,adapt,bare,is_adapter
+from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model,scores,values
+from rlhf_nb.folders import is_adapter
+from rlhf_nb.modelcard import CARD,card_head
+from rlhf_nb.adapters import Adapted,adapt,bare
 from rlhf_nb.load import load_policy,load_reward_model,save_model
 from rlhf_nb.train import mk_accelerator
 from rlhf_nb.sampling import decode,sample
@@ -183,6 +187,20 @@ def run(place, out, *sets, stages=stages):
     return Line(Run(out))
 
 
+def asked(line):
+    "What the cards ask, in the words of a run's template"
+    t = line.template
+    return Batch.from_tokens([t.prompt([dict(role="user", content="What is the capital of France?")])], [[t.response(" Paris.")]])
+
+
+def ran(folder):
+    "What the code of a model's card leaves, run beside its folder"
+    names, text = {}, (folder/CARD).read_text("utf-8")
+    with chdir(folder.parent):
+        exec(re.search(r"(?s)```python\n(.*?)```", text)[1], names)
+    return names
+
+
 def test_run(place, tmp_path, monkeypatch):
     "A run on adapters: all its models are small folders on one base, with and without checkpointing the same; desk, generate and merge read them"
     line = run(place, tmp_path/"run", f"model.name={place/'base'}", "model.lora.r=4", "reward.head=last_token", "ppo.value_from=reward")
@@ -203,6 +221,20 @@ def test_run(place, tmp_path, monkeypatch):
         b = batch(2, sizes, longest=4)
         assert isinstance(one, Adapted) and not isinstance(whole, Adapted)
         torch.testing.assert_close(ask(one, b), ask(whole, b), atol=1e-5, rtol=0)
+    # each folder's card is code that gives our numbers, of an adapter by plain peft, merged by transformers
+    b = asked(line)
+    for folder in (tmp_path/"run", tmp_path/"run"/"merged"):
+        assert ran(folder/"reward_model")["score"] == pytest.approx(scores(load_reward_model(str(folder/"reward_model"))[0], b).item(), abs=1e-5)
+        got = ran(folder/"value_model")["values"]
+        torch.testing.assert_close(got, values(load_reward_model(str(folder/"value_model"))[0], b)[0, 0], atol=1e-5, rtol=0)
+        policy, said = load_policy(str(folder/"ppo_model"))[0], ran(folder/"ppo_model")
+        assert said["answer"].split() == line.template.text(sample(policy, b.prompts, 1, 48, temperature=0).tokens()[0][0]).split()
+        ids = torch.tensor(b.prompts)
+        torch.testing.assert_close(said["chat"].model(ids).logits, policy(ids).logits, atol=1e-5, rtol=0)
+    head = card_head((tmp_path/"run"/"ppo_model"/CARD).read_text("utf-8"))
+    assert (head["library_name"], head["pipeline_tag"]) == ("peft", "text-generation") and "base_model" not in head and "lora" in head["tags"]
+    card = (tmp_path/"run"/"ppo_model"/CARD).read_text("utf-8")
+    assert "r=4, alpha=8" in card and "`rlhf_nb run --config demo" in card and str(place) not in card and "n=4\n" in card and "37 train" in card
     # in plain peft, by the line that the folder states
     monkeypatch.chdir(tmp_path/"run")
     plain = eval(json.loads((tmp_path/"run"/"ppo_model"/"rlhf_nb.json").read_text("utf-8"))["plain_peft"], dict(peft=peft)).eval()
@@ -213,6 +245,10 @@ def test_run(place, tmp_path, monkeypatch):
 def test_run_with_log_prob_head(place, tmp_path):
     line = run(place, tmp_path/"run", f"model.name={place/'base'}", "model.lora.r=4", "reward.head=log_prob", "sft.skip=true", stages=["--stages", "sft", "reward", "grpo"])
     assert line.model("sft").is_base() and line.model("reward").lm.base is line.base
+    assert not main(["merge", str(tmp_path/"run")])
+    for folder in (tmp_path/"run", tmp_path/"run"/"merged"):
+        want = scores(load_reward_model(str(folder/"reward_model"))[0], asked(line)).item()
+        assert ran(folder/"reward_model")["score"] == pytest.approx(want, abs=1e-5)
 
 
 def test_run_begins_with_an_adapter(place, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from as_in_colab import extras, hidden
+
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 numbered = {f.stem.split("_", 1)[1]: f for f in notebooks if re.match(r"\d\d_", f.name)}
@@ -78,6 +80,29 @@ def test_opens_in_colab(nb):
     assert "if 'google.colab' in sys.modules:" in first and "pip" in first, f"the first code cell is:\n{first}"
 
 
+def not_in_colab(nb):
+    "What a notebook takes from this machine that its first cell does not bring: modules it imports, files of a clone"
+    code = [c["source"] for c in cells(nb) if "eval: false" not in c["source"]]
+    code = [re.sub(r"^\s*[%!].*", "", s, flags=re.M) for s in code]
+    tops = [n for s in code for n in ast.parse(s).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    found = {top for n in tops for top, _ in imports(ast.unparse(n))} & hidden(*extras(nb))
+    if not any("git', 'clone'" in s for s in code):
+        found |= {m for s in code for m in re.findall(r"[\"'](\.\./(?:results|output_samples)[^\"']*)", s)}
+    return found
+
+
+@each_notebook
+def test_runs_in_colab(nb):
+    "Nothing of the extra `dev`, and no file of a clone that is not fetched (`published`); `.ci/as_in_colab.py` runs them so"
+    assert not not_in_colab(nb)
+
+
+def test_runs_in_colab_sees(tmp_path):
+    source = ["import jupytext,torch", "read_json('../results/summary.json')", "def f(): import nbdev"]
+    (tmp_path/"x.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "source": s} for s in source]}), "utf-8")
+    assert not_in_colab(tmp_path/"x.ipynb") == {"jupytext", "../results/summary.json"}
+
+
 @each_notebook
 def test_notebook_imports(nb):
     "Nothing of nbdev; a numbered notebook imports only modules of lower numbers (its own, where processes need it)"
@@ -86,6 +111,33 @@ def test_notebook_imports(nb):
     assert "nbdev" not in {top for top, _ in found}
     me = nb.name.split("_")[0] if nb in numbered.values() else "~"
     assert not [m for _, m in found if m and order[m] > me]
+
+
+def unexplained(f):
+    "Metrics that a notebook shows in a row before a text above names them, as `name`"
+    named, shown = set(), set()
+    for c in json.loads(f.read_text("utf-8"))["cells"]:
+        if c["cell_type"] == "markdown":
+            named |= set(re.findall(r"`(\w+)`", "".join(c["source"])))
+        for o in c.get("outputs", []):
+            text = "".join(o.get("text", [])) or "".join(o.get("data", {}).get("text/plain", []))
+            if "'update':" in text and "'loss':" in text:
+                shown |= set(re.findall(r"'(\w+)':", text))-named
+    return shown
+
+
+@each_notebook
+def test_metrics_are_explained(nb):
+    "What the numbers of a metrics row are is said before the first of them is shown"
+    assert not unexplained(nb)
+
+
+def test_metrics_are_explained_sees(tmp_path):
+    row = {"cell_type": "code", "source": [], "outputs": [{"data": {"text/plain": ["{'update': 0,\n", " 'loss': 1.0,\n", " 'kl': 0.1}"]}}]}
+    table = {"cell_type": "markdown", "source": ["| `update` | `loss`, of the optimiser |"]}
+    for cells, said in (([table, row], {"kl"}), ([row, table], {"update", "loss", "kl"})):
+        (tmp_path/"x.ipynb").write_text(json.dumps({"cells": cells}), "utf-8")
+        assert unexplained(tmp_path/"x.ipynb") == said
 
 
 def test_modules_and_notebooks():

@@ -114,7 +114,7 @@ def vote_summary(
     for k in sorted({k for v in votes for k in v['answers']}-{'reference'}):
         points = _against(votes, k)
         if points is not None: out['win_rates'][k] = tally(points, by='people')
-    for name,key in (('reward model','reward'),('gold judge','gold_reward')):
+    for name,key in (('reward model','reward'),('true reward','gold_reward')):
         rows = _scored(votes, key)
         if rows: out['agreement'][name] = human_agreement(stored({'votes':rows}, key), votes)
     return out

@@ -167,7 +167,7 @@ def _place(p):
 def _stats(a):
     "The numbers under an answer"
     rows = {'Reward':f"<b>{num(a['reward'])}</b>"+_place(a.get('percentile'))}
-    if 'gold_reward' in a: rows['Gold'] = f"<b>{num(a['gold_reward'])}</b> true reward"
+    if 'gold_reward' in a: rows['True reward'] = f"<b>{num(a['gold_reward'])}</b>"
     rows['KL'] = f"<b>{num(a['kl'])}</b> nats, {num(a['kl_per_token'], 3)} per token"
     rows['Length'] = f"<b>{a['n_tokens']}</b> tokens, {'finished' if a['finished'] else 'cut: no end'}"
     if 'tokens_per_second' in a: rows['Speed'] = f"<b>{a['tokens_per_second']:.0f}</b> tokens per second"
@@ -225,7 +225,7 @@ def card(
 
 # %% ../nbs/51_cards.ipynb #684d8c6f
 # What has bars: the key of an answer, and what it is called
-_measures = dict(reward='Reward', gold_reward="Gold reward (the world's true one)", kl='KL to the reference, nats')
+_measures = dict(reward='Reward', gold_reward="True reward (the world's own)", kl='KL to the reference, nats')
 
 def _bars(key, values):
     "One table: a bar and a number for each model"
@@ -244,7 +244,7 @@ def _bars(key, values):
 def bars(
     answers:dict # {name: answer}
 )->str:
-    "Reward, gold reward and KL of all answers as bars"
+    "Reward, true reward and KL of all answers as bars"
     out = ''
     for key in _measures:
         known = {k:a[key] for k,a in answers.items() if a.get(key) is not None}

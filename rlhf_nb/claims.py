@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['claim', 'with_interval', 'each_run', 'spread_of', 'p_text', 'model_lines', 'between_lines', 'judge_lines',
-           'reward_model_lines', 'AgainstBestOfN', 'best_at', 'best_of_n_lines', 'turn_lines', 'failure_lines',
-           'memory_lines', 'caveats']
+           'reward_model_lines', 'best_of_n_lines', 'turn_lines', 'failure_lines', 'memory_lines', 'caveats']
 
 # %% ../nbs/48_claims.ipynb #cla0h003
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -83,17 +81,13 @@ def p_text(p:float)->str:
     "A p value"
     return '<.001' if p<.001 else f'{p:.3f}'
 
-def _spaced(s:str)->str:
-    "A key as words"
-    return s.replace('_', ' ')
-
 def _for_each(seed:str, runs, text:str)->str:
     "A sentence about one run of several; one run alone is not named"
     return f'Seed {seed}: {text[0].lower()}{text[1:]}' if len(runs)>1 else text
 
 # %% ../nbs/48_claims.ipynb #cla0mod1
 # measure of summary.json -> head of its column; only those that some model has are shown
-_model_columns = dict(gold_reward='gold reward', reward='reward', kl='KL, nats per response',
+_model_columns = dict(gold_reward='true reward', reward='reward', kl='KL, nats per response',
                       n_tokens='tokens', finished='finished', win_rate='win rate')
 
 def _win_line(
@@ -102,7 +96,7 @@ def _win_line(
     several:bool # Are there several runs, even if few of them have this model?
 )->str:
     "What the win rates of one model show"
-    by = _spaced(next(iter(wins.values())).get('by', 'reward'))
+    by = in_words(next(iter(wins.values())).get('by', 'reward'))
     if several:
         rates = ', '.join(f'{with_interval(d)} (seed {s})' for s,d in wins.items())
     else: rates = with_interval(next(iter(wins.values())))
@@ -133,7 +127,22 @@ def model_lines(
     out = [f"{what}; n = {', '.join(map(str, ns))} prompts a model and run.",
            '',md_table(rows),'']
     wins = {name:each_run(models, name, 'win_rate') for name in names}
-    return out+[_win_line(name, w, len(models)>1) for name,w in wins.items() if w]
+    out += [_win_line(name, w, len(models)>1) for name,w in wins.items() if w]
+    return out+_part_lines(models, names)
+
+def _part_lines(
+    models:dict, # {seed: {model: {measure: dict}}}
+    names:list   # Of the models
+)->list:         # Empty where nobody knows the parts
+    "How much of each gain in true reward is truth, and how much is tone"
+    rows = [['model','gain in truth','gain in tone','tone, share of the gain','n (prompts)']]
+    for name in names:
+        have = list(each_run(models, name, 'parts').values())
+        cells = [pool_runs([o[k] for o in have]) for k in ('truth','tone','tone_share')] if have else []
+        if cells: rows.append([md_name(name),*map(with_interval, cells),cells[0]['n']])
+    if len(rows)==1: return []
+    return ['',f'What each gain in true reward is made of: truth is what is said, tone is how; {spread_of(models)}.',
+            '',md_table(rows)]
 
 def _shown(
     a:str,
@@ -159,7 +168,7 @@ def between_lines(
         if 'reference' in (metric,a,b) or metric not in ('gold_reward','reward'):
             continue            # win rates are against the reference already
         ps = ', '.join(p_text(d['p_holm']) for d in ds if 'p_holm' in d)
-        rows.append([md_inline(_spaced(metric)),md_name(a),md_name(b),
+        rows.append([md_inline(in_words(metric)),md_name(a),md_name(b),
                      with_interval(pool_runs(ds)),ps,
                      ds[0]['n'],_shown(a, b, ds)])
     if len(rows)==1: return None                                   # the heads alone
@@ -185,31 +194,31 @@ def _judged(
 def judge_lines(
     runs:dict # {seed: `RunResults`}
 )->list:      # None where nobody judged
-    "Lines on the judges and where they disagree with gold"
+    "Lines on the judges and where they disagree with the true reward"
     judged = [_judged(r) for r in runs.values() if 'win_rates' in r]
     if not judged: return None
     judges = list(dict.fromkeys(j for w in judged for j in w))     # of any run
     known = {k for w in judged for models in w.values() for d in models.values() for k in d}
     extra = [k for k in ('flips','failed','slot_bias') if k in known]
-    rows = [['judge','model','win rate','n','shown',*map(_spaced, extra)]]
+    rows = [['judge','model','win rate','n','shown',*map(in_words, extra)]]
     agreed = {}                                                    # (judge, model) -> better, worse or neither
     for j in judges:
         for m in dict.fromkeys(m for w in judged for m in w.get(j, {})):
             ds = [w[j][m] for w in judged if m in w.get(j, {})]
             agreed[j,m] = _agreed(ds)
-            rows.append([md_inline(j),md_name(m),with_interval(pool_runs(ds)),
+            rows.append([md_inline(shown_name(j)),md_name(m),with_interval(pool_runs(ds)),
                          ds[0].get('n'),claim(ds),
                          *(_cells([d.get(k) for d in ds]) for k in extra)])
     def differs(judge, m):
-        "Is its claim another than gold's? Not in how many seeds"
+        "Is its claim another than the true reward's? Not in how many seeds"
         return ('gold',m) in agreed and agreed[judge,m]!=agreed['gold',m]
     out = []
     for judge in judges if 'gold' in judges else ():
         if judge=='gold': continue                                 # it agrees with itself
         off = [md_name(m) for j,m in agreed if j==judge and differs(judge, m)]
-        found = 'says the same as gold of every model'
+        found = 'says the same as the true reward of every model'
         if off:
-            found = 'disagrees with gold about '+', '.join(off)
+            found = 'disagrees with the true reward about '+', '.join(off)
         out.append(f'- Judge *{md_inline(judge)}* {found}.')
     return [md_table(rows),'',*out,*_other_prompts(runs)]
 
@@ -283,79 +292,61 @@ def reward_model_lines(
                      rule,best,short(d.get('ece'))])
     return [md_table(rows)]
 
-class AgainstBestOfN(NamedTuple):
-    "What a method reaches in one run, against best-of-n at no more KL"
-    seed:str
-    reward:dict # Of the method, with interval
-    kl:float    # Of the method, nats per response
-    best:dict   # Reward of best-of-n
-    point:dict  # The point of the frontier
+# what is compared with best-of-n, as `against_best_of_n` names it -> as people read it
+_beside = dict(gold='true reward', reward='reward')
 
-def best_at(
-    points:list, # dict(n, kl, reward, gold) of the frontier, by rising n and so by rising KL
-    kl:float,
-    key:str      # `reward` or `gold`
-)->dict:
-    "The best-of-n point with the most KL that is allowed; None without one"
-    allowed = [p for p in points if p['kl']<=kl and key in p]
-    return allowed[-1] if allowed else None
-
-def _against_best_of_n(
-    runs:dict # {seed: `RunResults`}
-)->dict:
-    "{(model, metric): a `AgainstBestOfN` for each run}"
-    out = {}
-    for s,r in runs.items():
-        if 'frontier' not in r or 'models' not in r: continue
-        for name,m in r['models'].items():
-            if name=='reference': continue                         # best-of-n draws from it
-            for metric,key in (('gold_reward','gold'),('reward','reward')):
-                point = best_at(r['frontier']['best_of_n'], m['kl']['mean'], key)
-                if metric in m and point:
-                    pair = AgainstBestOfN(s, m[metric], m['kl']['mean'], point[key], point)
-                    out.setdefault((name,metric), []).append(pair)
-    return out
-
-def _place(found:list)->str:
-    "above or below best-of-n in every run; else nothing"
+def _place(short:dict)->str:
+    "Where a method lies, from what it lacks to best-of-n: mean, low, high, n"
     # of fewer prompts no interval is to be believed
-    enough = all(min(o.reward.get('n') or 0, o.best.get('n') or 0)>=fewest for o in found)
-    if enough and all(o.reward['low']>o.best['high'] for o in found):
-        return 'above'
-    if enough and all(o.reward['high']<o.best['low'] for o in found):
-        return 'below'
-    return ''
+    if short['n']>=fewest and short['low']>0: return 'below'
+    if short['n']>=fewest and short['high']<0: return 'above'
+    return 'no difference shown'
 
-def _against_text(o:AgainstBestOfN)->str:
-    "One run"
-    seed = f'seed {o.seed}: ' if o.seed else ''
-    best = f"best of {o.point['n']} {with_interval(o.best)} (n = {o.best['n']}) at KL at most {o.point['kl']:.2f}"
-    return f'{seed}{with_interval(o.reward)} at KL {o.kl:.2f}, {best}'
+def _beside_row(
+    name:str,  # Of the model
+    label:str, # Of the measure
+    runs:list, # What `against_best_of_n` says of each run
+    ds:list    # And of this measure
+)->list:
+    "A method beside best-of-n, over the prompts of all runs"
+    gain,best_gain,short = (pool_prompts([d[k] for d in ds]) for k in ('gain','best_gain','short'))
+    share = ratio_of(gain, best_gain, short)
+    each = ', '.join(f"{d['share']['mean']:.2f}" for d in ds)
+    kl = f"{np.mean([r['kl'] for r in runs]):.2f}"
+    ns = sorted({n for r in runs for n in r['between']})
+    mine,best = (np.mean([d[k]['mean'] for d in ds]) for k in ('policy','best'))
+    past = ' (past the last n)' if any(r['beyond'] for r in runs) else ''
+    return [label,md_name(name),kl,f"{' to '.join(map(str, (ns[0],ns[-1])))}{past}",f'{mine:.2f}',f'{best:.2f}',
+            with_interval(short),with_interval(share),*([each] if len(ds)>1 else []),short['n'],_place(short)]
 
-def _against_line(
-    name:str,
-    metric:str,
-    found:list # A `AgainstBestOfN` of each run
-)->str:
-    "All runs: each of them where they agree on a place, else their means"
-    n,place = len(found),_place(found)
-    what = f'- {md_name(name)}, {_spaced(metric)}'
-    if place:
-        each = '; '.join(map(_against_text, found))
-        return f'{what}: {place} best-of-n at no more KL in {n} of {n} runs ({each}).'
-    mine = with_interval(pool_runs([o.reward for o in found]))
-    best = with_interval(pool_runs([o.best for o in found]))
-    kl = np.mean([o.kl for o in found])
-    first = found[0]
-    return (f'{what}: no difference shown from best-of-n at no more KL in all {n} runs '
-            f"({mine} at KL {kl:.2f}, best of {first.point['n']} {best}, n = {first.best['n']}).")
+_not_beside = ('The methods are not compared with best-of-n here: the stage `frontier` ran before `evaluate`, or was '
+               'of an older version. Remove `results/frontier.json`, and run `frontier` and `analyze` again with '
+               '`--resume`.')
+
+def _drawn(points:list)->int:
+    "The largest n of best-of-n: dict(n, kl, ...) each"
+    return max((p['kl'],p['n']) for p in points)[1] if points else 0
 
 def best_of_n_lines(
     runs:dict # {seed: `RunResults`}
 )->list:      # Empty where no run has a frontier
-    "What the methods reach at their KL, beside best-of-n at no more KL"
-    return [_against_line(name, metric, found)
-            for (name,metric),found in _against_best_of_n(runs).items()]
+    "What the methods reach beside best-of-n at the same KL"
+    drawn = [_drawn(o) for o in each_run(runs, 'frontier', 'best_of_n').values()]
+    found = list(each_run(runs, 'frontier', 'equal_kl').values())
+    if not any(found): return [_not_beside] if drawn else []
+    names = list(dict.fromkeys(name for o in found for name in o))
+    each = ['each seed'] if len(found)>1 else []
+    rows = [['measure','model','KL','between n','its','best-of-n','best-of-n − its','share of the gain',*each,
+             'n (prompts)','shown']]
+    for k,label in _beside.items():
+        for name in names:
+            have = [o[name] for o in found if k in o.get(name, {})]
+            if have: rows.append(_beside_row(name, label, have, [o[k] for o in have]))
+    several = f', which are those of {len(found)} runs; of other seeds it says nothing' if len(found)>1 else ''
+    return [f'Each method beside best-of-n (n up to {min(drawn)}) **at the same KL**: on the line between the two n '
+            'around it, on the same prompts. The share of the gain is the gain over the reference divided by that of '
+            f'best-of-n: 1 is on best-of-n, 0 is the reference. 95% intervals over the prompts{several}. Best-of-n is '
+            'taken to have the KL log n − (n−1)/n, the most it can have, which favours the methods.','',md_table(rows)]
 
 # %% ../nbs/48_claims.ipynb #cla0rest
 def turn_lines(
@@ -371,10 +362,10 @@ def turn_lines(
         turn = fit_gold(c.kl, c.gold)['turn']                      # square root of a KL
         first,end = c.iloc[0],c.iloc[-1]
         if best<c.index[-1]:
-            at = f'gold is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
+            at = f'the true reward is best ({c.gold[best]:.2f}) at KL {c.kl[best]:.1f}, update {best}'
         else:
-            at = f'gold still rises at the end (KL {end.kl:.1f})'
-        last = (f'at the end (KL {end.kl:.1f}) gold is {end.gold:.2f} and the reward {end.reward:.2f}, from '
+            at = f'the true reward still rises at the end (KL {end.kl:.1f})'
+        last = (f'at the end (KL {end.kl:.1f}) the true reward is {end.gold:.2f} and the reward {end.reward:.2f}, from '
                 f'{first.reward:.2f}')
         fitted = f'; the fitted turn is at KL {turn**2:.1f}' if turn else ''
         out.append(f"- {f'Seed {s}: ' if s else ''}{at}; {last}{fitted}. Moving averages over {len(rows)} updates.")
@@ -393,7 +384,7 @@ def failure_lines(
     rows = [['failure',*map(md_name, names),'n (prompts)']]
     for failure,d in df[df.failure.isin(frequent)].groupby('failure', sort=False):
         by = {r['model']:with_interval(r) for r in d.to_dict('records')}
-        rows.append([md_inline(_spaced(failure)),*(by.get(m, '') for m in names),d.n.iloc[0]])
+        rows.append([md_inline(in_words(failure)),*(by.get(m, '') for m in names),d.n.iloc[0]])
     more = (f' The {most} most frequent of {total} rates; all of them, with tests, are in '
             '`failure_analysis/`.' if total>most else '')
     return [f'Share of answers, {spread_of(failures)}.{more}','',md_table(rows)]

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['cmd_demo', 'cmd_run', 'cmd_train', 'cmd_explore', 'cmd_generate', 'cmd_judge', 'cmd_check', 'cmd_plan', 'cmd_merge',
-           'cmd_eval_reward', 'cmd_failures', 'cmd_analyze', 'cmd_config', 'cmd_app', 'cmd_bench', 'parser', 'main']
+           'cmd_eval_reward', 'cmd_failures', 'cmd_analyze', 'cmd_config', 'cmd_app', 'cmd_bench', 'main']
 
 # %% ../nbs/62_cli.ipynb #c0e50f24
-import argparse,json,re,shlex,sys
+import json,re,shlex,sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-
-from . import __version__
 
 from .core import *
 from .parallel import *
@@ -27,9 +25,10 @@ from .formats import *
 from .template import *
 from .data import *
 from .forward import *
+from .folders import *
+from .modelcard import *
 from .adapters import *
 from .load import *
-from .reward import *
 from .records import *
 from .gauge import *
 from .llm import *
@@ -38,111 +37,8 @@ from .line import *
 from .pipeline import *
 from .preflight import *
 from .plan import *
-
-# %% ../nbs/62_cli.ipynb #bc2ec4f4
-def _flag(
-    help=None, # What the flag says of itself
-    **how      # How argparse takes it
-)->dict:
-    "A flag of the tables below"
-    return dict(how, help=help)
-
-_yes = dict(action='store_true')                       # a flag without a value
-_many = dict(nargs='+')                                # one with several
-_sets = dict(dest='sets', action='append', default=[], metavar='KEY=VALUE')
-
-# what says how a run is to be
-_config_flags = {
-    '--config': _flag('preset (demo, prototype, full) or YAML file (default: %(default)s)', default='demo'),
-    '--set': _flag('override, such as ppo.kl_coef=0.05; may be repeated', **_sets),
-    '--seed': _flag('everything random derives from it', type=int),
-    '--data': _flag('Hub name, file or folder of preferences (`world`: the embedded world)'),
-    '--model': _flag('Hub name or folder of a causal LM, or `scratch`'),
-    '--tokenizer': _flag('Hub name or folder'),
-    '--device': _flag('auto, cpu, cuda, cuda:N or mps'),
-    '--resume': _flag('go on in a folder that already holds this run', **_yes)}
-
-# what runs, how often, and where its results are shown
-_stages_help = f"some of {', '.join(stage_table)} (default: {', '.join(usual_stages)})"
-_run_flags = _config_flags | {
-    '--stages': _flag(_stages_help, **_many),
-    '--seeds': _flag('a run for each, and a table over them', type=int, **_many),
-    '--publish': _flag('copy results/ and output_samples/ there at the end', metavar='DIR'),
-    '--replace': _flag('--publish may write over what is there', **_yes)}
-_train_flags = _config_flags | {'stage': _flag(choices=trained)}
-# what comes of the data alone
-_explore_flags = _config_flags | {'--json': _flag('write the report to this file too')}
-
-# which prompts are answered, how, and where the answers go
-_generate_flags = {
-    '--prompts': _flag('file of prompts (default: the held-out prompts)'),
-    '--n': _flag('samples of each prompt', type=int),
-    '--temperature': _flag(type=float),
-    '--max-new-tokens': _flag(type=int),
-    '--to': _flag('folder for the samples (default: generated in the run)'),
-    '--replace': _flag('write over samples that are there', **_yes)}
-
-_llm_help = 'judge with this model (gpt-4o-mini; the key is read from OPENAI_API_KEY, or JUDGE_API_KEY for --base-url)'
-_max_help = 'tokens of a reply (default: 300; raised once where replies are cut, as by models that reason)'
-# flags about a model that is asked
-_llm_flags = {
-    '--audit': _flag('ask the judge about pairs with known answers too', **_yes),
-    '--budget': _flag('dollars that the requests may cost at most', type=float),
-    '--price': _flag('dollars per million tokens', type=float, nargs=2, metavar=('IN','OUT')),
-    '--concurrency': _flag('requests at once', type=int),
-    '--timeout': _flag('seconds for a reply', type=float),
-    '--max-tokens': _flag(_max_help, type=int)}
-# who judges, and whom
-_judge_flags = {
-    '--out': _flag('run folder, or a folder of samples (default: %(default)s)', default='outputs/demo'),
-    '--judges': _flag('default: the stored rewards there are', choices=('gold','reward','llm'), **_many),
-    '--llm': _flag(_llm_help, metavar='MODEL'),
-    '--base-url': _flag('an OpenAI-compatible endpoint, such as http://localhost:8000/v1'),
-    '--against': _flag('the model that the others are compared with (default: %(default)s)', default='reference'),
-    '--votes': _flag('human votes to measure the agreement with (default: votes.jsonl of the run)'),
-    '--dry-run': _flag('only say how many requests it takes and what they may cost', **_yes),
-    **_llm_flags}
-
-_template_help = 'how the model is told a dialogue: its chat template, a pair of texts, or plain text (default: what suits it)'
-# which reward model is measured, and on what
-_gauge_flags = {
-    'model': _flag('Hub name or folder of a reward model (any classifier with one label), or FILE.py:function'),
-    'data': _flag('Hub name, file or folder of pairs: chosen, rejected and perhaps prompt'),
-    '--by': _flag('column whose values are reported apart, such as subset', metavar='COLUMN'),
-    '--split': _flag('split of the data (default: the only one, or test)'),
-    '--n': _flag('the first rows only', type=int),
-    '--template': _flag(_template_help, choices=reward_forms, default='auto'),
-    '--data-dir': _flag('subset of a Hub data set or folder, such as harmless-base'),
-    '--set': _flag('how data and model are read, such as data.columns.prompt=question; may be repeated', **_sets),
-    '--device': _flag('auto, cpu, cuda, cuda:N or mps', default='auto'),
-    '--scores': _flag('write a line of JSON for each pair to this file: where it stands, its scores', metavar='FILE'),
-    '--out': _flag('write the numbers to this JSON file too', metavar='FILE')}
-
-_kind_help = 'how it reads a dialogue: its own chat template, Human: and Assistant:, or a text alone'
-# which model is looked at before anybody trains
-_check_flags = {
-    'model': _flag('Hub name or folder of a causal LM'),
-    '--tokenizer': _flag('Hub name or folder'),
-    '--template': _flag(_kind_help, choices=template_kinds, default='auto'),
-    '--set': _flag('as for run: model.template_kwargs.enable_thinking=true, model.template; may be repeated', **_sets),
-    '--question': _flag('what it is asked (default: %(default)s)', default='What is the capital of France?'),
-    '--device': _flag('auto, cpu, cuda, cuda:N or mps', default='auto')}
-
-# what is planned, and for which card
-_plan_flags = {k:_config_flags[k] for k in ('--config','--set','--data','--model','--tokenizer','--device')} | {
-    '--card': _flag(f"say what to lower where it is too small: {', '.join(known_cards)}, or a number of GB")}
-
-_merge_flags = {
-    'folder': _flag('run folder, or folder of an adapter (of peft too)'),
-    '--to': _flag('where the whole models go (default: merged in the run, or beside the adapter)', metavar='DIR')}
-
-def _key(flag:str)->str:
-    "The name that argparse gives to the value of a flag"
-    return flag.lstrip('-').replace('-', '_')
-
-def _as_flag(key:str)->str:
-    "The flag of a name, as users know it"
-    return '--'+key.replace('_', '-')
+from .flags import *
+from .flags import _as_flag,_key,_llm_flags
 
 # %% ../nbs/62_cli.ipynb #cli0cmd1
 def _config(a)->Config:
@@ -347,7 +243,7 @@ def _only(
         if known.match(o.strip()): continue
         raise ValueError(f"--set {o}: {what} with {', '.join(keys[:-1])} and {keys[-1]} alone")
 
-def _merge(folder, to):
+def _merge(folder, to, command):
     "A whole model of an adapter's folder, in the precision that its base has on disk"
     saved = read_adapter(folder)
     rewards = saved.peft.get('task_type')=='SEQ_CLS' or 'head' in saved.ours
@@ -357,7 +253,7 @@ def _merge(folder, to):
     m,tok = (load_reward_model if rewards else load_policy)(str(folder), **how)
     # what only peft can read is merged when it is loaded
     whole = m if saved.odd else merged(m)
-    save_model(whole, tok, to)
+    save_model(whole, tok, to, card_of_adapter(folder, saved.base, rewards, command))
     print(f'{to}: {folder} merged into {saved.base}')
 
 def cmd_plan(a):
@@ -372,7 +268,7 @@ def cmd_merge(a):
     found = [folder] if one else sorted(f.parent for f in folder.glob('*/adapter_config.json'))
     if not found: raise ValueError(f'{folder}: no adapters here: neither an adapter_config.json nor a folder with one')
     to = Path(a.to) if a.to else folder.with_name(folder.name+'_merged') if one else folder/'merged'
-    for o in found: _merge(o, to if one else to/o.name)
+    for o in found: _merge(o, to if one else to/o.name, _said(a))
 
 def cmd_eval_reward(a):
     "How right any reward model is on any pairs"
@@ -418,66 +314,17 @@ def cmd_bench(a):
     raise ValueError('bench is a command of its own: rlhf_nb bench, or python -m rlhf_nb bench')
 
 # %% ../nbs/62_cli.ipynb #cli0pars
-_demo,_run = dict(default='outputs/demo'),dict(default='outputs/run')
-
-# function of a command: the folder that it uses where none is named, its flags
-_commands = {
-    cmd_demo: (_demo, _run_flags),
-    cmd_run: (_run, _run_flags),
-    cmd_train: (_run, _train_flags),
-    cmd_check: (None, _check_flags),
-    cmd_plan: (None, _plan_flags),
-    cmd_merge: (None, _merge_flags),
-    cmd_explore: (_run, _explore_flags),
-    cmd_generate: (_demo, _generate_flags),
-    cmd_judge: (None, _judge_flags),
-    cmd_eval_reward: (None, _gauge_flags),
-    cmd_failures: (_demo, {}),
-    cmd_analyze: (_demo, {}),
-    cmd_config: (None, {'name': _flag('preset or YAML file', nargs='?', default='demo'), '--set': _sets})}
-
-def _add(
-    sub,   # argparse's commands
-    f,     # Function of the command
-    **how
-):
-    "The parser of a command, which is called as its function is and says what its docstring says"
-    # one text for the function and for the person who types --help
-    said = f.__doc__[0].lower()+f.__doc__[1:]
-    p = sub.add_parser(f.__name__.removeprefix('cmd_').replace('_', '-'), help=said, description=said, **how)
-    p.set_defaults(f=f)
-    return p
-
-def parser():
-    "The command line"
-    p = argparse.ArgumentParser(
-        prog='rlhf_nb',
-        description='Learn, run and trust RLHF: preference data, reward model, PPO, GRPO, DPO, evaluation.')
-    p.add_argument('--version', action='version', version=f'rlhf_nb {__version__}')
-    sub = p.add_subparsers(dest='command', required=True, metavar='command')
-    for f,(out,flags) in _commands.items():
-        q = _add(sub, f)
-        if out: q.add_argument('--out', help='run folder (default: %(default)s)', **out)
-        for flag,how in flags.items(): q.add_argument(flag, **how)
-    for f in (cmd_app,cmd_bench):                      # their flags are their own
-        # no character begins a flag here: all that follows is handed on as it is
-        q = _add(sub, f, add_help=False, prefix_chars='\0')
-        q.add_argument('args', nargs=argparse.REMAINDER)
-    return p
+_functions = {o.name:globals()['cmd_'+_key(o.name)] for o in (*commands,*own_commands)}
 
 def main(argv=None):
     "What the command line asks for; the `rlhf_nb` command comes here by way of `__main__`"
     argv = sys.argv[1:] if argv is None else argv
-    p = parser()
-    a = p.parse_args(argv)
+    a = read_args(argv)
     a.argv = argv
-    for k,v in vars(a).items():                        # "$FILE" of a variable that is not set must not mean the default
-        if v=='': p.error(f'{_as_flag(k)}: expected a value, got nothing')
-        if k=='args' and '' in v: p.error('an argument is empty')
-    # late: --help needs none of it
+    # late: who imports this module need not have them
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # only these commands go on in a folder
     hint = '; add --resume to go on' if hasattr(a, 'stages') or hasattr(a, 'stage') else ''
-    return in_one_line(a.f, a, hint=hint)
+    return in_one_line(_functions[a.command], a, hint=hint)

@@ -181,7 +181,7 @@ def _overoptimised(h):
     # four standard errors of the difference of two means of w updates
     if rose>0 and fell>4*noise*(2/w)**.5:
         return Sign(i+w-1, float(fell),
-                    f'gold fell by {fell:.2f} from its best at about update {i+w//2}, while the reward rose by '
+                    f'the true reward fell by {fell:.2f} from its best at about update {i+w//2}, while the reward rose by '
                     f'{rose:.2f}')
 
 def _entropy_gone(h):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['side_by_side', 'sample_with_kl', 'Step', 'sample_records', 'plain_values', 'check_disjoint', 'column', 'complete',
-           'partly', 'compare', 'comparison_table', 'signs_agree', 'summarise', 'stored_rates', 'at_equal_length',
-           'summary_table']
+           'partly', 'compare', 'comparison_table', 'signs_agree', 'summarise', 'stored_rates', 'gain_parts',
+           'at_equal_length', 'summary_table']
 
 # %% ../nbs/32_evaluate.ipynb #56e66376
 import math
@@ -353,7 +353,8 @@ _summed = 'gold_reward','reward','kl','kl_per_token','n_tokens','finished'
 
 def summarise(
     records:dict,  # {name: records}, one of them 'reference'
-    rates=None     # Optional `f(record) -> dict(name: bool)`: more rates, such as the world's
+    rates=None,    # Optional `f(record) -> dict(name: bool)`: more rates, such as the world's
+    parts=None     # Optional `f(record) -> dict(name: number)`: what the judge's score is a sum of, where that is known
 )->dict:           # {name: {metric: dict(mean or rate, low, high, n)}}
     "Every number of the comparison, with n and its 95% interval"
     check_prompts(records, 'reference')
@@ -368,6 +369,7 @@ def summarise(
                          for k in keys}
         if name!='reference':
             s.update(_against(rs, records['reference'], judge, 'n_tokens' in keys))
+            if parts: s['parts'] = gain_parts(rs, records['reference'], parts)
         if rates: s['rates'] = _own_rates(rs, rates)
     wins = {k:s['win_rate']
             for k,s in out.items() if 'win_rate' in s}
@@ -390,6 +392,22 @@ def _against(records, reference, judge, lengths):
     w = win_rate(x, ref, judge)
     if lengths: w['length_controlled'] = at_equal_length(records, reference, judge)
     return dict(win_rate=w, gain=mean_ci(x-ref))
+
+def gain_parts(
+    records:list,   # Of one model
+    reference:list, # Of the reference, on the same prompts
+    parts           # `f(record) -> dict(name: number)`
+)->dict:            # {name: its gain, name_share: its share of the sum of all gains}, with intervals
+    "What the gain of a model over the reference is made of"
+    def read(rs):
+        "Records with the parts as their values"
+        return [dict(prompt=r['prompt'], **parts(r)) for r in rs]
+    mine,theirs = read(records),read(reference)
+    names = [k for k in mine[0] if k!='prompt']
+    gains = {k:column(mine, k)-column(theirs, k) for k in names}
+    total = sum(gains.values())
+    shares = {f'{k}_share':ratio_ci(o, total) for k,o in gains.items()}
+    return {k:mean_ci(o) for k,o in gains.items()} | shares
 
 def _own_rates(records, rates):
     "Shares of what `rates` says of each record, clustered by prompt"
@@ -416,13 +434,13 @@ def summary_table(
 )->str:
     "The comparison as a Markdown table"
     heads = dict(
-        gold_reward='gold reward', reward='reward', kl='KL, nats per response', n_tokens='tokens',
+        gold_reward='true reward', reward='reward', kl='KL, nats per response', n_tokens='tokens',
         finished='finished')
     heads = {k:v for k,v in heads.items()
              if k in next(iter(s.values()))}
     judge = next((v['win_rate']['by']
                   for v in s.values() if 'win_rate' in v), 'reward')
-    rows = [['model', *heads.values(), f"win rate against the reference ({md_inline(judge.replace('_', ' '))})", 'n']]
+    rows = [['model', *heads.values(), f"win rate against the reference ({md_inline(in_words(judge))})", 'n']]
     for name,v in s.items():
         cells = {k:interval(v[k]) for k in heads}
         if name=='reference' and 'kl' in cells: cells['kl'] = '0'   # by definition

@@ -398,7 +398,7 @@ def failures_md(
 # %% ../nbs/43_failures.ipynb #06295973
 def _example_lines(e:dict)->list:
     "One answer beside the reference's"
-    names = dict(reward='reward', gold_reward='gold', kl='KL')
+    names = dict(reward='reward', gold_reward='true reward', kl='KL')
     worth = ', '.join(f'{name} {e[k]:.2f}' for k,name in names.items() if k in e)
     head = f"**{md_inline(e['model'])}**, {md_inline(e['set'])}"+(f' ({worth})' if worth else '')
     return ['',head,'',md_text(e['prompt'][-1500:]),'',md_text(e['response']),'','The reference:',

@@ -236,7 +236,7 @@ def _judge_section(name, d):
     # models with a verdict at all
     known = [w for w in d.values() if w['n']]
     about = next(iter(d.values())).get('judge')  # the same for every model; stored scores have none
-    out = [f'## Judge: {md_inline(name)}']
+    out = [f'## Judge: {md_inline(shown_name(name))}']
     if about: out.append(_who(about))
     if not known: out.append('**No pair has a verdict: this judge says nothing.**')
     if any('partial' in w for w in d.values()):
@@ -255,7 +255,8 @@ def _agreement_section(agree):
         for m,v in by_model.items():
             opposite = '–' if v['opposite'] is None else f"{v['opposite']:.2f}"
             kappa = dict(mean=v['kappa'], low=v['low'], high=v['high'])
-            rows.append([md_inline(k), md_inline(m), _ci(v['agree']), _ci(kappa), opposite, v['n']])
+            who = ' and '.join(map(shown_name, k.split(' and ')))
+            rows.append([md_inline(who), md_inline(m), _ci(v['agree']), _ci(kappa), opposite, v['n']])
     how_to_read = "Cohen's kappa: agreement beyond chance. Opposite: one says a, the other b."
     return ['## Agreement', how_to_read, md_table(rows)]
 

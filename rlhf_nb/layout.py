@@ -6,6 +6,7 @@
 __all__ = ['Unfit', 'Block', 'Layout', 'prompt_layout', 'layout_of', 'grouped_attention']
 
 # %% ../nbs/13_layout.ipynb #layth004
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -184,64 +185,24 @@ class Layout:
             self.keys[layer] = tuple(map(self._kept, (k,v)))
         if (rep := q.shape[1]//k.shape[1])>1:
             k,v = (o.repeat_interleave(rep, 1) for o in (k,v))
-        q = _Gather.apply(q, self.q, self._back_from_queries).split([o.queries for o in self.pieces])
-        k,v = (_Gather.apply(o, self.k, self._back_from_keys).split([o.keys for o in self.pieces]) for o in (k,v))
+        q = _gather(q, self, 'q').split([o.queries for o in self.pieces])
+        k,v = (_gather(o, self, 'k').split([o.keys for o in self.pieces]) for o in (k,v))
         out = []
         for piece,*qkv in zip(self.pieces, q, k, v):
             x = (o.view(piece.rows, -1, *o.shape[1:]).transpose(1,2) for o in qkv)              # (b,H,t,D)
             causal = piece.sees is None
             o = F.scaled_dot_product_attention(*x, attn_mask=piece.sees, is_causal=causal, scale=scaling)
             out.append(o.transpose(1,2).flatten(0,1))
-        return _Gather.apply(torch.cat(out), self.result, self._back_to_queries)[None]
+        return _gather(torch.cat(out), self, 'result')[None]
 
     def _kept(self, x):
         "Keys or values (N,K,D) of all blocks, (B,K,T,D)"
         B,T = self.block.shape
         return x.index_select(0, self.block.view(-1)).view(B, T, *x.shape[1:]).transpose(1,2).contiguous()
 
-    def _back_from_queries(self, grad):
-        "The gradient of the row from that of the queries: a token is one query, what pads has none"
-        return grad.index_select(0, self.result)
-
-    def _back_to_queries(self, grad):
-        "The gradient of all results from that of the row: none where there is padding"
-        out = grad.index_select(0, self.q)
-        return out.index_fill_(0, self.padding, 0) if len(self.padding) else out
-
-    def _back_from_keys(self, grad):
-        "The gradient of the row from that of the keys: a prompt's is a sum, over its own block and each response to it"
-        if all(o.group==1 for o in self.pieces): return self._back_from_queries(grad)
-        once = []                                        # as the queries lie: each token once
-        for piece,g in zip(self.pieces, grad.split([o.keys for o in self.pieces])):
-            if piece.group==1:
-                once.append(g)
-                continue
-            g = g.unflatten(0, (-1,piece.group,len(g)//piece.rows))    # (b,G,p+r,...)
-            # the piece before is that of the prompts themselves
-            once[-1] = _add_all(once[-1], g[:,:,:piece.shared])
-            once.append(g[:,:,piece.shared:].flatten(0, 2))
-        return self._back_from_queries(torch.cat(once))
-
     def per_token(self, x):
         "Spread values of the response tokens, in row order, to (B,G,R); zero elsewhere"
         return x.new_zeros(self.mask.numel()).index_copy(0, self.grid, x).view(self.mask.shape)
-
-class _Gather(torch.autograd.Function):
-    "Rows of `x` at an index; `back` says what their gradient is for `x`, where autograd would add up row by row"
-    @staticmethod
-    def forward(ctx, x, index, back):
-        ctx.back = back
-        return x.index_select(0, index)
-    @staticmethod
-    def backward(ctx, grad): return ctx.back(grad),None,None
-
-def _add_all(x, more):
-    "A tensor (b*p,...) and all G of `more` (b,G,p,...)"
-    if x.device.type!='cpu': return x+more.sum(1).flatten(0, 1)
-    # one after another, as an index that repeats adds them: the same bits
-    x = x.clone()
-    for o in more.unbind(1): x.view(o.shape).add_(o)
-    return x
 
 def _send_all(arrays, device):
     "Arrays of whole numbers as tensors on a device, in one copy"
@@ -282,3 +243,50 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, l
 
 AttentionInterface.register('grouped', grouped_attention)
 AttentionMaskInterface.register('grouped', sdpa_mask)
+
+# %% ../nbs/13_layout.ipynb #layspd01
+def _from_queries(l, grad):
+    "The gradient of the row from that of the queries: a token is one query, what pads has none"
+    return grad.index_select(0, l.result)
+
+def _to_queries(l, grad):
+    "The gradient of all results from that of the row: none where there is padding"
+    out = grad.index_select(0, l.q)
+    return out.index_fill_(0, l.padding, 0) if len(l.padding) else out
+
+def _from_keys(l, grad):
+    "The gradient of the row from that of the keys: a prompt's is a sum, over its own block and each response to it"
+    if all(o.group==1 for o in l.pieces): return _from_queries(l, grad)
+    once = []                                        # as the queries lie: each token once
+    for piece,g in zip(l.pieces, grad.split([o.keys for o in l.pieces])):
+        if piece.group==1:
+            once.append(g)
+            continue
+        g = g.unflatten(0, (-1,piece.group,len(g)//piece.rows))    # (b,G,p+r,...)
+        # the piece before is that of the prompts themselves
+        once[-1] = _add_all(once[-1], g[:,:,:piece.shared])
+        once.append(g[:,:,piece.shared:].flatten(0, 2))
+    return _from_queries(l, torch.cat(once))
+
+class _Gather(torch.autograd.Function):
+    "Rows of `x` at an index; `back` says what their gradient is for `x`, where autograd would add up row by row"
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.back = back
+        return x.index_select(0, index)
+    @staticmethod
+    def backward(ctx, grad): return ctx.back(grad),None,None
+
+def _add_all(x, more):
+    "A tensor (b*p,...) and all G of `more` (b,G,p,...)"
+    if x.device.type!='cpu': return x+more.sum(1).flatten(0, 1)
+    # one after another, as an index that repeats adds them: the same bits
+    x = x.clone()
+    for o in more.unbind(1): x.view(o.shape).add_(o)
+    return x
+
+_backs = dict(q=_from_queries, k=_from_keys, result=_to_queries)
+
+def _gather(x, layout, of):
+    "Rows of `x` at the places that `layout` names `of`: `q`, `k` or `result`"
+    return _Gather.apply(x, getattr(layout, of), partial(_backs[of], layout))

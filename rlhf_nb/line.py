@@ -25,6 +25,7 @@ from .template import *
 from .data import *
 from .forward import *
 from .models import *
+from .modelcard import *
 from .adapters import *
 from .load import *
 from .train import *
@@ -196,7 +197,7 @@ class Line:
         return {k:self.model(s.name) for k,s in policies.items() if k=='reference' or self.done(s.name)}
     def save(self, model, stage:str):
         "Leave the model where it says that the stage is done"
-        save_model(model, self.template, self.run.made(stage))
+        save_model(model, self.template, self.run.made(stage), card_of_run(self.run, stage, self.command))
     @cached_property
     def gold(self):
         "The scorer of the true reward, which only the world has"

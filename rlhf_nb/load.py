@@ -27,10 +27,11 @@ from .template import *
 from .forward import *
 from .models import *
 from .folders import *
+from .modelcard import *
 from .adapters import *
 from .text import _is_finite
 from .models import _first_line,_one_label
-from .folders import _full_weights,_json_file,_of_tokenizer
+from .folders import _chat_template,_full_weights,_json_file,_of_tokenizer
 
 # %% ../nbs/18_load.ipynb #72e135f9
 def _config(name):
@@ -456,7 +457,8 @@ def _is_scale(o):
 def save_model(
     model, # Policy, reward or value model
     tok,   # Its tokenizer, or the `Template` that it was trained with: plain transformers asks it as we do
-    path   # Folder; replaced as a whole when everything is written
+    path,  # Folder; replaced as a whole when everything is written
+    card=None # Makes the text of README.md of what is written, the folder's name and the template: `card_of_run`
 ):
     "Save as a Hugging Face folder; of several processes the main one does"
     if not is_main(): return
@@ -467,13 +469,7 @@ def save_model(
     with replacing(path) as tmp, _chat_template(t.tok, saved_template(t.tok, t.kind)):
         model.save_pretrained(tmp)
         t.tok.save_pretrained(tmp)
-
-@contextmanager
-def _chat_template(tok, chat):
-    "A tokenizer with another chat template"
-    own,tok.chat_template = tok.chat_template,chat
-    try: yield
-    finally: tok.chat_template = own
+        if card: put_card(tmp, card(tmp, Path(path).name, t), path)
 
 # %% ../nbs/18_load.ipynb #loadst02
 def _needs_classifier(stage:str, head:str)->str:

@@ -20,54 +20,9 @@ from safetensors.torch import save_file
 from .core import *
 from .layout import *
 from .forward import *
-from .forward import _logits,_product,_slices
+from .forward import _add_product,_logits,_product,_slices
 
 # %% ../nbs/15_models.ipynb #0d168dfa
-class _LogProb(torch.autograd.Function):
-    "Log-probabilities of `ids` (M) from hidden states `h` (M,d), one slice of tokens at a time, forward and backward"
-    @staticmethod
-    def forward(ctx, h, W, bias, ids, temperature, most):
-        "Log-probabilities (M), from `most` rows of logits (V) at a time"
-        dev = h.device.type
-        dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else h.dtype    # of the product
-        picked,lse = torch.empty(2, len(h), device=h.device)   # the logit of each token; log of the sum over all
-        keep = len(h)<=4*most and dt==torch.float32 and ctx.needs_input_grad[0]  # cheaper than computing them again
-        ctx.args = (dt,temperature,most)
-        ctx.kept = []
-        low = W.to(dt)                                   # once for all slices
-        for s in _slices(len(h), most):
-            z = _logits(h[s], low, bias, dt, temperature)
-            picked[s],top = z.gather(-1, ids[s,None])[:,0],z.amax(-1)
-            n = z.sub_(top[:,None]).exp_().sum(-1)       # in place: each pass over the vocabulary costs
-            lse[s] = top+n.log()
-            if keep: ctx.kept.append(z.div_(n[:,None]))  # the probabilities (m,V)
-        ctx.save_for_backward(h, W, bias, ids, lse)      # with lse (M) the probabilities can be made again
-        return picked-lse
-
-    @staticmethod
-    def backward(ctx, grad):
-        "Gradients of `h`, `W` and `bias` from that of each log-probability (M)"
-        h,W,bias,ids,lse = ctx.saved_tensors
-        dt,temperature,most = ctx.args
-        need_h,need_W,need_b = ctx.needs_input_grad[:3]
-        dh = torch.empty_like(h)
-        dW,db = (torch.zeros_like(o) if need else None for o,need in ((W,need_W),(bias,need_b)))
-        kept = ctx.kept
-        ctx.kept = []                                    # overwritten below: a second backward computes them again
-        grad = grad/temperature                          # of the logits before they were divided
-        low = W.to(dt)                                   # again: between the passes a copy of its size is not held
-        with torch.autocast(h.device.type, enabled=False):
-            for i,s in enumerate(_slices(len(h), most)):
-                p = kept[i] if kept else _logits(h[s], low, bias, dt, temperature).sub_(lse[s,None]).exp_()
-                # of the logits: chosen minus p
-                g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)
-                dh[s] = _product(g, low).to(h.dtype)     # (m,V) by (V,d)
-                # no copy of W's size where the precisions are the same
-                if need_W and dt==W.dtype: dW.addmm_(g.T, h[s].to(dt))
-                elif need_W: dW.add_(_product(g.T, h[s].to(dt)))
-                if need_b: db += g.sum(0).to(bias.dtype)
-        return dh if need_h else None,dW,db,None,None,None
-
 def _log_probs_padded(policy, l:Layout, temperature):
     "`log_probs` by the model's own call, for the response tokens in row order"
     out = [l.ids.new_zeros(0, dtype=torch.float32)]        # there may be no response token at all
@@ -89,7 +44,7 @@ def log_probs(
         h = hidden(policy, l)[l.read]                      # (M,d), where the M response tokens are predicted
         o = head(policy)
         most = max(1, SLICE//len(o.weight))                # tokens whose logits are held at once
-        lp = _LogProb.apply(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), most)
+        lp = _of_hidden(h, o.weight, o.bias, l.targets, temperature/logit_scale(policy), most)
     return l.per_token(lp).to(batch.device)
 
 # %% ../nbs/15_models.ipynb #4bb96b9f
@@ -476,3 +431,53 @@ def mk_value_model(
     vm = mk_reward_model(policy)
     vm.score.weight.data.zero_()                           # nothing is expected before something was seen
     return vm
+
+# %% ../nbs/15_models.ipynb #mdlspd01
+class _LogProb(torch.autograd.Function):
+    "Log-probabilities of `ids` (M) from hidden states `h` (M,d), one slice of tokens at a time, forward and backward"
+    @staticmethod
+    def forward(ctx, h, W, bias, ids, temperature, most):
+        "Log-probabilities (M), from `most` rows of logits (V) at a time"
+        dev = h.device.type
+        dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else h.dtype    # of the product
+        picked,lse = torch.empty(2, len(h), device=h.device)   # the logit of each token; log of the sum over all
+        keep = len(h)<=4*most and dt==torch.float32 and ctx.needs_input_grad[0]  # cheaper than computing them again
+        ctx.args = (dt,temperature,most)
+        ctx.kept = []
+        low = W.to(dt)                                   # once for all slices
+        for s in _slices(len(h), most):
+            z = _logits(h[s], low, bias, dt, temperature)
+            picked[s],top = z.gather(-1, ids[s,None])[:,0],z.amax(-1)
+            n = z.sub_(top[:,None]).exp_().sum(-1)       # in place: each pass over the vocabulary costs
+            lse[s] = top+n.log()
+            if keep: ctx.kept.append(z.div_(n[:,None]))  # the probabilities (m,V)
+        ctx.save_for_backward(h, W, bias, ids, lse)      # with lse (M) the probabilities can be made again
+        return picked-lse
+
+    @staticmethod
+    def backward(ctx, grad):
+        "Gradients of `h`, `W` and `bias` from that of each log-probability (M)"
+        h,W,bias,ids,lse = ctx.saved_tensors
+        dt,temperature,most = ctx.args
+        need_h,need_W,need_b = ctx.needs_input_grad[:3]
+        dh = torch.empty_like(h)
+        dW,db = (torch.zeros_like(o) if need else None for o,need in ((W,need_W),(bias,need_b)))
+        kept = ctx.kept
+        ctx.kept = []                                    # overwritten below: a second backward computes them again
+        grad = grad/temperature                          # of the logits before they were divided
+        low = W.to(dt)                                   # again: between the passes a copy of its size is not held
+        with torch.autocast(h.device.type, enabled=False):
+            for i,s in enumerate(_slices(len(h), most)):
+                p = kept[i] if kept else _logits(h[s], low, bias, dt, temperature).sub_(lse[s,None]).exp_()
+                # of the logits: chosen minus p
+                g = p.mul_(-grad[s,None]).scatter_add_(-1, ids[s,None], grad[s,None]).to(dt)
+                dh[s] = _product(g, low).to(h.dtype)     # (m,V) by (V,d)
+                # no copy of W's size where the precisions are the same
+                if need_W and dt==W.dtype: _add_product(dW, g.T, h[s].to(dt))
+                elif need_W: dW.add_(_product(g.T, h[s].to(dt)))
+                if need_b: db += g.sum(0).to(bias.dtype)
+        return dh if need_h else None,dW,db,None,None,None
+
+def _of_hidden(h, W, bias, ids, temperature, most):
+    "Log-probabilities of `ids` (M), from hidden states (M,d) and the output layer"
+    return _LogProb.apply(h, W, bias, ids, temperature, most)

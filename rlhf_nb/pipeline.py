@@ -186,7 +186,7 @@ def seeds_table(
     "The models of several runs as a Markdown table: what the runs have of these, then the rates"
     keys = [k for k in ('gold_reward','reward','kl','win_rate') if any(k in v for v in d.values())]
     rates = sorted({k for v in d.values() for k in v.get('rates', {})})
-    rows = [['model',*(k.replace('_', ' ') for k in keys),*rates]]
+    rows = [['model',*map(in_words, keys),*rates]]
     for name,v in d.items():
         flat = {**v, **v.get('rates', {})}
         rows.append([md_inline(name),*(_with_ends(flat.get(k)) for k in keys+rates)])

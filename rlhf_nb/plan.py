@@ -26,6 +26,7 @@ from .adapters import *
 from .load import *
 from .checks import *
 from .rollout import *
+from .frontier import *
 from .ledger import *
 from .config import _merge
 from .load import _config
@@ -103,8 +104,8 @@ def _moments(stage, c, model, low):
     "What lives at each moment of a stage, weights and AdamW's moments aside"
     e,asked = c.eval,c.data.max_prompt
     if stage=='frontier':
-        n = Lengths(min(128, e.n_prompts), 32, asked, e.max_new_tokens)
-        drawn = drawing_bytes(model, c.model, n.prompts, [(32,32)], asked, n.said)
+        n = Lengths(min(128, e.n_prompts), max(best_ns), asked, e.max_new_tokens)
+        drawn = drawing_bytes(model, c.model, n.prompts, [(n.group,n.group)], asked, n.said)
         return dict(sampling=drawn, reading=reading_bytes(model, c.model, n))
     if stage=='evaluate':
         k,n = len(policies),e.n_samples
@@ -191,7 +192,7 @@ def _drawing(n, said, o, s):
 def _work_of_measuring(stage, c, o, s):
     "`Effort` of the frontier and the comparison"
     e = c.eval
-    k,prompts = (32,min(128, e.n_prompts)) if stage=='frontier' else (len(policies)*e.n_samples,e.n_prompts)
+    k,prompts = (max(best_ns),min(128, e.n_prompts)) if stage=='frontier' else (len(policies)*e.n_samples,e.n_prompts)
     n = Lengths(prompts, k, c.data.max_prompt, e.max_new_tokens)
     body_,words = (prompts*f for f in forward_flops(o, _batch(n._replace(prompts=1))))
     steps,moved = _drawing(n, n.said, o, s)

@@ -157,7 +157,7 @@ def plot_training(
     band = 'one run, band: 95% of the moving average'
     if len(runs)>1:
         band = f'{len(runs)} seeds, band: lowest to highest'
-    ends = {k:f"{k} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}"
+    ends = {k:f"{shown_name(k)} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}"
             for k,d in df.groupby('key', sort=False)}
     # what the stage is about, as its headline
     found = [ends[k].replace('_', ' ') for k in ('reward','kl','nll','loss','accuracy')
@@ -313,7 +313,7 @@ def plot_frontier(
     if len(methods):
         runs,found = int(methods.runs.max()),_gains(methods)
     fig.suptitle(f'{found}\n{_spread(runs)}', fontsize=_title)
-    fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {r.metric} {r.value:.2f} at KL '
+    fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {shown_name(r.metric)} {r.value:.2f} at KL '
                                               f'{r.kl:.2f}' for r in methods.itertuples())+'.'
     return fig,df
 
@@ -346,8 +346,8 @@ def plot_overoptimisation(
     if turns: found = f"the true reward turns at KL {', '.join(turns)}"
     fig.suptitle(f'{found}\nmoving averages over updates', fontsize=_title)
     best = df.loc[df.groupby('seed').gold.idxmax()]
-    fig.alt = 'Reward and gold over the square root of the KL. '+'; '.join(
-        f'seed {r.seed}: gold best {r.gold:.2f} at KL {r.kl:.1f}' for r in best.itertuples())+'.'
+    fig.alt = 'Reward and true reward over the square root of the KL. '+'; '.join(
+        f'seed {r.seed}: true reward best {r.gold:.2f} at KL {r.kl:.1f}' for r in best.itertuples())+'.'
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #plo0win1
@@ -390,14 +390,14 @@ def plot_win_rates(
     ys = list(range(len(df)))[::-1]                                # the first on top
     _ranges(ax, ys, df, .5)
     ax.axvline(.5, color=_ink, lw=.6, ls=':')
-    ax.set_yticks(ys, [_drawn(f'{label_of(r.model)}, judge {r.judge}') for r in df.itertuples()])
+    ax.set_yticks(ys, [_drawn(f'{label_of(r.model)}, judge {shown_name(r.judge)}') for r in df.itertuples()])
     ax.set_xlim(0, 1)
     _label(ax,
-           x=f'win rate against the reference, n = {df.n.iloc[0]} prompts; hollow: the interval holds 1/2')
+           x=f'win rate against the reference, n = {df.n.iloc[0]} prompts\nhollow: the interval holds 1/2')
     fig.suptitle(f'{_verdicts(df)}\n{_spread(df.runs.max())}', fontsize=_title)
     df = df.rename(columns=dict(mean='rate'))
-    fig.alt = 'Win rates against the reference. '+'; '.join(f'{r.model} by {r.judge}: {r.rate:.2f} ({r.low:.2f} '
-                                                            f'to {r.high:.2f})' for r in df.itertuples())+'.'
+    said = (f'{r.model} by {shown_name(r.judge)}: {r.rate:.2f} ({r.low:.2f} to {r.high:.2f})' for r in df.itertuples())
+    fig.alt = f"Win rates against the reference. {'; '.join(said)}."
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #plo0fai1

@@ -149,11 +149,11 @@ trained = tuple(s.name for s in _training)
 _measuring = [
     Stage('last_token', 'results/last_token.json', 'stages:last_token_stage', ('sft',), usual=False, held_out=True,
           classifier='the plain head', rows_of='reward'),
-    Stage('frontier', 'results/frontier.json', 'stages:frontier_stage', ('reward',), held_out=True,
-          scores=True),
     Stage('overoptimise', 'results/overoptimise.json', 'stages:overoptimise_stage', ('sft',), usual=False,
           classifier='the plain head', rows_of='reward'),
     Stage('evaluate', 'results/summary.json', 'stages:evaluate_stage', after=trained, part='models', held_out=True,
+          scores=True),
+    Stage('frontier', 'results/frontier.json', 'stages:frontier_stage', ('reward',), after=('evaluate',), held_out=True,
           scores=True),
     Stage('judge', 'results/WIN_RATES.md', 'stages:judge_stage', ('evaluate',), light=True),
     Stage('failures', 'results/failure_analysis/failures.json', 'stages:failures_stage', ('evaluate',), held_out=True),
@@ -185,7 +185,8 @@ class RunResults(TypedDict, total=False):
     last_token:dict   # the same of the plain head
     win_rates:dict    # {judge: {model: win rate}}
     failures:dict     # rates: {prompt set: {model: {failure: dict(mean, low, high, n)}}}
-    frontier:dict     # best_of_n and gibbs: lists of dict(n or beta, kl, reward, gold)
+    # best_of_n and gibbs: lists of dict(n or beta, kl, reward, gold); equal_kl: {model: `against_best_of_n`}
+    frontier:dict
     overoptimise:list # rows with kl, reward, gold
     training:dict     # {stage: dict(updates, metrics, diagnosis)}
     seconds:dict      # of each stage

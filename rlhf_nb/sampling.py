@@ -87,6 +87,8 @@ class Decode:
         self.length = length
         self.t = 0                                    # the place of the new token in its response
         self.B = sum(map(len, at))                    # prompts that are kept
+        # one piece is all of them as they are; the last that is left of several has them by length
+        self.in_order = len(layouts)==1
         self.longest = max(l.longest for l in layouts)+length    # what a sliding window must hold
         self.pieces = []
         for l,i in zip(layouts, at):
@@ -115,7 +117,7 @@ class Decode:
         q = q*scaling
         k = k[...,0,:]
         v = v[...,0,:]
-        if len(self.pieces)==1: o = self._piece(self.pieces[0], layer, q, k, v)
+        if self.in_order: o = self._piece(self.pieces[0], layer, q, k, v)
         else:
             # (B,G,K,H/K,D), piece after piece
             o = torch.cat([self._piece(p, layer, q[p.at], k[p.at], v[p.at]) for p in self.pieces])

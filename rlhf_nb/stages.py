@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sft_stage', 'reward_stage', 'dpo_stage', 'ppo_stage', 'grpo_stage', 'last_token_stage', 'frontier_stage',
-           'overoptimise_stage', 'with_rewards', 'evaluate_stage', 'world_rates', 'judge_stage', 'failures_stage',
-           'analyze_stage']
+           'beside_best_of_n', 'overoptimise_stage', 'with_rewards', 'evaluate_stage', 'world_rates', 'judge_stage',
+           'failures_stage', 'analyze_stage']
 
 # %% ../nbs/53_stages.ipynb #stag0h03
 from dataclasses import asdict,replace
@@ -19,6 +19,7 @@ from .world import *
 from .shapes import *
 from .forward import *
 from .models import *
+from .modelcard import *
 from .adapters import *
 from .load import *
 from .sft import *
@@ -163,7 +164,7 @@ def ppo_stage(line:Line):
     reward_model = line.model('reward') if line.config.ppo.value_from=='reward' else None
     value = mk_value_model(parts['reference'], reward_model)
     train_ppo(value=value, **parts)
-    save_model(value, line.template, line.run.value_model)
+    save_model(value, line.template, line.run.value_model, card_of_run(line.run, 'ppo', line.command, 'value'))
     line.save(parts['policy'], 'ppo')
 
 def grpo_stage(line:Line):
@@ -180,10 +181,10 @@ def last_token_stage(line:Line):
 
 def frontier_stage(
     line:Line,
-    n=32,         # Answers to each prompt
-    n_prompts=128 # Prompts, at most
+    n=max(best_ns), # Answers to each prompt
+    n_prompts=128  # Prompts, at most
 ):
-    "What best-of-n and the Gibbs policy reach from the reference's samples"
+    "What best-of-n and the Gibbs policy reach from the reference's samples, and the methods beside best-of-n"
     c = line.config
     ref,score = line.model('sft'),line.scorer()
     prompts,rows = line.asked(line.held(), line.reward_of())
@@ -195,19 +196,40 @@ def frontier_stage(
     # the best of answers is known where all have a reward
     has = ~proxy.isnan().any(1)
     if not has.any(): raise ValueError('frontier: there is no prompt all of whose answers have a reward')
-    b,proxy = b[has.nonzero()[:,0]],proxy[has]
+    at = has.nonzero()[:,0]
+    b,proxy = b[at],proxy[has]
     gold = line.gold(b) if line.gold else None
     out = dict(best_of_n=best_of_n(proxy, gold), gibbs=gibbs(proxy, gold))
     # the best that any policy could do at each KL
     if gold is not None: out['gibbs_gold'] = gibbs(gold, gold)
+    if line.done('evaluate'):
+        asked = [rows[i]['prompt'] for i in at.tolist()]
+        out['equal_kl'] = beside_best_of_n(read_samples(line.run), asked, proxy, gold)
     write_json(line.run.frontier, out)
+
+def beside_best_of_n(
+    records:dict, # {name: records}, one of them 'reference'
+    prompts:list, # B texts; those without records are left out
+    proxy,        # (B,N) rewards of reference answers to them
+    gold=None     # (B,N) true rewards of the same answers
+)->dict:          # {policy: what `against_best_of_n` says}; empty where no record has a KL
+    "Each method beside best-of-n at its KL, on the prompts that both have answered"
+    keys = dict(kl='kl', reward='reward', gold='gold_reward')
+    keys = {k:v for k,v in keys.items() if complete(records, v)}
+    at = {p:i for i,p in enumerate(groups(records['reference']))}
+    both = [i for i,p in enumerate(prompts) if p in at]
+    theirs = [at[prompts[i]] for i in both]
+    if 'kl' not in keys or not both: return {}
+    few = [None if o is None else o[both] for o in (proxy,gold)]
+    def of(name): return {k:column(records[name], v)[theirs] for k,v in keys.items()}
+    return {name:against_best_of_n(*few, of(name)) for name in records if name!='reference'}
 
 def overoptimise_stage(
     line:Line,
     n_pairs=800,  # Pairs that the weak reward model learns from
     updates=24    # Of GRPO
 ):
-    "A weak reward model (the plain head, few pairs), and GRPO without any brake: proxy and gold, update by update"
+    "A weak reward model (the plain head, few pairs), and GRPO without any brake: reward and true reward, update by update"
     c = line.config
     policy,ref = line.model('sft'),line.model('sft')
     rm = mk_reward_model(ref, 'last_token', c.seed)
@@ -247,11 +269,12 @@ def evaluate_stage(line:Line):
     write_results(
         line.run,
         recs,
-        summarise(recs, world_rates if line.world else None),
+        summarise(recs, *(world_rates,truth_and_tone) if line.world else ()),
         line.command,
         split=c.eval.split,
         config=asdict(c),
         reward_model=read_json(accuracies) if accuracies.exists() else None)
+    renew_numbers(line.run)
 
 def world_rates(
     r:dict # A record
@@ -268,7 +291,7 @@ def world_rates(
     return out
 
 def judge_stage(line:Line):
-    "Win rates by the stored rewards: gold, where it is known, and the reward model"
+    "Win rates by the stored rewards: the true reward, where it is known, and the reward model"
     judge_run(line.run.path, command=line.command)
 
 def failures_stage(line:Line):

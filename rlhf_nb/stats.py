@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['fewest', 'wilson', 't_quantile', 't_interval', 'score_interval', 'floats', 'by_prompt', 'mean_ci', 'share_ci',
-           'too_few', 'clustered_share', 'clustered_mean', 'paired_interval', 'clustered_difference', 'paired_test',
-           'holm', 'WinRate', 'tally', 'win_rate', 'score_points', 'length_controlled', 'glm', 'mean_of', 'pool_runs',
-           'pool_models']
+           'too_few', 'clustered_share', 'clustered_mean', 'paired_interval', 'clustered_difference', 'ratio_of',
+           'ratio_ci', 'pool_prompts', 'paired_test', 'holm', 'WinRate', 'tally', 'win_rate', 'score_points',
+           'length_controlled', 'glm', 'mean_of', 'pool_runs', 'pool_models']
 
 # %% ../nbs/06_stats.ipynb #stath003
 import math,statistics
@@ -203,6 +203,45 @@ def clustered_difference(
     low,high = paired_interval(first, second, n)
     return dict(mean=d.mean().item(), low=low, high=high, n=len(d), prompts=C)
 
+# %% ../nbs/06_stats.ipynb #ratio002
+def _half(d:dict)->float:
+    "Half the width of an interval"
+    return (d['high']-d['low'])/2
+
+def ratio_of(
+    a:dict,         # mean, low, high, n
+    b:dict,         # The same of what it is divided by, over the same prompts
+    difference:dict # The same of one minus the other
+)->dict:            # mean, low, high, n
+    "The ratio of two means, with Fieller's 95% interval"
+    m,k = a['mean'],b['mean']
+    ha,hb,hd = map(_half, (a,b,difference))
+    if not all(map(math.isfinite, (ha,hb,hd))): hb = math.inf
+    out = dict(mean=m/k if k else math.nan, low=-math.inf, high=math.inf, n=a['n'])
+    # rho^2 p - 2 rho q + r <= 0
+    p = k*k-hb*hb
+    if p<=0: return out
+    q,r = m*k-(ha*ha+hb*hb-hd*hd)/2,m*m-ha*ha
+    root = math.sqrt(max(0., q*q-p*r))
+    return dict(out, low=(q-root)/p, high=(q+root)/p)
+
+def ratio_ci(
+    a, # (B,n) values of n answers to each of B prompts, or (B,)
+    b  # The same of what they are divided by
+)->dict: # mean, low, high, n
+    "The ratio of two means over the same prompts, with Fieller's 95% interval, clustered by prompt"
+    a,b = floats(a),floats(b)
+    return ratio_of(*map(mean_ci, (a,b,a-b)))
+
+def pool_prompts(
+    ds:list # Of each run dict(mean, low, high, n)
+)->dict:    # mean, low, high, n (prompts of all runs), runs
+    "The mean of independent runs, with its interval over prompts: what is shown of these runs, not of others"
+    k = len(ds)
+    m = statistics.fmean(d['mean'] for d in ds)
+    half = math.hypot(*map(_half, ds))/k
+    return dict(mean=m, low=m-half, high=m+half, n=sum(d['n'] for d in ds), runs=k)
+
 # %% ../nbs/06_stats.ipynb #f2b76cde
 def _bits(n):
     "All rows of n zeros and ones, (2^n,n)"
@@ -394,8 +433,8 @@ def pool_models(
         "The measures of one model; what has no interval is no measure"
         measures = dict.fromkeys(k for o in each for k,v in o.items() if isinstance(v, dict) and 'low' in v)
         out = {k:pool_runs([o[k] for o in each if k in o], len(models)) for k in measures}
-        # rates of the world, by family, are a level deeper
-        rates = [o['rates'] for o in each if 'rates' in o]
-        return {**out, 'rates':pooled(rates)} if rates else out
+        # rates of the world, by family, and parts of a gain are a level deeper
+        deeper = {k:[o[k] for o in each if k in o] for k in ('rates','parts')}
+        return out | {k:pooled(os) for k,os in deeper.items() if os}
     names = dict.fromkeys(name for o in models for name in o)
     return {name:pooled([o[name] for o in models if name in o]) for name in names}

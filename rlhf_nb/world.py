@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['facts', 'family_mix', 'base_answers', 'annotator_temperature', 'Ask', 'family', 'Said', 'outcome', 'gold_reward',
-           'bayes_accuracy', 'World', 'make_world', 'world_tokenizer']
+           'truth_and_tone', 'bayes_accuracy', 'World', 'make_world', 'world_tokenizer']
 
 # %% ../nbs/07_world.ipynb #d931389b
 import json,math,random,re
@@ -274,11 +274,19 @@ def gold_reward(
         return max(-6., o['quality']+o['style']-(not ended))
     return [one(*o) for o in zip(prompts, responses, finished, strict=True)]
 
+# %% ../nbs/07_world.ipynb #trutone2
+def truth_and_tone(
+    record:dict # With prompt and response
+)->dict:        # truth, tone
+    "What an answer says, and how it says it: the two parts of the true reward"
+    o = outcome(record['prompt'], record['response'])
+    return dict(truth=o['quality'], tone=o['style'])
+
 # %% ../nbs/07_world.ipynb #bf539275
 annotator_temperature = .5  # The annotator's T
 
 def _p_first(a, b):
-    "With what probability the annotator prefers an answer of gold reward `a` to one of `b`"
+    "With what probability the annotator prefers an answer of true reward `a` to one of `b`"
     return 1/(1+math.exp((b-a)/annotator_temperature))
 
 def bayes_accuracy(

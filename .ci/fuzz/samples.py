@@ -3,7 +3,8 @@
 The independent reading is the input itself: the generator knows every record that it writes, so means, wins and ties are sums over plain
 Python lists, and it knows which damage nobody can read. Reports are parsed by markdown-it: no element in them may come from a text or a name."""
 import json, math, unicodedata
-from itertools import product
+from itertools import combinations, product
+from math import comb
 
 from markdown_it import MarkdownIt
 
@@ -302,7 +303,7 @@ def handful(rng, folder):
     def right(rows):
         for r in rows:
             k = r['n']
-            want = [sum(max(g[i*k:i*k+k]) for i in range(N//k))/(N//k) for g in grid]
+            want = [sum(map(max, combinations(g, k)))/comb(N, k) for g in grid]      # every choice of k answers
             if not near(r['reward']['mean'], sum(want)/len(want)) or r['reward']['n'] != len(grid): return False
         return [r['n'] for r in rows] == [k for k in (1, 2, 4, 8) if k <= N]
     return Case(f'best_of_n {grid}', lambda: best_of_n(grid), REFUSED if broken else right, plain=not broken)

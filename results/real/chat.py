@@ -9,6 +9,9 @@
     rlhf_nb run --config results/real/chat.yaml ... --out runs/hh-a1 --set seed=1 --stages sft dpo                     # and seed 2
     python results/real/chat.py implicit runs/hh-a runs/hh-a1 runs/hh-a2 --out results/real/chat_dpo
     python results/real/chat.py policies runs/hh-a --other runs/hh-b --out results/real/chat
+    rlhf_nb run --config results/real/chat.yaml ... --out runs/hh-r16 --set model.lora.r=16 \\
+        --set reward.lr=2e-4 --set dpo.lr=5e-5 --stages sft reward dpo                                                 # and r = 8
+    python results/real/chat.py ranks runs/hh-a runs/hh-r16 runs/hh-r8 --out results/real/chat_lora                    # full first
 
 `PAIRS` is a file of pairs, such as 1,800 of Anthropic's HH-RLHF. A prompt lies in one half, by its hash. Intervals are 95%,
 clustered by prompt. The rule that is measured beside everything is "shorter wins", in tokens.
@@ -96,22 +99,43 @@ def curve(runs, out):
     lines = [Line(Run(r)) for r in runs]
     report({str(len(o.splits.train)):[by_reward_model(o)] for o in lines}, out)
 
+def ranks(runs, out):
+    "Full fine-tuning, first, and adapters on the same held-out half: reward models and DPO's implicit rewards"
+    lines = {_rank(o):o for o in (Line(Run(r)) for r in runs)}
+    by = {'reward model':{k:by_reward_model(o) for k,o in lines.items()}, 'DPO':implicit_rewards(lines)}
+    found,beside = {},{}
+    for what,ds in by.items():
+        full = torch.tensor(next(iter(ds.values()))['right'])
+        for k,d in ds.items():
+            found[f'{what}, {k}'] = [d]
+            beside[f'{what}, {k}'] = clustered_mean(torch.tensor(d['right'])-full, d['prompts'])
+    report(found, out, less_full=beside)
+
+def _rank(line)->str:
+    "How a run's models learned"
+    r = line.config.model.lora.r
+    return f'r = {r}' if r else 'full'
+
 def answer_log_probs(model, b)->torch.Tensor:
     "(n,2) log-probability of chosen and rejected, in float32: what DPO moves is little, and rounding would cover it"
     with torch.no_grad(): return in_pieces(lambda o: log_probs(model, o).sum(-1), b, 4096)
 
 def implicit(runs, out):
     "DPO's implicit reward on held-out pairs: how much likelier has the policy made the chosen answer?"
-    found,before = {},None
-    for r in runs:
-        line = Line(Run(r))
+    found = implicit_rewards({f'seed {o.config.seed}':o for o in (Line(Run(r)) for r in runs)})
+    # the same pairs in each: a prompt's pairs of all seeds belong together
+    report({**{k:[d] for k,d in found.items()}, 'all':list(found.values())}, out)
+
+def implicit_rewards(lines)->dict:
+    "{name: measures of pairs}; all runs began with the same chat model"
+    out,before = {},None
+    for name,line in lines.items():
         pairs = line.held()
         b = line.pairs(pairs)
-        if before is None: before = answer_log_probs(line.model('sft'), b)     # the same chat model in every run
+        if before is None: before = answer_log_probs(line.model('sft'), b)
         d = answer_log_probs(line.model('dpo'), b)-before
-        found[f'seed {line.config.seed}'] = [beside_length(d[:,0]-d[:,1], [pairs[i] for i in b.index.tolist()], line)]
-    # the same pairs in each: a prompt's pairs of all seeds belong together
-    report({**found, 'all':[d for o in found.values() for d in o]}, out)
+        out[name] = beside_length(d[:,0]-d[:,1], [pairs[i] for i in b.index.tolist()], line)
+    return out
 
 def as_written(rm, rs, line)->torch.Tensor:
     "(N) scores of samples as training gives them: an answer that was cut has no end"
@@ -158,10 +182,10 @@ def of_answers(rs)->dict:
 
 # The tables
 
-def report(found, out):
-    "OUT.json and OUT.md: {name: measures of pairs}"
-    d = {k:summary(ds) for k,ds in found.items()}
-    keys = 'accuracy','shorter_wins','difference','chosen_longer','chosen_not_longer'
+def report(found, out, **beside):
+    "OUT.json and OUT.md: {name: measures of pairs}, and further measures by name"
+    d = {k:summary(ds)|{m:by[k] for m,by in beside.items()} for k,ds in found.items()}
+    keys = 'accuracy','shorter_wins','difference','chosen_longer','chosen_not_longer',*beside
     rows = [['',*(k.replace('_', ' ') for k in keys),'n']]
     rows += [[k,*(interval(o[key], '.3f') for key in keys),o['accuracy']['n']] for k,o in d.items()]
     write_json(f'{out}.json', d)
@@ -174,7 +198,7 @@ def main():
     o = sub.add_parser('data')
     o.add_argument('source')
     o.add_argument('folder')
-    for name in ('reward','curve','implicit'):
+    for name in ('reward','curve','implicit','ranks'):
         o = sub.add_parser(name)
         o.add_argument('runs', nargs='+')
         o.add_argument('--out', required=True)
@@ -187,6 +211,7 @@ def main():
     elif a.what=='reward': reward_models(a.runs, a.out)
     elif a.what=='curve': curve(a.runs, a.out)
     elif a.what=='implicit': implicit(a.runs, a.out)
+    elif a.what=='ranks': ranks(a.runs, a.out)
     else: policies(a.run, a.other, a.out)
 
 if __name__=='__main__': main()
