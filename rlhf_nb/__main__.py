@@ -77,7 +77,12 @@ def command():
     # what a terminal's encoding does not hold is written as its number, as errors are
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     first = int(os.environ.get('WORLD_SIZE', 1))==1 or os.environ.get('RANK', '0')=='0'
-    return (_alone if first else _beside)(sys.argv[1] if sys.argv[1:] else '', sys.argv[1:])
+    name = sys.argv[1] if sys.argv[1:] else ''
+    if first and name not in own:
+        # help, and what is wrong with the flags: nobody waits for torch to be told
+        from rlhf_nb.flags import read_args
+        read_args(sys.argv[1:])
+    return (_alone if first else _beside)(name, sys.argv[1:])
 
 
 if __name__=='__main__': sys.exit(command())
