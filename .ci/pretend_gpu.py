@@ -299,6 +299,9 @@ class PretendGPU:
             with opened(*args, device=cpu(device), **kw) as f:
                 yield type('Opened', (), dict(get_tensors=lambda s: {k:v.to(device) for k,v in f.get_tensors().items()}))()
         yield safetensors.torch,'safe_open',safe_open
+        import torch.distributed as dist
+        join = dist.init_process_group
+        yield dist,'init_process_group',lambda backend=None, *args, **kw: join('gloo', *args, **kw)     # no NCCL without a card
         yield torch,'autocast',Autocast
         yield torch.amp,'autocast',Autocast
         yield torch.amp.autocast_mode,'autocast',Autocast
@@ -736,9 +739,49 @@ def limits(a):
     return []
 
 
+def waits_of_rl(gpu, waits):
+    """An update of PPO or GRPO waits for: a look at who still writes (every 8 tokens), the answers, their rewards, the row of the log, each
+    optimizer step; and to see that a reward model's scores are finite, or what each of several sources said"""
+    from copy import deepcopy
+    from functools import partial
+    from rlhf_nb.config import GRPOConfig,ModelConfig,PPOConfig,WorldConfig
+    from rlhf_nb.grpo import grpo_advantages,grpo_step
+    from rlhf_nb.load import mk_policy
+    from rlhf_nb.models import mk_reward_model,mk_value_model
+    from rlhf_nb.ppo import ppo_advantages,ppo_step
+    from rlhf_nb.rollout import rollouts
+    from rlhf_nb.sources import mk_scorer
+    from rlhf_nb.template import tokenize_prompts
+    from rlhf_nb.train import mk_accelerator,steps
+    from rlhf_nb.world import make_world,world_tokenizer
+    world = make_world(WorldConfig(n_corpus=300, n_facts=40, n_pairs=80, n_dev=12, n_test=12, n_ood=6))
+    tok = world_tokenizer(world, 400)
+    prompts = tokenize_prompts([o['prompt'] for o in world.train], tok, 64)
+    lm = mk_policy(ModelConfig(n_layer=1, n_embd=32, n_head=2), tok).to('cuda')
+    long,holes = lambda p,r,f: [float(len(o)) for o in r],lambda p,r,f: [None if len(o)%3==0 else 1. for o in r]
+    scores = dict(function=(mk_scorer(long, tok),0), holes=(mk_scorer(holes, tok),0), model=(mk_scorer((mk_reward_model(lm),tok), tok),1),
+                  two=(mk_scorer([(1.,long),(.5,holes)], tok),1), own=(lambda b: b.lengths.float(),0))
+    kw = dict(updates=2, batch_size=6, max_new_tokens=12)
+    for precision,score,tokens,ppo in itertools.product(('fp32','bf16'), scores, (10**6,100), (False,True)):
+        acc,policy,(f,more) = mk_accelerator(precision),deepcopy(lm),scores[score]
+        if ppo:
+            o = PPOConfig(**kw, micro_tokens=tokens, epochs=2, mini_batches=2); value = mk_value_model(lm)
+            model,draw = torch.nn.ModuleDict(dict(policy=policy, value=value)),partial(rollouts, prepare=lambda b: ppo_advantages(b, value, o), epochs=2, mini_batches=2)
+        else:
+            o = GRPOConfig(**kw, micro_tokens=tokens, group_size=4, mask_truncated=score=='own', normalise_each=score=='two', kl_in='reward')
+            model,draw = policy,partial(rollouts, prepare=lambda b: grpo_advantages(b, o), n=4)
+        it = steps(model, draw(policy, lm, f, prompts, o, acc=acc), partial(ppo_step if ppo else grpo_step, o=o), o, 2, acc=acc)
+        next(it); k = f'{"ppo" if ppo else "grpo"} {score} {precision} {tokens}'
+        with gpu.phase(k): row = next(it)
+        it.close()
+        (count,where),looks = waits(gpu, k),1
+        assert count==looks+3+row['steps']+more and (row['steps']==4 or not ppo), (k,count,row['steps'],where)
+    print('an update of PPO or GRPO: 1 synchronisation for 8 tokens, 3 for the rollout (4 with a reward model or several sources), 1 for an optimizer step')
+
+
 def training(a):
     """What an update may ask of a GPU: the host waits once, for its row of the log, however many micro-batches there are and wherever the data
-    lie. Killed and resumed in fp16, among updates that overflow, it ends with the same bits; a stage has a peak of memory of its own"""
+    lie; in RL for its rollout too (`waits_of_rl`). Killed and resumed in fp16, among updates that overflow, it ends with the same bits; a stage has a peak of memory of its own"""
     import tempfile
     from copy import deepcopy
     from functools import partial
@@ -777,6 +820,7 @@ def training(a):
                     count,where = waits(gpu, q)
                     assert count==1 and (n>1)==(tokens<10**6), (q,where)
         print('an update of SFT, reward model or DPO: 1 synchronisation, however many micro-batches')
+        waits_of_rl(gpu, waits)
 
         def steep(net, b, n):
             loss,s = sft_step(net, b, n)

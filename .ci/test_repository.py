@@ -14,7 +14,7 @@ from as_in_colab import extras, hidden
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
-numbered = {f.stem.split("_", 1)[1]: f for f in notebooks if re.match(r"\d\d_", f.name)}
+numbered = {f.stem.split("_", 1)[1]: f for f in notebooks if re.match(r"\d\d[a-z]?_", f.name)}
 order = {name: f.name.split("_")[0] for name, f in numbered.items()}
 modules = {f.stem: f for f in sorted((root/"rlhf_nb").glob("*.py")) if f.stem not in ("__init__", "__main__", "_modidx")}
 homes = {"gradio": {"app", "tabs"}, "matplotlib": {"plots", "report", "benchmark"}, "openai": {"endpoint"}, "seaborn": {"plots", "report", "benchmark"}}
@@ -64,6 +64,46 @@ def test_imports_alone(nb):
         source = re.sub(r"^%.*", "", c["source"], flags=re.M)
         kinds = {type(node) for node in ast.walk(ast.parse(source))}
         assert not kinds & {ast.Import, ast.ImportFrom} or not kinds & set(mixed), c["source"][:200]
+
+
+def exercises(cells):
+    "Numbers of the exercises at the end of a notebook: those in brackets, or the only one"
+    for c in cells:
+        if m := re.search(r"\*\*Exercise(s?)\.\*\*(.*?)(\n\n|\Z)", c["source"], re.S):
+            return [int(k) for k in re.findall(r"\((\d+)\)", m[2])] if m[1] else [1]
+    return []
+
+
+def solved(cells):
+    "What the headings of solutions name: (file, number)"
+    for c in cells:
+        for link,k in re.findall(r"^### \[[^\]]+\]\((.+?)\), exercise (\d+)$", c["source"], re.M):
+            yield link.split("/")[-1], int(k)
+
+
+def test_every_exercise_has_a_solution():
+    "Each once, in the appendix to the tutorials that the notebook names, and no solution to what nobody asks"
+    found = [o for f in notebooks if f.name.startswith("solutions_") for o in solved(cells(f, "markdown"))]
+    assert len(set(found)) == len(found), "a solution twice"
+    asked = {(f.name, k) for f in notebooks for k in exercises(cells(f, "markdown"))}
+    assert len(asked) > 50
+    assert asked == set(found), f"without a solution: {sorted(asked-set(found))}, without an exercise: {sorted(set(found)-asked)}"
+    named = {f.name: "".join(c["source"] for c in cells(f, "markdown")) for f in notebooks if exercises(cells(f, "markdown"))}
+    assert not [name for name, text in named.items() if "Solutions: [solutions_" not in text]
+
+
+def test_every_exercise_sees():
+    "The check above is not blind"
+    cell = dict(source="## Takeaways\n\n**Exercises.** (1) One? (2) Two (see .5)?\n\n**On.** (3)")
+    assert exercises([cell]) == [1, 2] and exercises([dict(source="**Exercise.** One?")]) == [1] and exercises([dict(source="Exercise")]) == []
+    assert list(solved([dict(source="### [28 ppo](../28_ppo.ipynb), exercise 2\n\ntext")])) == [("28_ppo.ipynb", 2)]
+
+
+@each_notebook
+def test_cells_are_cells(nb):
+    "No cell of a script (`# %%`) within a cell: such code is never run, and such text is a heading"
+    every = [c["source"] for kind in ("markdown", "code") for c in cells(nb, kind)]
+    assert not [s for s in every if re.search(r"^# %%", s, re.M)]
 
 
 @each_notebook

@@ -221,7 +221,7 @@ def test_bfloat16_gradient(kind):
 
 many_shapes = """
 import torch
-from rlhf_nb.core import keep_memory,resident
+from rlhf_nb.parallel import keep_memory,resident
 if {kept}: keep_memory()
 torch.set_num_threads(1)
 w = torch.randn(256, 256, dtype=torch.bfloat16, requires_grad=True)

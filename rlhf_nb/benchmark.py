@@ -201,6 +201,19 @@ def _own_models(folder, name, tok):
     m.save_pretrained(folder/'rm')
     return AutoConfig.from_pretrained(folder/'lm', trust_remote_code=False)
 
+def _raced(what, job, pythons, n, folder):
+    "What each side's worker has reported; where TRL's batches are sorted by length, that side too"
+    peer = 'HF' if what in ('gen8','gen32',*evals) else 'TRL'
+    out = race({k:(pythons[k], job) for k in ('ours',peer)}, n, folder)
+    if what not in ('reward','dpo'): return out
+    # alone and afterwards: three at a time would need too much memory
+    return out|race({'TRL sorted':(pythons['TRL sorted'], dict(job, rows='sorted.json'))}, n, folder)
+
+def _answers(what)->tuple: # Answers to a prompt, tokens of each
+    "What a step writes"
+    if what in evals: return len(MODELS),evals[what].max_new_tokens
+    return 1 if what=='ppo' else G,NEW
+
 def measure(
     folder, size, c, rows, tok,
     what:str,        # One of `work`
@@ -214,13 +227,9 @@ def measure(
     n,unit = steps+warmup,units[what]
     # as `worker` reads it
     job = dict(built, what=what, folder=str(folder), steps=n, prompts=prompts, rows='rows.json')
-    peer = 'HF' if what in ('gen8','gen32',*evals) else 'TRL'
-    out = race({k:(pythons[k], job) for k in ('ours',peer)}, n, folder)
-    if what in ('reward','dpo'): # alone and afterwards: three at a time would need too much memory
-        out |= race({'TRL sorted':(pythons['TRL sorted'], dict(job, rows='sorted.json'))}, n, folder)
+    out = _raced(what, job, pythons, n, folder)
     k = PAIRS if unit=='pairs' else prompts
-    group,new = 1 if what=='ppo' else G,NEW                    # answers to a prompt, their tokens
-    if what in evals: group,new = len(MODELS),evals[what].max_new_tokens
+    group,new = _answers(what)
     per_step = k*dict(pairs=1, tokens=group*new).get(unit, group)
     def batch(part):
         "The tokens of a step; of answers their number counts, not what they say"

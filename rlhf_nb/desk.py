@@ -273,27 +273,29 @@ class _Writer:
     "A model that writes its answers to one prompt, a token of each at a time"
     def __init__(self, player, ids, c):
         "Nothing is written yet"
-        from rlhf_nb.sampling import decode
+        from rlhf_nb.sampling import steps_of
         self.player,self.ids = player,ids
-        self.steps,self.seconds,self.goes_on = [],0.,True
+        self.first,self.steps,self.seconds,self.goes_on = [],[],0.,True      # `first`: tokens of the first answer
         seed = child_seed(c['seed'], 'eval')     # as for the samples of `rlhf_nb generate`
-        self.tokens = decode(player.policy, [ids], c['n'], c['max_new_tokens'], c['temperature'], seed)
+        self.tokens = steps_of(player.policy, [ids], c['n'], c['max_new_tokens'], c['temperature'], seed)
 
     def write(self):
         "One token more"
         began = time.perf_counter()
         step = next(self.tokens, None)
         self.seconds += time.perf_counter()-began
-        if step: self.steps.append(step[:3])      # ids, log-probabilities, who got one: (1,n) each
-        else: self.goes_on = False
+        self.goes_on = step is not None
+        if step is None: return
+        self.steps.append(step)                   # ids, log-probabilities, who got one: (1,n) each
+        i,has = torch.stack([o[0,0].long() for o in step[::2]]).tolist()       # a GPU is asked for each token once
+        if has: self.first.append(i)
 
     def text(self)->dict:
         "The first answer, as far as it is written"
-        ids = [int(i[0,0]) for i,_,alive in self.steps if alive[0,0]]  # up to its end
         from rlhf_nb.load import stop_tokens
-        ended = bool(ids) and ids[-1] in stop_tokens(self.player.policy)
-        text = self.player.template.text(ids, ended)
-        return dict(response=text.rstrip('\ufffd'), n_tokens=len(ids), writing=self.goes_on)
+        ended = bool(self.first) and self.first[-1] in stop_tokens(self.player.policy)
+        text = self.player.template.text(self.first, ended)
+        return dict(response=text.rstrip('\ufffd'), n_tokens=len(self.first), writing=self.goes_on)
 
     def batch(self)->Batch: # One prompt, n answers
         "All that has been written, as the scorers read it"
@@ -339,8 +341,7 @@ def _record(self:Desk, c, k, writer)->dict:
     out['percentile'] = percentile(reward[i], self.spread) if reward else None
     out['tokens_per_second'] = int(b.mask.sum())/max(writer.seconds, 1e-9)
     out['tokens'] = pieces(ids, player.template, out['finished'], kl=kl, log_prob=log_probs)
-    several = responses if c['n']>1 else []
-    out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(several)]
+    out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(responses) if c['n']>1]
     return out
 
 @patch

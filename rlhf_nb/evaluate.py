@@ -52,7 +52,7 @@ def sample_with_kl(
     memory:int=None        # Bytes at once, as for `sample` (None: as much as there)
 )->dict: # {name: batch (B,n,R) as from `sample`, with `kl` (B,n,R), nats, as `exact_kl` of it}
     "Samples of all models, written in step: the reference reads what the others write while they write it"
-    from rlhf_nb.sampling import MEMORY,decode_bytes,in_memory
+    from rlhf_nb.sampling import MEMORY,decode_bytes,fixed_shapes,in_memory
     def cost(k):
         "Bytes that a prompt of `k` tokens takes: the reference reads the answers of all"
         read = {name:n*len(models) if name=='reference' else n for name in models}
@@ -61,7 +61,8 @@ def sample_with_kl(
     def all_answers(ps):
         "Slice by slice where memory asks for it"
         parts = in_memory(ps, cost, MEMORY if memory is None else memory)
-        out = [_with_kl(models, [ps[i] for i in p], n, max_new_tokens, temperature, seed)
+        answer = _then_kl if all(map(fixed_shapes, models.values())) else _with_kl
+        out = [answer(models, [ps[i] for i in p], n, max_new_tokens, temperature, seed)
                for p in parts]
         return {k:joined([o[k] for o in out], parts)
                 for k in models}
@@ -112,6 +113,21 @@ def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
         told = _told(others, stops) if others else None
     return {k:from_steps(prompts, said[k], stops[k]).plus(kl=torch.stack(kls[k], 2))
             for k in models}
+
+@torch.no_grad()
+def _then_kl(models, prompts, n, max_new_tokens, temperature, seed):
+    "The same where all models write in fixed shapes, as on a GPU: the KL is read off the finished answers"
+    from rlhf_nb.models import exact_kl
+    from rlhf_nb.sampling import sample
+    from rlhf_nb.train import in_pieces
+    _one_vocabulary(models)
+    ref = models['reference']
+    def answers(k, m):
+        "Those of one model, where the reference is"
+        b = sample(m, prompts, n, max_new_tokens, temperature, seed)
+        def kl(x): return torch.zeros_like(x.old_log_probs) if k=='reference' else exact_kl(m, ref, x, temperature or 1.)
+        return b.plus(kl=in_pieces(kl, b)).to(ref.device)
+    return {k:answers(k, m) for k,m in models.items()}
 
 def _one_vocabulary(models):
     "A ValueError where there is no KL between the models"

@@ -33,7 +33,8 @@ def group_advantages(
     has = ~scores.isnan()
     s = level(scores).masked_fill(~has, 0)
     top = s.abs().max()
-    unit = top if scale!='none' and top>1e15 else 1.             # float32 does not hold the squares of such numbers
+    # float32 does not hold the squares of such numbers
+    unit = torch.where((top>1e15) & (scale!='none'), top, 1.)
     s = s/unit
     scores = scores/unit
     eps = eps/unit
@@ -60,11 +61,10 @@ def level(scores):
 
 def _std(x, dim):
     "Standard deviation of what is not NaN"
-    if not x.isnan().any():
-        return x.std(dim, keepdim=True)
     n = (~x.isnan()).sum(dim, keepdim=True)
     d = (x-x.nansum(dim, keepdim=True)/n.clamp(min=1)).nan_to_num(0.)
-    return ((d**2).sum(dim, keepdim=True)/(n-1).clamp(min=1)).sqrt()
+    known = ((d**2).sum(dim, keepdim=True)/(n-1).clamp(min=1)).sqrt()
+    return torch.where(x.isnan().any(), known, x.std(dim, keepdim=True))
 
 def sum_normalised(
     source_scores, # (B,G,S) of S reward sources; NaN: not applicable
@@ -159,7 +159,7 @@ def grpo_step(net, b, n, o:GRPOConfig):
 def compared(b, o:GRPOConfig):
     "What the responses of a group are compared by, (B,G): their scores, or those of the sources, each normalised"
     if not o.normalise_each: return b.scores
-    return _penalised(sum_normalised(b.source_scores, b.source_weights), b, o)
+    return _penalised(sum_normalised(b.source_scores, b.source_weights), b.finished, o)
 
 def grpo_advantages(b, o:GRPOConfig):
     "Advantages of a rollout, (B,G)"
@@ -170,7 +170,7 @@ def grpo_advantages(b, o:GRPOConfig):
 
 def drop_truncated(b):
     "Without the tokens of responses that were cut; their scores have had their part in the group's mean"
-    return b.plus(mask=b.mask & b.finished[...,None])
+    return b.sent(mask=b.host_mask & b.host('finished')[...,None])
 
 def train_grpo(
     policy,        # Causal LM; changed in place

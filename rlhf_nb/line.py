@@ -66,10 +66,9 @@ class Line:
     def acc(self):
         "The accelerator: where models are, and in which precision; a ValueError where a setting asks a GPU for what it has not"
         c = self.config
-        acc = mk_accelerator(c.model.precision, c.device)
         asked = {'model.dtype':c.model.dtype, 'ppo.sampler_dtype':c.ppo.sampler_dtype, 'grpo.sampler_dtype':c.grpo.sampler_dtype}
-        for k,v in asked.items(): check_bf16(k, v, acc.device, 'float16')
-        return acc
+        for k,v in asked.items(): check_bf16(k, v, pick_device(c.device), 'float16')
+        return mk_accelerator(c.model.precision, c.device)
     @cached_property
     def tok(self):
         "The reference's tokenizer, or the one it will have"

@@ -19,6 +19,7 @@ from transformers import (AutoConfig,AutoModelForCausalLM,AutoModelForSequenceCl
 from safetensors.torch import load_file
 
 from .core import *
+from .parallel import *
 from .config import *
 from .run import *
 from .tokens import *
@@ -55,8 +56,7 @@ def stop_tokens(model)->set:
 def _check_guesses(tok, name, missing):
     "Raise where transformers has made up what a folder lacks: a tokenizer without words, or an EOS"
     # it has added tokens only, a handful: the vocabulary itself is missing
-    if len(tok)<=len(tok.added_tokens_decoder)<20:
-        raise ValueError(missing)
+    if len(tok)<=len(tok.added_tokens_decoder)<20: raise ValueError(missing)
     # without tokenizer_config.json the EOS is the default of the model's type, which may be none of its tokens
     f = Path(name)/'tokenizer.json'
     if not f.is_file() or f.with_name('tokenizer_config.json').is_file():
@@ -87,8 +87,7 @@ def load_tokenizer(
     try: tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kw)
     except Exception as e: raise _not_found(name, 'tokenizer', e) from e
     # how it was loaded is not what it is
-    for k in ('is_local','local_files_only'):
-        tok.init_kwargs.pop(k, None)
+    for k in ('is_local','local_files_only'): tok.init_kwargs.pop(k, None)
     _check_guesses(tok, name, missing)
     if eos and tok.eos_token_id is None:
         raise ValueError(f'{name}: the tokenizer has no EOS token; set one (tok.eos_token = ...) and save it')

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM,AutoModelForSequenceClassification
 
 from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModel,AutoModelForCausalLM,GPT2Config
 
-from .core import *
+from .parallel import *
 from .config import *
 from .settings import *
 from .run import *

@@ -54,11 +54,13 @@ def whiten(
 ):
     "Mean 0 and variance 1 over the response tokens of the whole rollout; 0 elsewhere, and everywhere if all are equal"
     m = mask.to(x); n = m.sum()
-    # else the rounding of their mean would be all that is left
-    if (x[mask]==x[mask][:1]).all(): return torch.zeros_like(x)
-    if (top := x[mask].abs().max())>1e15: x = x/top                # float32 does not hold the squares of such numbers
+    high,low = x.masked_fill(~mask, -torch.inf).max(),x.masked_fill(~mask, torch.inf).min()
+    top = x.masked_fill(~mask, 0).abs().max()
+    x = x/torch.where(top>1e15, top, 1.)                         # float32 does not hold the squares of such numbers
     c = (x-(x*m).sum()/n)*m
-    return c*((c**2).sum()/n+eps).rsqrt()
+    white = c*((c**2).sum()/n+eps).rsqrt()
+    # where all are equal, the rounding of their mean would be all that is left
+    return torch.where(high<=low, 0., white)
 
 # %% ../nbs/28_ppo.ipynb #3b2cb9af
 def clipped_policy_loss(

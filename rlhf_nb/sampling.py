@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MEMORY', 'noise', 'Piece', 'Decode', 'too_long', 'states', 'Token', 'decode', 'from_steps',
-           'vocabulary_bytes', 'decode_bytes', 'in_memory', 'fixed_shapes', 'sample', 'check_sampling']
+           'vocabulary_bytes', 'decode_bytes', 'in_memory', 'fixed_shapes', 'sample', 'steps_of', 'check_sampling']
 
 # %% ../nbs/24_sampling.ipynb #smplh004
 import hashlib
@@ -388,6 +388,20 @@ def sample(
         return joined([answers([ps[i] for i in p]) for p in parts], parts)
     # nobody knows yet how long answers will be
     return by_share(all_answers, prompts, [len(p)+n*max_new_tokens for p in prompts], policy.device)
+
+def steps_of(
+    policy,
+    prompts:list,           # B token lists
+    n:int=1,                # Responses to each
+    max_new_tokens:int=48,
+    temperature:float=1.0,
+    seed:int=0
+): # Ids, log-probabilities and who got a token, (B,n) each
+    "The answers of `sample`, token by token, for who shows them as they are written"
+    how = prompts,n,max_new_tokens
+    if not fixed_shapes(policy): yield from (o[:3] for o in decode(policy, *how, temperature, seed)); return
+    _check_prompts(policy, prompts, max_new_tokens)
+    yield from spoken(policy, prompts, noise(seed, *how), stop_tokens(policy), temperature)
 
 def _sampling_gap(model, prompts, length, tol):
     "By how much log-probabilities of samples differ from the forward's; 0 where it is at most `tol`, or rounding"

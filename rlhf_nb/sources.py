@@ -43,7 +43,7 @@ def texts(
         if p==[tok.eos_token_id]: return []                 # EOS alone stands for nothing
         return p[len(front):] if p[:len(front)]==front else p
     ps = list(map(said, batch.prompts))
-    ends = batch.finished.tolist() if 'finished' in batch.fields else [[False]*G]*B
+    ends = batch.host('finished').tolist() if 'finished' in batch.fields else [[False]*G]*B
     rs = [[t.written(r, f) for r,f in zip(*o)] for o in zip(batch.tokens(), ends)]
     before = read(ps)
     after = read([p+r for p,o in zip(ps, rs) for r in o])   # together: some decoders drop a space at the beginning
@@ -136,7 +136,7 @@ class _Seen:
     @cached_property
     def responses(self): return [r for o in self.texts[1] for r in o]
     @cached_property
-    def finished(self): return self.b.finished.flatten().tolist()
+    def finished(self): return self.b.host('finished').flatten().tolist()
     @cached_property
     def turns(self): return self.each(map(messages_of, self.asked))
     @cached_property
@@ -263,7 +263,7 @@ def _finite(s):
 def _in_words_of(reader, b, tok):
     "The batch as a reward model reads it that has a tokenizer or a form of its own"
     ps,rs = texts(b, tok)
-    before,b = reader.cut,reader.batch(ps, rs, b.finished.tolist()).to(b.device)
+    before,b = reader.cut,reader.batch(ps, rs, b.host('finished').tolist()).to(b.device)
     if reader.cut and not before:
         print(f'the reward model takes {reader.room} tokens: of longer dialogues it does not see the oldest turns')
     return b
@@ -361,7 +361,7 @@ class Scorer:
             return _in_threads([ask(f) for f in self.functions]),self.logged,self.extra
         # a function may be random, or count its calls: it is called as often as by one process
         if self.functions: said,self.logged,self.extra = on_main(answers)
-        out = [said.pop(0).to(b.device) if o in self.functions else o(b) for o in self.parts]
+        out = [send(said.pop(0), b.device) if o in self.functions else o(b) for o in self.parts]
         return out[0][...,None] if len(out)==1 else torch.stack([o.float().to(b.device) for o in out], -1)
 
     def _ask(self, f, lists, seen):
@@ -401,7 +401,7 @@ class Scorer:
     )->dict:
         "Mean, spread and share of None of each source, where there are several; and what functions have logged"
         out = {}
-        for name,s in zip(self.names, b.fields['source_scores'].unbind(-1) if len(self.names)>1 else ()):
+        for name,s in zip(self.names, b.host('source_scores').unbind(-1) if len(self.names)>1 else ()):
             has = s[~s.isnan()]
             if len(has): out |= {f'reward/{name}':has.mean().item(), f'reward_std/{name}':has.std(correction=0).item()}
             out[f'none/{name}'] = 1-len(has)/s.numel()
@@ -489,7 +489,7 @@ def scored(
     "The rewards of a batch; of several sources it gets each one's `source_scores` (B,G,S) and `source_weights` (B,S)"
     if not isinstance(score, Scorer) or len(score.parts)<2: return b,score(b)
     each = score.each(b)
-    weights = torch.tensor(score.weights, dtype=each.dtype, device=each.device).expand(len(b), -1)
-    return b.plus(source_scores=each, source_weights=weights),score.together(each)
+    weights = torch.tensor(score.weights, dtype=each.dtype).expand(len(b), -1)
+    return b.plus(source_scores=each).sent(source_weights=weights),score.together(each)
 
 

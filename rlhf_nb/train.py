@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['dtypes', 'FIRST_SCALE', 'counts', 'micro_batches', 'own_pieces', 'in_pieces', 'Net', 'lr_factor', 'mk_optimizer',
-           'pick_device', 'best_precision', 'Engine', 'mk_accelerator', 'steps', 'from_data', 'check_pairs', 'measured',
-           'on_dev', 'what_learns', 'put_back', 'Best', 'StageLog', 'fit', 'fit_data', 'save_checkpoint',
-           'load_checkpoint']
+           'pick_device', 'best_precision', 'Engine', 'mk_accelerator', 'steps', 'as_numbers', 'from_data',
+           'check_pairs', 'measured', 'on_dev', 'what_learns', 'put_back', 'Best', 'StageLog', 'fit', 'fit_data',
+           'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/19_train.ipynb #c9484837
 import json,math,os,re,time
@@ -30,9 +30,7 @@ def counts(
 )->dict:        # prompts, responses, tokens; chosen_tokens: of each group's first response
     "What a sum over the whole update is divided by"
     B,G,_ = batch.shape
-    # the CPU knows the mask: a GPU is asked at most for what else it holds
-    learn = batch.host_mask
-    if 'learn' in batch.fields: learn = learn & batch.fields['learn'].cpu()
+    learn = batch.host_learn
     responses = learn.any(-1).sum() if 'learn' in batch.fields else B*G
     n = torch.tensor([B, responses, learn.sum(), learn[:,0].sum()], dtype=torch.float64)
     n = n.clamp(min=1)               # an update in which every response is masked divides zero by one
@@ -232,11 +230,16 @@ def _means(said)->dict:
         n[k] += 1
     return {k:v/n[k] for k,v in sums.items()}
 
-def _as_numbers(stats:list, device)->list:
-    "Dictionaries of tensors, with numbers in their place; the host waits for the device once"
-    there = [v.detach().to(device, torch.float32) for o in stats for v in o.values() if torch.is_tensor(v)]
-    found = iter(torch.stack(there).tolist() if there else ())
-    return [{k:next(found) if torch.is_tensor(v) else v for k,v in o.items()} for o in stats]
+def as_numbers(
+    stats # Dictionaries with tensors of one number each, and with anything else
+)->list:
+    "The same with numbers in the tensors' place; the host waits for the device once"
+    def away(v): return torch.is_tensor(v) and v.device.type!='cpu'
+    def number(v): return next(found) if away(v) else float(v) if torch.is_tensor(v) else v
+    there = [v.detach() for o in stats for v in o.values() if away(v)]
+    wide = torch.float64 if any(v.dtype==torch.float64 for v in there) else torch.float32
+    found = iter(torch.stack([v.to(wide) for v in there]).tolist() if there else ())
+    return [{k:number(v) for k,v in o.items()} for o in stats]
 
 def _step(net, batch, step, opt, o, acc, i):
     "One optimizer step over all micro-batches of `batch`"
@@ -253,7 +256,7 @@ def _step(net, batch, step, opt, o, acc, i):
     acc.unscale_gradients(opt)
     most = o.max_grad_norm or math.inf                 # 0: no clipping
     norm = nn.utils.clip_grad_norm_(net.parameters(), most)
-    stats,norm = _as_numbers([stats,dict(grad_norm=norm)], acc.device)
+    stats,norm = as_numbers([stats,dict(grad_norm=norm)])
     stats = add_up(stats)
     finite = math.isfinite(norm['grad_norm'])
     if not math.isfinite(stats['loss']) or not finite and acc.scaler is None:
@@ -308,7 +311,7 @@ def measured(
     for b in own_pieces(data, o.micro_tokens):
         with alone(): loss,stats = step(net, b.to(device), n)
         said.append(dict(stats, loss=loss))
-    for k,v in (kv for o in _as_numbers(said, device) for kv in o.items()): out[k] += v
+    for k,v in (kv for o in as_numbers(said) for kv in o.items()): out[k] += v
     return dict(add_up(out), n=len(data))
 
 def on_dev(model, step, data, o):
@@ -412,6 +415,15 @@ def _nothing_kept(stage, row)->str:
     return (f'{stage}: at dev data (eval_every{n}) no state looked better than the one before training, which is kept: '
             'nothing that was learned is left. eval_every=null keeps the last one')
 
+def _end(log, best, rows, n):
+    "The updates are over, `n` of them: the best state that was seen, where there was a look, and what the last row says of it"
+    if any(r.get('skipped') for r in rows) and not any(r['steps'] for r in rows): raise _only_overflows(log.stage)
+    if not best.every or not rows: return
+    if best.at!=n: rows[-1].update(best.look(n))         # the updates ended by themselves
+    rows[-1]['kept'] = best.restore(n)
+    if not rows[-1]['kept'] and is_main(): print(_nothing_kept(log.stage, rows[-1]))
+    log.rewrite(rows)
+
 @together()
 def fit(
     model,           # Module, or ModuleDict of several
@@ -449,12 +461,7 @@ def fit(
         if best.over(n) or r.get('stopped'): break                # no checkpoint: a resumed run would go on from it
         if n%o.checkpoint_every==0 and n<total:
             log.checkpoint(model, opt, n, best.kept, acc.scaler)
-    if any(r.get('skipped') for r in rows) and not any(r['steps'] for r in rows): raise _only_overflows(stage)
-    if best.every and rows:
-        if best.at!=n: rows[-1].update(best.look(n))     # the updates ended by themselves
-        rows[-1]['kept'] = best.restore(n)
-        if not rows[-1]['kept'] and is_main(): print(_nothing_kept(stage, rows[-1]))
-        log.rewrite(rows)
+    _end(log, best, rows, n)
     return rows
 
 def fit_data(
