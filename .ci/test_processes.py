@@ -205,8 +205,8 @@ def run(*args, **kw):
 def differences(a, b, where=""):
     "What differs in two results by more than rounding"
     if isinstance(a, dict) and isinstance(b, dict):
-        # paths, what is made of them, and the p of differences that are nothing but rounding
-        left = ("command", "report_command", "config", "samples", "peak_memory", "seconds", "costs", "base", "mark", "p", "p_holm")
+        # paths, what is made of them, and what comes of differences that are nothing but rounding: a p, a share of next to nothing
+        left = ("command", "report_command", "config", "samples", "peak_memory", "seconds", "costs", "base", "mark", "p", "p_holm", "share")
         for k in {*a, *b}:
             if k not in left and "seconds" not in k:
                 yield from differences(a.get(k), b.get(k), f"{where}.{k}")

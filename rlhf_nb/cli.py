@@ -93,6 +93,7 @@ def cmd_train(a):
     "One stage"
     # stages of one run may be trained one after another
     c,again = _config(a),a.resume or Places(a.out).config_file.exists()
+    if a.stage not in trained: raise ValueError(f"train: expected {', '.join(trained)}, got '{a.stage}'")
     _warn(c, [a.stage])
     with together(),only_writer(a.out): run_one(Run(a.out, c, again, save=False), [a.stage], _said(a))
 

@@ -37,12 +37,12 @@ def dpo_loss(
     "DPO (Rafailov et al. 2023, eq. 7) and its family"
     if loss_type=='ipo' and not beta>0:
         raise ValueError('beta: 0 has no meaning for ipo, whose target margin is 1/(2 beta); give a number above 0')
-    h = (chosen-ref_chosen)-(rejected-ref_rejected)
+    gap = (chosen-ref_chosen)-(rejected-ref_rejected)
     e = label_smoothing
-    if loss_type=='sigmoid': l = -F.logsigmoid(beta*h)
-    elif loss_type=='cdpo': l = -(1-e)*F.logsigmoid(beta*h)-e*F.logsigmoid(-beta*h)
-    elif loss_type=='robust': l = (-(1-e)*F.logsigmoid(beta*h)+e*F.logsigmoid(-beta*h))/(1-2*e)
-    elif loss_type=='ipo': l = (h-1/(2*beta))**2
+    if loss_type=='sigmoid': l = -F.logsigmoid(beta*gap)
+    elif loss_type=='cdpo': l = -(1-e)*F.logsigmoid(beta*gap)-e*F.logsigmoid(-beta*gap)
+    elif loss_type=='robust': l = (-(1-e)*F.logsigmoid(beta*gap)+e*F.logsigmoid(-beta*gap))/(1-2*e)
+    elif loss_type=='ipo': l = (gap-1/(2*beta))**2
     elif loss_type=='simpo': l = -F.logsigmoid(beta*(chosen-rejected)-gamma)
     else: raise ValueError(f"unknown loss_type '{loss_type}', expected sigmoid, ipo, robust, cdpo or simpo")
     return (l*weights).sum()

@@ -59,7 +59,8 @@ _run_flags = _config_flags | {
     '--seeds': _flag('a run for each, and a table over them', type=int, **_many),
     '--publish': _flag('copy results/ and output_samples/ there at the end', metavar='DIR'),
     '--replace': _flag('--publish may write over what is there', **_yes)}
-_train_flags = _config_flags | {'stage': _flag(choices=flag_names.trained)}
+# a stage of one's own is known only once the table of stages is
+_train_flags = _config_flags | {'stage': _flag(', '.join(flag_names.trained))}
 # what comes of the data alone
 _explore_flags = _config_flags | {'--json': _flag('write the report to this file too')}
 
