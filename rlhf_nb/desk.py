@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from .core import *
 from .run import *
+from .text import *
 from .records import *
 from .metrics import *
 from .ballots import *
@@ -248,8 +249,10 @@ def ask(self:Desk,
             f'the limit is {self.max_tokens}: ask for fewer samples or shorter answers')
     # a prompt is refused and not cut: an answer to half a question says nothing
     if not isinstance(prompt, str): raise ValueError(f'prompt: expected text, got {_shown(prompt)}')
-    if len(prompt)>self.max_chars:
-        raise ValueError(f'The prompt is too long: {len(prompt)} characters, the limit is {self.max_chars}')
+    # of what was typed: the marks around it are ours
+    size = len(prompt.removeprefix(HH.mark('user')).removesuffix(HH.mark('assistant')).strip())
+    if size>self.max_chars:
+        raise ValueError(f'The prompt is too long: {size} characters, the limit is {self.max_chars}')
     return dict(id=uuid.uuid4().hex, prompt=prompt, models=models, temperature=temperature,
         max_new_tokens=max_new_tokens, seed=seed, n=n, state='writing', answers={})
 
@@ -337,11 +340,17 @@ def _record(self:Desk, c, k, writer)->dict:
     out['kl'] = total
     out['kl_per_token'] = None if total is None else total/max(1, len(ids))
     out.update(n_tokens=len(ids), finished=bool(b.finished[0,i]))
-    if gold: out['gold_reward'] = gold[i]
+    from rlhf_nb.world import family
+    truth = gold and (gold if family(c['prompt']) else [None]*c['n'])     # outside the world nothing is true
+    if truth: out['gold_reward'] = truth[i]
     out['percentile'] = percentile(reward[i], self.spread) if reward else None
     out['tokens_per_second'] = int(b.mask.sum())/max(writer.seconds, 1e-9)
     out['tokens'] = pieces(ids, player.template, out['finished'], kl=kl, log_prob=log_probs)
-    out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(responses) if c['n']>1]
+    def sample(j, response):
+        "One of several answers, with its numbers"
+        kl = None if kls is None else kls[j].sum().item()
+        return dict(response=response, reward=reward and reward[j], kl=kl, gold_reward=truth and truth[j])
+    out['samples'] = [sample(*o) for o in enumerate(responses) if c['n']>1]
     return out
 
 @patch
@@ -379,7 +388,7 @@ def stored(self:Desk,
     keep:bool=True  # It can be voted on
 )->dict:
     "The same comparison from the stored samples"
-    shown = *sample_keys,'kl_per_token','gold_reward'
+    shown = *sample_keys,'kl_per_token','gold_reward','tokens'
     answers = {}
     for k in c['models']:
         rows = [r for r in self.records[k] if r['prompt']==c['prompt']]
@@ -389,7 +398,7 @@ def stored(self:Desk,
         answers[k] = {x:best[x] for x in shown if x in best}
         place = percentile(best['reward'], self.spread)
         answers[k].update(percentile=place, samples=rows if len(rows)>1 else [])
-    c.update(answers=answers, state='done')
+    c.update(answers=answers, state='done', stored=True)
     if keep: self.remember(c)
     return c
 
@@ -476,6 +485,14 @@ def _start_maker(self:Desk, out, flags):
     quiet = {**os.environ, 'TQDM_DISABLE':'1'}  # bars are no log
     self.maker = subprocess.Popen(command, env=quiet, stdout=self.maker_log, stderr=subprocess.STDOUT)
     atexit.register(self.maker.terminate)  # it ends with the page
+    threading.Thread(target=self._open_made, args=(self.maker,Path(out)), daemon=True).start()
+
+@patch
+def _open_made(self:Desk, maker, out):
+    "Open the demo's run once it is made, whether or not somebody still looks"
+    if maker.wait(): return                 # who follows is told what was wrong
+    with self.lock:
+        if self.path!=out: self.open(out); self.start()
 
 @patch
 def make_demo(self:Desk,
@@ -495,6 +512,5 @@ def make_demo(self:Desk,
         lines = self.maker_log.read().strip().splitlines()
         last = lines[-1] if lines else 'no output'  # of a traceback the last line says what it was
         raise ValueError(f'The demo run ended with an error: {last}')
-    with self.lock:                                 # the first of the visitors who wait opens it
-        if self.path!=out: self.open(out); self.start()
+    self._open_made(self.maker, out)                # who comes first opens it
     yield dict(share=1., text=f'Done: {out}')
