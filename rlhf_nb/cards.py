@@ -219,8 +219,8 @@ def is_fooled(a:dict, ref:dict|None)->bool:
 
 def _nats(c, a):
     "At which temperature the KL is, and of what"
-    if c.get('stored'): at = 'at the temperature of sampling'
-    else: at = f"at temperature {c.get('temperature') or 1:g}"
+    t = a.get('kl_temperature', c.get('temperature', 1.))
+    at = 'at the temperature of sampling' if t is None else f'at temperature {t or 1.:g}'
     n = len(a.get('samples') or ()) or 1
     extra = math.log(n)-(n-1)/n          # what choosing the best of n adds at most: Beirami et al., 2024
     return f'nats, {at}'+(f'; of the policy, and the choice of 1 in {n} adds up to {extra:.1f}' if n>1 else '')

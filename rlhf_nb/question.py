@@ -48,6 +48,7 @@ def _state_of(c, seconds):
     # columns grow together; those that have ended are shorter
     tokens = max([a['n_tokens'] for a in c['answers'].values()], default=0)
     done = f'Done in {seconds:.1f} s'+('. Which answer is best?' if c['blind'] else '')
+    if c['state']=='waiting': return f"Waiting: {c['place']} before you. Stop gives up the place"
     words = dict(writing=f'Writing: {tokens} tokens', stopped=f'Stopped after {tokens} tokens', scoring='Reward and KL')
     return words.get(c['state'], done)
 
@@ -113,8 +114,9 @@ def link_of(c:dict)->str:
     "The part of an address behind its question mark that asks for a comparison again"
     turns = [(who,text) for who,text in parse_turns(c['prompt']) if text]
     said = turns[0][1] if len(turns)==1 else c['prompt']
-    return urlencode(dict(q=said, seed=c['seed'], t=c['temperature'], n=c['n'], len=c['max_new_tokens'],
-        models=','.join(c['models'])))
+    parts = dict(q=said, seed=c['seed'], t=c['temperature'], n=c['n'], len=c['max_new_tokens'],
+        models=','.join(c['models']))
+    return urlencode({k:v for k,v in parts.items() if v is not None})       # what is not known is not in it
 
 def read_link(
     params # What stands in the address, {name: text}

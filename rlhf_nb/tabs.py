@@ -136,7 +136,7 @@ def _wire_question(page):
         if desk.players: return dict(seed=random.randrange(10**6))
         return dict(stored=random.choice([p for p in desk.prompts if p!=stored] or [stored]))
     takes = ' '.join([*Question._fields,'colour'])
-    work = dict(queue=True, concurrency_limit=desk.parallel, concurrency_id='models')
+    work = dict(queue=True, concurrency_limit=None)       # the desk lets so many write at once, and says who is next
     asks = 'go.click prompt.submit'
     page.on(f'{asks} guess.click', on_begin, '', 'status stop id', js=f"() => rlhf_show('#status')")
     page.on(asks, on_compare, takes, _shown, **work)
@@ -422,7 +422,7 @@ def _wire_start(page):
         return dict(id=c['id'], board=page.board(c, colour))
     filled = f'top demo {_compare_fields} x-model x-failure board id after dialogue whose status'
     loaded = page.on('page.load', on_load, '', filled, queue=True, concurrency_limit=None)
-    live = page.on(loaded, on_live, 'id colour', 'id board', queue=True, concurrency_limit=desk.parallel, concurrency_id='models')
+    live = page.on(loaded, on_live, 'id colour', 'id board', queue=True, concurrency_limit=None)
     live.then(None, None, None, js="() => { if (new URLSearchParams(location.search).has('q')) document.getElementById('go').click(); }")
 
 def banner(desk)->str:
