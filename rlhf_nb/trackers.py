@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_tracker', 'tracked_name', 'scalars', 'Tracker']
 
-# %% ../nbs/19b_trackers.ipynb #trkr0019
+# %% ../nbs/19b_trackers.ipynb #trkr0005
 import math,os,re,uuid
 from collections import defaultdict
 from dataclasses import asdict
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from accelerate.tracking import filter_trackers
 
 from .core import *
+from .parallel import *
 from .run import *
 from .text import *
 from .train import *
