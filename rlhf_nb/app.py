@@ -36,7 +36,7 @@ def _api(desk):
         "One prompt (a question, or a dialogue in HH form) to one to four models: the comparison while it grows, at last with records, tokens and values"
         try:
             while desk.state=='loading': time.sleep(.1)
-            c = desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n)
+            c = desk.ask(mk_prompt(prompt), models, temperature, max_new_tokens, seed, n, source='api')
             yield from desk.answers(c)
         except refused as e: raise _said(e) from None
     def vote(id:str, choice:str) -> int:

@@ -163,7 +163,8 @@ def plot_training(
     found = [ends[k].replace('_', ' ') for k in ('reward','kl','nll','loss','accuracy')
              if k in ends][:2]
     fig.suptitle(f"{_drawn(stage or kind)}: {', '.join(found)}\n{band}", fontsize=_title)
-    fig.alt = f"{stage or kind}, {int(df['update'].max())+1} updates, {band}. {'; '.join(ends.values())}."
+    told = '; '.join(ends[k] for k in list(ends)[:3])
+    fig.alt = f"{stage or kind}, {int(df['update'].max())+1} updates, {band}. {told}."
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #3b870bd2
@@ -313,8 +314,9 @@ def plot_frontier(
     if len(methods):
         runs,found = int(methods.runs.max()),_gains(methods)
     fig.suptitle(f'{found}\n{_spread(runs)}', fontsize=_title)
+    worth = methods[methods.metric==methods.metric.iloc[-1]] if len(methods) else methods
     fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {shown_name(r.metric)} {r.value:.2f} at KL '
-                                              f'{r.kl:.2f}' for r in methods.itertuples())+'.'
+                                              f'{r.kl:.2f}' for r in worth.itertuples())+'.'
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #plo0ove1
@@ -396,7 +398,8 @@ def plot_win_rates(
            x=f'win rate against the reference, n = {df.n.iloc[0]} prompts\nhollow: the interval holds 1/2')
     fig.suptitle(f'{_verdicts(df)}\n{_spread(df.runs.max())}', fontsize=_title)
     df = df.rename(columns=dict(mean='rate'))
-    said = (f'{r.model} by {shown_name(r.judge)}: {r.rate:.2f} ({r.low:.2f} to {r.high:.2f})' for r in df.itertuples())
+    said = (f'{r.model} by {shown_name(r.judge)}: {r.rate:.2f} ({r.low:.2f} to {r.high:.2f})'
+            for r in df[df.judge==df.judge.iloc[0]].itertuples())
     fig.alt = f"Win rates against the reference. {'; '.join(said)}."
     return fig,df
 
@@ -431,6 +434,5 @@ def plot_failures(
     found = (f"most frequent: {worst.failure.replace('_', ' ')}, {worst['mean']:.2f} of the answers of "
              f"{label_of(worst.model)}")
     fig.suptitle(f'{_drawn(found[:90])}\n{_spread(df.runs.max())}', fontsize=_title)
-    fig.alt = 'Failure rates. '+'; '.join(f'{r.failure}: {r.model} {r.mean:.2f} ({r.low:.2f} to '
-                                          f'{r.high:.2f})' for r in shown.itertuples())+'.'
+    fig.alt = f"Rates of {len(top)} failures by model; {found}. All rates: the CSV file beside the picture."
     return fig,df

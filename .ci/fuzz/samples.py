@@ -2,7 +2,7 @@
 
 The independent reading is the input itself: the generator knows every record that it writes, so means, wins and ties are sums over plain
 Python lists, and it knows which damage nobody can read. Reports are parsed by markdown-it: no element in them may come from a text or a name."""
-import json, math, unicodedata
+import json, math, re, unicodedata
 from itertools import combinations, product
 from math import comb
 
@@ -139,8 +139,10 @@ def whole(rng, folder):
 
     if what == 'report':
         def right(md):
-            if dead(md) or 'split.' in md.split('##')[0] or 'unknown prompts' not in md: return False
-            if n < 6 and ('**better**' in md or '**worse**' in md or 'higher' in md.split('## Judges')[0].split('## Missing')[0] or 'nothing can be concluded' not in md): return False
+            # what is folded is HTML of ours
+            md = re.sub(r'^</?details>(<summary>[a-zA-Z -]+</summary>)?$', '', md, flags=re.M)
+            if dead(md, ('DETAILS.md',)) or 'split.' in md.split('##')[0] or 'unknown prompts' not in md: return False
+            if n < 6 and ('**better**' in md or '**worse**' in md or 'above' in md.split('\n\n')[1] or 'nothing can be concluded' not in md): return False
             return all(any(f"{w.mean(m, 'reward')+e:.2f} [" in md for e in (-1e-6, 0, 1e-6)) for m in w.models)      # halves may be rounded either way
         return case(lambda: mk_report(read_runs(run), f'rlhf_nb analyze --out {text(rng)}')[0], right)
 
