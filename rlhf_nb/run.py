@@ -188,6 +188,7 @@ class RunResults(TypedDict, total=False):
     # best_of_n and gibbs: lists of dict(n or beta, kl, reward, gold); equal_kl: {model: `against_best_of_n`}
     frontier:dict
     overoptimise:list # rows with kl, reward, gold
+    rows:dict         # how many rows the data have, {split or kind: number}
     training:dict     # {stage: dict(updates, metrics, diagnosis)}
     seconds:dict      # of each stage
     logs:dict         # {stage: metrics rows}; these stay in their own files
@@ -254,6 +255,7 @@ class Places:
     seconds = _Place('results/seconds.json')             # of each stage
     seeds_md = _Place('results/seeds.md')                # of a folder with a run for each seed
     analysis_md = _Place('results/ANALYSIS.md')
+    details_md = _Place('results/DETAILS.md')            # what has no room there
     training_analysis = _Place('results/training_analysis')
 
     win_rates = _Place('results/win_rates.json')         # what the judges say, by seed
