@@ -6,7 +6,7 @@
 __all__ = ['refused', 'Desk', 'Player']
 
 # %% ../nbs/58_desk.ipynb #deskh003
-import atexit,os,subprocess,sys,tempfile,threading,time,uuid
+import atexit,math,os,subprocess,sys,tempfile,threading,time,uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +16,16 @@ from fastcore.basics import patch
 
 from .core import *
 from .run import *
+from .text import *
 from .records import *
 from .metrics import *
 from .ballots import *
 from .cards import *
+from .booth import *
 from .core import _shown
 
 # %% ../nbs/58_desk.ipynb #8fdb29ac
-class Desk:
+class Desk(Booth):
     "A run on the page: samples, models, votes"
     def __init__(self,
         run=None,            # Run folder, or a folder of samples; None: the samples that come with the package
@@ -41,14 +43,17 @@ class Desk:
             if k in self.policies: raise ValueError(f"a model cannot be called '{k}': a vote says that")
         self.lock = threading.RLock()    # of comparisons, votes and the demo's process
         self.running = {}                # {visitor: event that stops what the models write for them}
+        self.lesson = None               # training on the votes, where it goes on
         self.maker = None                # the process that makes the demo
         self.seen = threading.Event()    # somebody looks at the page
+        self.parallel,self.line = 2,[]   # comparisons that are written at once; all that are written or wait, in order
         self.open(run)
 
     def open(self, run):
         "Start again with another folder"
         self.problems,self.state,self.config = [],'loading',None
         self.records,self.players = {},{}           # by name: stored samples, models
+        self.judged,self.made_with = False,{}       # have stored answers a true reward, and how were they written?
         self.prompts,self.spread = [],[]            # of the stored samples; the reference's rewards, sorted
         self.comparisons = OrderedDict()            # by id, the last ones
         self.ready = threading.Event()              # the samples are read
@@ -57,11 +62,6 @@ class Desk:
             self.trouble(f'{run}: no such folder. What you see are samples that come with the package')
         self.path = shipped_samples() if self.shipped else Path(run)
         self.votes = Path(self.given or Places('outputs/app' if self.shipped else run).votes)
-
-    @property
-    def places(self):
-        "Where things lie in the folder"
-        return Places(self.path)
 
     def trouble(self, s:str):
         "Tell what is wrong, in the terminal and on the page"
@@ -131,6 +131,12 @@ def _read_samples(self:Desk):
     rows = reference or next(iter(self.records.values()), [])
     self.prompts = list(dict.fromkeys(r['prompt'] for r in rows))
     self.spread = sorted(r['reward'] for r in reference)
+    # some answers have a true reward: those without one are not of the world
+    self.judged = any('gold_reward' in r for r in rows)
+    about = folder/'samples.json'
+    try: what = read_json(about, dict) if about.exists() else {}
+    except (ValueError,OSError): what = {}       # damaged: nobody knows
+    self.made_with = {k:what.get(k) for k in ('seed','temperature','max_new_tokens')}
 
 @patch
 def _read_config(self:Desk):
@@ -162,7 +168,7 @@ def _load_players(self:Desk):
         from rlhf_nb.sources import mk_scorer
         from rlhf_nb.template import as_template
         from rlhf_nb.train import pick_device
-    from rlhf_nb.world import gold_reward
+    from rlhf_nb.world import true_reward
     c = self.config = self._read_config()
     if not c: return
     where = dict(loading(c.model), device=pick_device(c.device))  # all on one device, and read the same way
@@ -182,12 +188,23 @@ def _load_players(self:Desk):
     if loaded and (folder.is_dir() or not reads_model(spec)):
         reward = attempt(folder.name if reads_model(spec) else spec, source, folder)
     elif loaded: self.trouble(f'{folder}: no such folder, so answers come without a reward')
-    gold = gold_reward if c.data.name=='world' else None
+    gold = true_reward if c.data.name=='world' else None     # it says nothing about prompts of another world
     for k,(policy,tok) in loaded.items():
         # a model of somebody else says itself how it reads
         t = as_template(tok) if k in self.policies else run_template(c.model, self.places.data_file, tok)
         scorers = [o and mk_scorer(o, t, talks=run_talks(self.places)) for o in (reward,gold)]
         self.players[k] = Player(policy, t, *scorers)
+
+@patch
+def _learned(self:Desk, name):
+    "A model that has learned from votes is one more; another one of that name goes"
+    from rlhf_nb.adapters import loading
+    from rlhf_nb.load import load_policy
+    from rlhf_nb.train import pick_device
+    if not self.players: return                  # samples alone are shown
+    c,like = self.config,next(iter(self.players.values()))
+    policy,_ = load_policy(str(self.path/f'{name}_model'), **loading(c.model), device=pick_device(c.device))
+    self.players = self.players|{name:like._replace(policy=policy)}      # read and scored as the others are
 
 @patch
 def start(self:Desk):
@@ -232,7 +249,8 @@ def ask(self:Desk,
     temperature:float=1.0, # 0: the most likely token each time
     max_new_tokens:int=48,
     seed:int=0,
-    n:int=1                # Samples of each model; the one with the highest reward is shown
+    n:int=1,               # Samples of each model; the one with the highest reward is shown
+    source:str='page'      # Who asks: somebody on the page, or a program (`api`)
 )->dict:                   # A comparison without answers
     "A checked question"
     models = self._chosen(models)
@@ -248,10 +266,12 @@ def ask(self:Desk,
             f'the limit is {self.max_tokens}: ask for fewer samples or shorter answers')
     # a prompt is refused and not cut: an answer to half a question says nothing
     if not isinstance(prompt, str): raise ValueError(f'prompt: expected text, got {_shown(prompt)}')
-    if len(prompt)>self.max_chars:
-        raise ValueError(f'The prompt is too long: {len(prompt)} characters, the limit is {self.max_chars}')
+    # of what was typed: the marks around it are ours
+    size = len(prompt.removeprefix(HH.mark('user')).removesuffix(HH.mark('assistant')).strip())
+    if size>self.max_chars:
+        raise ValueError(f'The prompt is too long: {size} characters, the limit is {self.max_chars}')
     return dict(id=uuid.uuid4().hex, prompt=prompt, models=models, temperature=temperature,
-        max_new_tokens=max_new_tokens, seed=seed, n=n, state='writing', answers={})
+        max_new_tokens=max_new_tokens, seed=seed, n=n, source=source, state='writing', answers={})
 
 @patch
 def _encode(self:Desk, c)->dict:
@@ -268,6 +288,12 @@ def _encode(self:Desk, c)->dict:
 # %% ../nbs/58_desk.ipynb #b619cd96
 # What a question may be refused for; anything else is a fault of ours
 refused = ValueError,OSError,FloatingPointError
+
+def _kl_about(c)->dict:
+    "Of which distributions the KL is: those at a temperature; and what choosing the best of n adds to it at most (log n-(n-1)/n)"
+    n = c['n']
+    more = dict(best_of=n, best_of_kl=math.log(n)-(n-1)/n) if n>1 else {}
+    return dict(kl_temperature=c['temperature'] or 1., **more)
 
 class _Writer:
     "A model that writes its answers to one prompt, a token of each at a time"
@@ -337,11 +363,16 @@ def _record(self:Desk, c, k, writer)->dict:
     out['kl'] = total
     out['kl_per_token'] = None if total is None else total/max(1, len(ids))
     out.update(n_tokens=len(ids), finished=bool(b.finished[0,i]))
-    if gold: out['gold_reward'] = gold[i]
+    if player.gold: out['gold_reward'] = gold and gold[i]      # None: nobody knows the truth about this prompt
     out['percentile'] = percentile(reward[i], self.spread) if reward else None
+    out.update(_kl_about(c))
     out['tokens_per_second'] = int(b.mask.sum())/max(writer.seconds, 1e-9)
     out['tokens'] = pieces(ids, player.template, out['finished'], kl=kl, log_prob=log_probs)
-    out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(responses) if c['n']>1]
+    def sample(j, response):
+        "One of several answers, with its numbers"
+        kl = None if kls is None else kls[j].sum().item()
+        return dict(response=response, reward=reward and reward[j], kl=kl, gold_reward=gold and gold[j])
+    out['samples'] = [sample(*o) for o in enumerate(responses) if c['n']>1]
     return out
 
 @patch
@@ -379,7 +410,7 @@ def stored(self:Desk,
     keep:bool=True  # It can be voted on
 )->dict:
     "The same comparison from the stored samples"
-    shown = *sample_keys,'kl_per_token','gold_reward'
+    shown = *sample_keys,'kl_per_token','gold_reward','tokens'
     answers = {}
     for k in c['models']:
         rows = [r for r in self.records[k] if r['prompt']==c['prompt']]
@@ -387,9 +418,11 @@ def stored(self:Desk,
         if not rows: raise ValueError('There are no stored answers to this prompt: choose one of the list')
         best = max(rows, key=lambda r: r['reward'])
         answers[k] = {x:best[x] for x in shown if x in best}
+        if self.judged: answers[k].setdefault('gold_reward', None)
         place = percentile(best['reward'], self.spread)
         answers[k].update(percentile=place, samples=rows if len(rows)>1 else [])
-    c.update(answers=answers, state='done')
+    # not what was asked for: how they were written
+    c.update(self.made_with, answers=answers, state='done', stored=True)
     if keep: self.remember(c)
     return c
 
@@ -398,73 +431,26 @@ def answers(self:Desk,
     c:dict,     # From `ask`
     stop=None   # As in `compare`
 ):
-    "The comparison, while it grows; stored answers are there at once"
-    return self.compare(c, stop) if self.players else [self.stored(c)]
+    "The comparison, while it grows; stored answers are there at once. While others write, `state` is `waiting` and `place` says how many are before it"
+    if not self.players: return [self.stored(c)]
+    return self._in_turn(c, stop)
 
 @patch
-def remember(self:Desk, c):
-    "Keep the last comparisons, for votes and for saving"
-    with self.lock:
-        self.comparisons[c['id']] = c
-        while len(self.comparisons)>self.keep:
-            self.comparisons.popitem(last=False)
-
-# %% ../nbs/58_desk.ipynb #1eadc09d
-@patch
-def vote(self:Desk,
-    id:str,    # Of a comparison
-    choice:str # A model's name, `tie` or `bad`
-)->int:        # How many votes there are now
-    "Save one vote"
-    with self.lock:
-        c = self.comparisons.get(id) if isinstance(id, str) else None
-        self._check_vote(c, choice)  # within the lock: two clicks are one vote
-        if self.shipped or self.given: self.votes.parent.mkdir(parents=True, exist_ok=True)
-        n = append_vote(self.votes, vote_row(c, choice))
-        c['vote'] = choice  # now the page tells whose answers they are
-        return n
-
-@patch
-def _check_vote(self:Desk, c, choice):
-    "May this be voted on, and so?"
-    if not c: raise ValueError('This comparison is gone: compare again, then vote')
-    if c['state']!='done' or len(c['models'])<2: raise ValueError('A vote needs at least two finished answers')
-    if choice not in (*c['models'],*no_winner):
-        raise ValueError(f"a vote is one of {', '.join(c['models'])}, tie, bad; got {_shown(choice)}")
-    if c.get('vote'): raise ValueError('There is a vote on this comparison already')
-    if not self.shipped and not self.path.is_dir():
-        raise FileNotFoundError(f'{self.path}: this folder is gone, and the vote with it')
-
-# %% ../nbs/58_desk.ipynb #3d2a5028
-@patch
-def _read_votes(self:Desk)->list:
-    "The votes on disk; `bad` holds the lines that are none"
-    from rlhf_nb.votes import Votes,read_votes
-    return read_votes(self.votes) if self.votes.exists() else Votes()
-
-@patch
-def export_votes(self:Desk)->Path: # The file
-    "Write the preference pairs beside the votes"
-    lines = [vote_line(o).decode() for o in preferences(self._read_votes())]
-    if not lines: raise ValueError('There are no votes with a winner yet')
-    path = self.votes.with_name('preferences.jsonl')
-    there = read_rows(path) if path.exists() else []      # an export grows with the votes
-    if not {vote_line(o).decode() for o in there}<=set(lines):
-        raise ValueError(f'{path} holds pairs that are not of these votes, so it stays as it is: '
-            'move it away, then export again')
-    write_text(path, ''.join(lines))
-    return path
-
-# %% ../nbs/58_desk.ipynb #desksum0
-@patch
-def summary(self:Desk)->dict:
-    "`vote_summary` of this desk's votes, with the judges that `rlhf_nb judge` has held against them"
-    votes,file,end = self._read_votes(),self.places.agreement,' and votes'
-    judged = read_json(file, dict) if file.exists() else {}
-    more = {k.removesuffix(end):o['all'] for k,o in judged.items() if k.endswith(end)}
-    for k in ('reward','gold'): more.pop(k, None)     # these two stand with the votes, and are counted from them
-    s = vote_summary(votes)
-    return dict(s, unread=votes.bad, agreement=s['agreement']|more)
+def _in_turn(self:Desk, c, stop):
+    "Wait for one's turn, then write; who leaves gives up the place"
+    me = object()
+    with self.lock: self.line.append(me)
+    try:
+        told = None
+        while (place := self.line.index(me)-self.parallel+1)>0:
+            if stop and stop.is_set():
+                yield dict(c, state='stopped')
+                return
+            if place!=told: yield dict(c, state='waiting', place=(told := place))
+            time.sleep(.05)
+        yield from self.compare(c, stop)
+    finally:
+        with self.lock: self.line.remove(me)
 
 # %% ../nbs/58_desk.ipynb #979fe184
 @patch
@@ -476,6 +462,14 @@ def _start_maker(self:Desk, out, flags):
     quiet = {**os.environ, 'TQDM_DISABLE':'1'}  # bars are no log
     self.maker = subprocess.Popen(command, env=quiet, stdout=self.maker_log, stderr=subprocess.STDOUT)
     atexit.register(self.maker.terminate)  # it ends with the page
+    threading.Thread(target=self._open_made, args=(self.maker,Path(out)), daemon=True).start()
+
+@patch
+def _open_made(self:Desk, maker, out):
+    "Open the demo's run once it is made, whether or not somebody still looks"
+    if maker.wait(): return                 # who follows is told what was wrong
+    with self.lock:
+        if self.path!=out: self.open(out); self.start()
 
 @patch
 def make_demo(self:Desk,
@@ -495,6 +489,5 @@ def make_demo(self:Desk,
         lines = self.maker_log.read().strip().splitlines()
         last = lines[-1] if lines else 'no output'  # of a traceback the last line says what it was
         raise ValueError(f'The demo run ended with an error: {last}')
-    with self.lock:                                 # the first of the visitors who wait opens it
-        if self.path!=out: self.open(out); self.start()
+    self._open_made(self.maker, out)                # who comes first opens it
     yield dict(share=1., text=f'Done: {out}')

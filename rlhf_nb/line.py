@@ -47,6 +47,7 @@ class Line:
         self.run,self.config,self.command = run,run.config,command
         self.data,self.functions = None,{}  # what the rows are, and the files of reward functions, once they are read
         self.told = set()       # what was said once
+        self.show = None        # what shows the rows of the stage that trains now, as in `fit`
         self.base = None        # what all models share, where they are adapters
         # small models: a second thread costs more than it gives
         if self.config.jobs>1 and self.on_cpu: torch.set_num_threads(1)
@@ -238,6 +239,7 @@ class Line:
             seed=self.config.seed,
             run=self.run,
             acc=self.acc,
+            show=self.show,
             dev=self.dev(stage))
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"

@@ -8,6 +8,7 @@ __all__ = ['stage_function', 'run_stage', 'run_stages', 'seeds_table', 'show_sum
 
 # %% ../nbs/54_pipeline.ipynb #pipe0h03
 import ctypes,importlib,multiprocessing,os,re,shlex,shutil,signal,sys,textwrap,threading,time,traceback
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from typing import NamedTuple
@@ -22,9 +23,9 @@ from .run import *
 from .text import *
 from .stats import *
 from .shapes import *
+from .trackers import *
 from .evaluate import *
 from .records import *
-from .detect import *
 from .digest import *
 from .line import *
 
@@ -34,12 +35,22 @@ def stage_function(stage:str):
     module,name = stage_table[stage].run.split(':')
     return getattr(importlib.import_module(f'rlhf_nb.{module}'), name)
 
+@contextmanager
+def _reporting(line, stage):
+    "Inside, the rows of a stage go to the tracker that the configuration names"
+    kind = line.config.report_to
+    if kind=='none' or not is_main() or not (stage_table[stage].trains or stage=='evaluate'): return (yield)
+    with Tracker(line.run, kind, line.acc) as line.show:
+        yield
+        if stage=='evaluate': line.show.evaluation()
+    line.show = None
+
 def run_stage(line:Line, stage:str):
     "Run a stage, here and now"
     def run(): stage_function(stage)(line)
     # several processes share what samples and trains; what only reads and writes one does
     if stage_table[stage].light: return on_main(run)
-    run()
+    with _reporting(line, stage): run()
     on_main(lambda: None)                              # what it has left is there for all
 
 def run_stages(
@@ -238,7 +249,7 @@ def closing(
     # the page shows one run
     one = Places(out).of_seed(next(iter(runs))) if len(runs)>1 else out
     about = f"In brackets: {ends}; {' or '.join(map(str, ns))} prompts."
-    return '\n'.join([textwrap.fill(verdict(runs), 80),'',small_table(runs),about,'',
+    return '\n'.join([textwrap.fill(in_short(runs), 80),'',small_table(runs),about,'',
                       f"Look at the answers:  {shlex.join(['rlhf_nb','app',str(one)])}"])
 
 # %% ../nbs/54_pipeline.ipynb #pipe0who
@@ -284,6 +295,10 @@ def run_one(run:Run, todo:list, command=None)->Line:
     with together(),only_writer(run.path):
         line = Line(run, command)
         if todo is None: todo = _possible(line, say)
+        if (kind := line.config.report_to)!='none':
+            check_tracker(kind)
+            # before stages that run side by side ask for it
+            tracked_name(run)
         check_line(line, todo)
         for s in todo:
             if s in trained: check_processes(line.settings(s).batch_size, f'{s}.batch_size')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['facts', 'family_mix', 'base_answers', 'annotator_temperature', 'Ask', 'family', 'Said', 'outcome', 'gold_reward',
-           'truth_and_tone', 'bayes_accuracy', 'World', 'make_world', 'world_tokenizer']
+           'true_reward', 'truth_and_tone', 'bayes_accuracy', 'World', 'make_world', 'world_tokenizer']
 
 # %% ../nbs/07_world.ipynb #d931389b
 import json,math,random,re
@@ -273,6 +273,15 @@ def gold_reward(
         o = outcome(prompt, response)
         return max(-6., o['quality']+o['style']-(not ended))
     return [one(*o) for o in zip(prompts, responses, finished, strict=True)]
+
+# %% ../nbs/07_world.ipynb #dfj85xdm
+def true_reward(
+    prompts:list,      # As for `gold_reward`
+    responses:list,
+    finished:list=None
+)->list:               # A number each; None for a question that is not of this world
+    "`gold_reward` where the truth is known"
+    return [x if family(p) else None for p,x in zip(prompts, gold_reward(prompts, responses, finished))]
 
 # %% ../nbs/07_world.ipynb #trutone2
 def truth_and_tone(
