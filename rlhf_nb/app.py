@@ -16,6 +16,7 @@ from fastapi.security import OAuth2PasswordRequestForm
 from .cards import *
 from .desk import *
 from .guard import *
+from .question import *
 from .tabs import *
 from .guard import _asks_password,_busy,_check_password,_checked_place,_door,_login_form,_loopback
 
@@ -47,25 +48,33 @@ def _api(desk):
     gr.api(vote, api_name='vote', queue=False)
 
 # %% ../nbs/61_app.ipynb #appmk000
+# What a link to the page shows elsewhere
+_title = 'One prompt, four answers: a model before and after RLHF'
+_about = ('PPO, GRPO and DPO beside the model they came from: the same question to all, each answer with its reward, '
+    'its true reward and how far it drifted, token by token.')
+
 def mk_app(
     desk:Desk,
     parallel:int=2,  # Comparisons that are written at once
     queue:int=16,    # Visitors that may wait; more are told that the queue is full
-    demo:tuple=('outputs/demo',()) # Where the embedded demo's run is made, and its flags
+    demo:tuple=('outputs/demo',()), # Where the embedded demo's run is made, and its flags
+    locked:bool=False # Is a password asked for?
 )->gr.Blocks:
     "The page"
-    desk.parallel,page = parallel,Page(desk)
-    with gr.Blocks(title='rlhf_nb: one prompt, four answers', analytics_enabled=False) as app:
+    desk.parallel,page = parallel,Page(desk, locked)
+    with gr.Blocks(title=_title, analytics_enabled=False) as app:
+        page.parts['page'] = app
         lay_out(page)
         named = {o.elem_id:o for o in app.blocks.values() if o.elem_id}
-        page.parts.update(named, page=app)
+        page.parts.update(named)
         wire(page, demo)
         _api(desk)
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
 
 # %% ../nbs/61_app.ipynb #07dc5a50
 # What a page brings and what it leaves out: no menu, no recordings, no files, no traces of faults for visitors
-_page = dict(css=style, head=f'<script>{script}</script>', footer_links=['api'], run_history=False, ssr_mode=False,
+_meta = f'<meta name="description" content="{_about}"><meta property="og:description" content="{_about}">'
+_page = dict(css=style, head=f'{_meta}<script>{script}</script>', footer_links=['api'], run_history=False, ssr_mode=False,
     mcp_server=False, enable_monitoring=False, show_error=False, state_session_capacity=128,
     allowed_paths=[], max_file_size=0, prevent_thread_lock=True, quiet=True)
 
@@ -92,7 +101,7 @@ def launch(
         raise ValueError('A page that others can reach needs a password')
     hosts = page_hosts(host, allow_host)
     desk = Desk(run, **kw)
-    app = mk_app(desk, parallel, queue, demo)
+    app = mk_app(desk, parallel, queue, demo, bool(password))
     app.desk = desk
     inside = [(Guard,(),dict(hosts=hosts, page=app))]
     try: app.launch(server_name=host, server_port=port, share=share, inline=inline, theme=_theme(),
