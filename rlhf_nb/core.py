@@ -255,7 +255,7 @@ def is_main()->bool:
 # %% ../nbs/00_core.ipynb #ba8ee13f
 # what a model's folder may hold: only such files are lost when another model takes its place
 _model_files = ['*.safetensors','*.safetensors.index.json','*config.json','tokenizer*','vocab.*','merges.txt',
-                'special_tokens_map.json','added_tokens.json','*.jinja']
+                'special_tokens_map.json','added_tokens.json','*.jinja','log_prob_reward.py']
 # how the system and the libraries that write files tell of a full disk
 _full_disk = ['No space left','file write failed','failed writing','iostream error','unexpected pos',
               'os error 27','os error 28','os error 122']
