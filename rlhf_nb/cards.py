@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['measures', 'style', 'script', 'sorts', 'mk_prompt', 'percentile', 'title', 'dialogue', 'Measure', 'scales', 'gain',
-           'is_fooled', 'card', 'headline', 'board', 'page_file', 'votes_html', 'status_html', 'banner_html', 'find',
-           'stories', 'curves_html']
+           'is_fooled', 'card', 'headline', 'board', 'page_file', 'lesson_html', 'votes_html', 'status_html',
+           'banner_html', 'find', 'stories', 'curves_html']
 
 # %% ../nbs/51_cards.ipynb #cardh003
 import base64,io,math,re
@@ -309,6 +309,16 @@ def _unread(bad):
     if not bad: return ''
     count = '1 line is no vote' if len(bad)==1 else f'{len(bad)} lines are no votes'
     return f'; {count} and left out: {esc(bad[0])}'
+
+def lesson_html(
+    o:dict # name, pairs, held, before, after (`mean`, `low`, `high`, `n`, or None), why
+)->str:
+    "What a model learned from votes: how often it prefers what people chose, before and after"
+    rows = [_row(name, _interval(o[k]), o[k]['n']) for name,k in (('before','before'),('after','after')) if o.get(k)]
+    told = f"{title(o['name'])} learned from {o['pairs']} pairs; choose it in Options."
+    if not rows: told += f" How well is not known: {o.get('why') or 'no votes were held back'}."
+    table = _counted('How often it prefers what people chose, on votes it has not seen', ('share [95% interval]','votes'), rows) if rows else ''
+    return shield(f'<div class="board votes"><p role="status">{esc(told)}</p>{table}</div>')
 
 def votes_html(
     s:dict # From `vote_summary`

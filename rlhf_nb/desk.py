@@ -44,6 +44,7 @@ class Desk(Booth):
             if k in self.policies: raise ValueError(f"a model cannot be called '{k}': a vote says that")
         self.lock = threading.RLock()    # of comparisons, votes and the demo's process
         self.running = {}                # {visitor: event that stops what the models write for them}
+        self.lesson = None               # training on the votes, where it goes on
         self.maker = None                # the process that makes the demo
         self.seen = threading.Event()    # somebody looks at the page
         self.parallel,self.line = 2,[]   # comparisons that are written at once; all that are written or wait, in order
@@ -194,6 +195,17 @@ def _load_players(self:Desk):
         t = as_template(tok) if k in self.policies else run_template(c.model, self.places.data_file, tok)
         scorers = [o and mk_scorer(o, t, talks=run_talks(self.places)) for o in (reward,gold)]
         self.players[k] = Player(policy, t, *scorers)
+
+@patch
+def _learned(self:Desk, name):
+    "A model that has learned from votes is one more; another one of that name goes"
+    from rlhf_nb.adapters import loading
+    from rlhf_nb.load import load_policy
+    from rlhf_nb.train import pick_device
+    if not self.players: return                  # samples alone are shown
+    c,like = self.config,next(iter(self.players.values()))
+    policy,_ = load_policy(str(self.path/f'{name}_model'), **loading(c.model), device=pick_device(c.device))
+    self.players = self.players|{name:like._replace(policy=policy)}      # read and scored as the others are
 
 @patch
 def start(self:Desk):
