@@ -11,7 +11,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 lib, repo, tag = cfg["lib_path"], cfg["git_url"], f"v{cfg['version']}"
 extras = "dev", "math", "peft", "4bit", "tensorboard", "trackio", "gguf"
-data = ["*.json", "*.typed", "samples/*.json", "prompts/*.jsonl", "page/*"]
+data = ["*.json", "*.typed", "samples/*.json", "prompts/*.jsonl", "page/*", "remote/*.py"]
 
 
 def from_anywhere(markdown):

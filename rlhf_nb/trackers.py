@@ -15,7 +15,6 @@ from typing import NamedTuple
 from accelerate.tracking import filter_trackers
 
 from .core import *
-from .parallel import *
 from .run import *
 from .text import *
 from .train import *
