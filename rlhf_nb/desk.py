@@ -19,6 +19,7 @@ from .run import *
 from .text import *
 from .records import *
 from .metrics import *
+from .wordview import *
 from .ballots import *
 from .cards import *
 from .booth import *
