@@ -369,7 +369,9 @@ def test_blind_vote(page, app):
         page.locator("#v-export").click()
     pairs = load_preferences(str(app.desk.votes.with_name("preferences.jsonl")))
     assert Path(d.value.path()).read_text() == app.desk.votes.with_name("preferences.jsonl").read_text() and len(pairs) == 6
-    expect(page.locator("#v-status code")).to_contain_text("--stages sft dpo")
+    expect(page.locator("#v-status")).to_contain_text("training needs 3 at least")  # the pairs are of two prompts
+    page.locator("#v-train").click()
+    expect(page.locator("#v-status [role=alert]")).to_contain_text("more, then a model can learn")
 
 
 def test_explore(page, app):
