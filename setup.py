@@ -10,7 +10,8 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 lib, repo, tag = cfg["lib_path"], cfg["git_url"], f"v{cfg['version']}"
-data = ["*.json", "*.typed", "samples/*.json", "prompts/*.jsonl", "page/*"]
+extras = "dev", "math", "peft", "4bit", "tensorboard", "trackio", "gguf"
+data = ["*.json", "*.typed", "samples/*.json", "prompts/*.jsonl", "page/*", "remote/*.py"]
 
 
 def from_anywhere(markdown):
@@ -61,6 +62,6 @@ setup(
     package_data={lib: data},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "math", "peft", "4bit")},
+    extras_require={k: cfg[f"{k}_requirements"].split() for k in extras},
     entry_points={"nbdev": [f"{cfg['lib_name']}={lib}._modidx:d"], "console_scripts": ["rlhf_nb=rlhf_nb.__main__:command"]},
 )

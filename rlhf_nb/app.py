@@ -6,7 +6,7 @@
 __all__ = ['mk_app', 'launch', 'app_main']
 
 # %% ../nbs/61_app.ipynb #5a944806
-import argparse,getpass,os,sys,threading,time
+import getpass,os,sys,threading,time
 from pathlib import Path
 
 import gradio as gr
@@ -16,7 +16,9 @@ from fastapi.security import OAuth2PasswordRequestForm
 from .cards import *
 from .desk import *
 from .guard import *
+from .question import *
 from .tabs import *
+from .flags import *
 from .guard import _asks_password,_busy,_check_password,_checked_place,_door,_login_form,_loopback
 
 # %% ../nbs/61_app.ipynb #appapi01
@@ -47,25 +49,33 @@ def _api(desk):
     gr.api(vote, api_name='vote', queue=False)
 
 # %% ../nbs/61_app.ipynb #appmk000
+# What a link to the page shows elsewhere
+_title = 'One prompt, four answers: a model before and after RLHF'
+_about = ('PPO, GRPO and DPO beside the model they came from: the same question to all, each answer with its reward, '
+    'its true reward and how far it drifted, token by token.')
+
 def mk_app(
     desk:Desk,
     parallel:int=2,  # Comparisons that are written at once
     queue:int=16,    # Visitors that may wait; more are told that the queue is full
-    demo:tuple=('outputs/demo',()) # Where the embedded demo's run is made, and its flags
+    demo:tuple=('outputs/demo',()), # Where the embedded demo's run is made, and its flags
+    locked:bool=False # Is a password asked for?
 )->gr.Blocks:
     "The page"
-    desk.parallel,page = parallel,Page(desk)
-    with gr.Blocks(title='rlhf_nb: one prompt, four answers', analytics_enabled=False) as app:
+    desk.parallel,page = parallel,Page(desk, locked)
+    with gr.Blocks(title=_title, analytics_enabled=False) as app:
+        page.parts['page'] = app
         lay_out(page)
         named = {o.elem_id:o for o in app.blocks.values() if o.elem_id}
-        page.parts.update(named, page=app)
+        page.parts.update(named)
         wire(page, demo)
         _api(desk)
     return app.queue(max_size=queue, default_concurrency_limit=parallel)
 
 # %% ../nbs/61_app.ipynb #07dc5a50
 # What a page brings and what it leaves out: no menu, no recordings, no files, no traces of faults for visitors
-_page = dict(css=style, head=f'<script>{script}</script>', footer_links=['api'], run_history=False, ssr_mode=False,
+_meta = f'<meta name="description" content="{_about}"><meta property="og:description" content="{_about}">'
+_page = dict(css=style, head=f'{_meta}<script>{script}</script>', footer_links=['api'], run_history=False, ssr_mode=False,
     mcp_server=False, enable_monitoring=False, show_error=False, state_session_capacity=128,
     allowed_paths=[], max_file_size=0, prevent_thread_lock=True, quiet=True)
 
@@ -92,7 +102,7 @@ def launch(
         raise ValueError('A page that others can reach needs a password')
     hosts = page_hosts(host, allow_host)
     desk = Desk(run, **kw)
-    app = mk_app(desk, parallel, queue, demo)
+    app = mk_app(desk, parallel, queue, demo, bool(password))
     app.desk = desk
     inside = [(Guard,(),dict(hosts=hosts, page=app))]
     try: app.launch(server_name=host, server_port=port, share=share, inline=inline, theme=_theme(),
@@ -108,25 +118,6 @@ def launch(
     return app
 
 # %% ../nbs/61_app.ipynb #b505ab1e
-def _parser():
-    "The flags of `rlhf_nb app`"
-    p = argparse.ArgumentParser(prog='rlhf_nb app',
-        description='Reference, PPO, GRPO and DPO side by side, with reward and KL; votes become preference data')
-    p.add_argument('run', nargs='?', help='run folder, or a folder of samples '
-        '(default: outputs/demo where it exists, else samples that come with the package)')
-    p.add_argument('--policy', action='append', default=[], metavar='NAME=PATH',
-        help='one more causal LM, a folder or a Hub name; may be repeated')
-    p.add_argument('--samples-only', action='store_true', help='load no models')
-    p.add_argument('--votes', metavar='FILE', help='where votes go (default: votes.jsonl of the run)')
-    p.add_argument('--host', default='127.0.0.1', help='address to listen on (default: this machine alone)')
-    p.add_argument('--port', type=int, help='default: the next free one from 7860; 0: any')
-    p.add_argument('--allow-host', action='append', default=[], metavar='NAME', help='one more name that the page '
-        'answers to, such as that of a proxy in front of it (.example.org: all below); may be repeated')
-    p.add_argument('--password', action='store_true',
-        help='ask visitors for a password (RLHF_NB_PASSWORD, or typed here)')
-    p.add_argument('--share', action='store_true', help="a public link through gradio's servers; needs --password")
-    return p
-
 def _typed_password():
     "It never stands in the list of processes"
     try: return os.environ.get('RLHF_NB_PASSWORD') or getpass.getpass('Password for visitors: ')
@@ -136,7 +127,7 @@ def app_main(
     args:list # What stands behind `rlhf_nb app`
 ):
     "Open the page and wait for Ctrl-C"
-    a = _parser().parse_args(args)
+    a = own_parser('app').parse_args(args)
     more = dict(o.split('=', 1) for o in a.policy if '=' in o)
     if len(more)<len(a.policy): raise ValueError('--policy: expected NAME=PATH, with names that differ')
     password = _typed_password() if a.password else None

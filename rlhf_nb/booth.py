@@ -6,7 +6,7 @@
 __all__ = ['enough_votes', 'Booth', 'twins']
 
 # %% ../nbs/57c_booth.ipynb #f6r984bu
-import shlex,threading
+import atexit,json,os,shlex,subprocess,sys,threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Booth:
         self.path,self.votes,self.keep = Path(path),Path(votes),keep
         self.given,self.shipped = None,False
         self.lock,self.comparisons = threading.RLock(),OrderedDict()   # by id, the last ones
+        self.lesson = None                                             # training on the votes, where it goes on
         self.records,self.prompts = {},[]                              # stored samples by model, and their prompts
 
     @property
@@ -147,6 +148,73 @@ def progress(self:Booth)->dict:
     prompts = len({o['prompt'] for o in pairs})
     return dict(votes=len(votes), pairs=len(pairs), prompts=prompts, needed=enough_votes,
         left=max(0, enough_votes-prompts))
+
+# %% ../nbs/57c_booth.ipynb #tt968mko
+class _Learning:
+    "A lesson that is going on"
+    def __init__(self, command:list):
+        "Begin"
+        quiet = {**os.environ, 'TQDM_DISABLE':'1'}       # bars are no messages
+        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8', errors='replace')
+        self.process = subprocess.Popen(command, env=quiet, **how)
+        atexit.register(self.process.terminate)          # it ends with the page
+        self.said,self.last = dict(share=0., text='Loading the models'),'no output'
+        self.done,self.stopped = threading.Event(),False
+
+    def follow(self):
+        "Listen until it ends"
+        for line in self.process.stdout:
+            try: said = json.loads(line)
+            except ValueError: said = None
+            if isinstance(said, dict): self.said = said
+            elif line.strip(): self.last = line.strip()      # of a traceback the last line says what it was
+        code = self.process.wait()
+        atexit.unregister(self.process.terminate)
+        if code and not self.stopped: self.said = dict(share=1., text='', error=self.last)
+
+    def stop(self):
+        "End it"
+        self.stopped = True
+        self.process.terminate()
+
+@patch
+def _learned(self:Booth, name):
+    "What a desk does with a model that has been made: nothing here"
+
+@patch
+def _begin_lesson(self:Booth, name):
+    "Train in a process, and listen in a thread"
+    code = 'import sys; from rlhf_nb.lessons import lessons_main; lessons_main(sys.argv[1:])'
+    lesson = self.lesson = _Learning([sys.executable,'-c',code,str(self.path),str(self.votes),name])
+    def listen():
+        "To the end; then the model is one more"
+        try:
+            lesson.follow()
+            if 'result' in lesson.said: self._learned(name)
+        except Exception as e: lesson.said = dict(share=1., text='', error=f'{type(e).__name__}: {e}')     # a thread has nobody else to tell
+        finally: lesson.done.set()
+    threading.Thread(target=listen, daemon=True).start()
+    return lesson
+
+@patch
+def train_on_votes(self:Booth,
+    stop=None,              # `threading.Event` that ends it
+    name:str='your_votes',  # Of the model
+    every:float=.3          # Seconds between two yields
+):                          # dict(share, text); the last has `result`, as from `lessons.learn_from_votes`
+    "Train the run's policy on its votes, or follow the lesson that is going on"
+    if self.shipped: raise ValueError('There is no model here that could learn: make or open a run first')
+    p = self.progress()
+    if p['left']: raise ValueError(f"{p['prompts']} of {p['needed']} prompts have a vote with a winner: {p['left']} more, then a model can learn from them")
+    with self.lock:
+        lesson = self.lesson
+        if not lesson or lesson.done.is_set(): lesson = self._begin_lesson(name)
+    while not lesson.done.wait(every):
+        if stop and stop.is_set(): lesson.stop()
+        yield {k:lesson.said.get(k) for k in ('share','text')}       # `result` comes when the desk has the model
+    if lesson.stopped: yield dict(share=0., text='Stopped: nothing was kept')
+    elif 'error' in lesson.said: raise ValueError(f"Training on the votes ended with an error: {lesson.said['error']}")
+    else: yield lesson.said
 
 # %% ../nbs/57c_booth.ipynb #b8182smr
 @patch

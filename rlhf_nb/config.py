@@ -254,6 +254,8 @@ class Config:
     device:Device='auto' # `auto`, `cpu`, `cuda`, `cuda:1` (one of several) or `mps`
     # Stages that run side by side on a CPU (DPO beside the reward model, GRPO beside PPO); each needs its own memory
     jobs:Pos=2
+    # Where the rows of every stage are sent as they come, beside the run folder; wandb and mlflow are installed by hand
+    report_to:Literal['none','tensorboard','wandb','trackio','mlflow']='none'
     data:DataConfig=field(default_factory=DataConfig)
     world:WorldConfig=field(default_factory=WorldConfig)
     model:ModelConfig=field(default_factory=ModelConfig)

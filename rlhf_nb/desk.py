@@ -16,8 +16,10 @@ from fastcore.basics import patch
 
 from .core import *
 from .run import *
+from .text import *
 from .records import *
 from .metrics import *
+from .wordview import *
 from .ballots import *
 from .cards import *
 from .booth import *
@@ -42,6 +44,7 @@ class Desk(Booth):
             if k in self.policies: raise ValueError(f"a model cannot be called '{k}': a vote says that")
         self.lock = threading.RLock()    # of comparisons, votes and the demo's process
         self.running = {}                # {visitor: event that stops what the models write for them}
+        self.lesson = None               # training on the votes, where it goes on
         self.maker = None                # the process that makes the demo
         self.seen = threading.Event()    # somebody looks at the page
         self.parallel,self.line = 2,[]   # comparisons that are written at once; all that are written or wait, in order
@@ -194,6 +197,17 @@ def _load_players(self:Desk):
         self.players[k] = Player(policy, t, *scorers)
 
 @patch
+def _learned(self:Desk, name):
+    "A model that has learned from votes is one more; another one of that name goes"
+    from rlhf_nb.adapters import loading
+    from rlhf_nb.load import load_policy
+    from rlhf_nb.train import pick_device
+    if not self.players: return                  # samples alone are shown
+    c,like = self.config,next(iter(self.players.values()))
+    policy,_ = load_policy(str(self.path/f'{name}_model'), **loading(c.model), device=pick_device(c.device))
+    self.players = self.players|{name:like._replace(policy=policy)}      # read and scored as the others are
+
+@patch
 def start(self:Desk):
     "Load in a thread"
     def load():
@@ -253,8 +267,10 @@ def ask(self:Desk,
             f'the limit is {self.max_tokens}: ask for fewer samples or shorter answers')
     # a prompt is refused and not cut: an answer to half a question says nothing
     if not isinstance(prompt, str): raise ValueError(f'prompt: expected text, got {_shown(prompt)}')
-    if len(prompt)>self.max_chars:
-        raise ValueError(f'The prompt is too long: {len(prompt)} characters, the limit is {self.max_chars}')
+    # of what was typed: the marks around it are ours
+    size = len(prompt.removeprefix(HH.mark('user')).removesuffix(HH.mark('assistant')).strip())
+    if size>self.max_chars:
+        raise ValueError(f'The prompt is too long: {size} characters, the limit is {self.max_chars}')
     return dict(id=uuid.uuid4().hex, prompt=prompt, models=models, temperature=temperature,
         max_new_tokens=max_new_tokens, seed=seed, n=n, source=source, state='writing', answers={})
 
@@ -353,7 +369,11 @@ def _record(self:Desk, c, k, writer)->dict:
     out.update(_kl_about(c))
     out['tokens_per_second'] = int(b.mask.sum())/max(writer.seconds, 1e-9)
     out['tokens'] = pieces(ids, player.template, out['finished'], kl=kl, log_prob=log_probs)
-    out['samples'] = [dict(response=r, reward=reward and reward[j]) for j,r in enumerate(responses) if c['n']>1]
+    def sample(j, response):
+        "One of several answers, with its numbers"
+        kl = None if kls is None else kls[j].sum().item()
+        return dict(response=response, reward=reward and reward[j], kl=kl, gold_reward=gold and gold[j])
+    out['samples'] = [sample(*o) for o in enumerate(responses) if c['n']>1]
     return out
 
 @patch
@@ -391,7 +411,7 @@ def stored(self:Desk,
     keep:bool=True  # It can be voted on
 )->dict:
     "The same comparison from the stored samples"
-    shown = *sample_keys,'kl_per_token','gold_reward','tokens'
+    shown = *sample_keys,'kl_per_token','gold_reward'
     answers = {}
     for k in c['models']:
         rows = [r for r in self.records[k] if r['prompt']==c['prompt']]
@@ -399,10 +419,12 @@ def stored(self:Desk,
         if not rows: raise ValueError('There are no stored answers to this prompt: choose one of the list')
         best = max(rows, key=lambda r: r['reward'])
         answers[k] = {x:best[x] for x in shown if x in best}
+        if (tokens := stored_tokens(best)): answers[k]['tokens'] = tokens
         if self.judged: answers[k].setdefault('gold_reward', None)
         place = percentile(best['reward'], self.spread)
         answers[k].update(percentile=place, samples=rows if len(rows)>1 else [])
-    c.update(self.made_with, answers=answers, state='done')    # not what was asked for: how they were written
+    # not what was asked for: how they were written
+    c.update(self.made_with, answers=answers, state='done', stored=True)
     if keep: self.remember(c)
     return c
 
@@ -442,6 +464,14 @@ def _start_maker(self:Desk, out, flags):
     quiet = {**os.environ, 'TQDM_DISABLE':'1'}  # bars are no log
     self.maker = subprocess.Popen(command, env=quiet, stdout=self.maker_log, stderr=subprocess.STDOUT)
     atexit.register(self.maker.terminate)  # it ends with the page
+    threading.Thread(target=self._open_made, args=(self.maker,Path(out)), daemon=True).start()
+
+@patch
+def _open_made(self:Desk, maker, out):
+    "Open the demo's run once it is made, whether or not somebody still looks"
+    if maker.wait(): return                 # who follows is told what was wrong
+    with self.lock:
+        if self.path!=out: self.open(out); self.start()
 
 @patch
 def make_demo(self:Desk,
@@ -461,6 +491,5 @@ def make_demo(self:Desk,
         lines = self.maker_log.read().strip().splitlines()
         last = lines[-1] if lines else 'no output'  # of a traceback the last line says what it was
         raise ValueError(f'The demo run ended with an error: {last}')
-    with self.lock:                                 # the first of the visitors who wait opens it
-        if self.path!=out: self.open(out); self.start()
+    self._open_made(self.maker, out)                # who comes first opens it
     yield dict(share=1., text=f'Done: {out}')

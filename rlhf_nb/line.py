@@ -35,6 +35,7 @@ from .sources import *
 from .checks import *
 from .rollout import *
 from .evaluate import *
+from .cards import *
 
 # %% ../nbs/52_line.ipynb #31688c05
 class Line:
@@ -47,6 +48,7 @@ class Line:
         self.run,self.config,self.command = run,run.config,command
         self.data,self.functions = None,{}  # what the rows are, and the files of reward functions, once they are read
         self.told = set()       # what was said once
+        self.show = None        # what shows the rows of the stage that trains now, as in `fit`
         self.base = None        # what all models share, where they are adapters
         # small models: a second thread costs more than it gives
         if self.config.jobs>1 and self.on_cpu: torch.set_num_threads(1)
@@ -238,6 +240,7 @@ class Line:
             seed=self.config.seed,
             run=self.run,
             acc=self.acc,
+            show=self.show,
             dev=self.dev(stage))
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"
@@ -277,7 +280,7 @@ class Line:
             score = silent_scorer
         # only prompts of a family have a true reward
         about = o or c.eval,c.data.max_prompt,c.seed,train,family,rows
-        return sample_records(self.models, prompts, self.template, score, self.gold, *about)
+        return sample_records(self.models, prompts, self.template, score, self.gold, *about, pieces=pieces)
     def rows_of(self, prompts, rows=())->list:
         "The row of each prompt: one of `rows`, or a held-out one, where it is among them"
         held = self.held() if by_function(self.reward_of()) else ()

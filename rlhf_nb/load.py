@@ -349,6 +349,7 @@ def _load_log_prob(path, d):
     # infinities come back from their tags, see `_tagged` in models
     d = json.loads(json.dumps(d), object_hook=lambda o: float(o['__float__']) if set(o)=={'__float__'} else o)
     kind,_,mean,_ = (d.pop(k) for k in ('base_model_type','model_type','reward_mean','head'))
+    for k in ('auto_map','answer_begins'): d.pop(k, None)     # plain transformers reads these
     try:
         rm = LogProbReward(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **d), trust_remote_code=False))
         missing,extra = rm.load_state_dict(load_file(path/'model.safetensors'), strict=False)
@@ -469,6 +470,7 @@ def save_model(
     with replacing(path) as tmp, _chat_template(t.tok, saved_template(t.tok, t.kind)):
         model.save_pretrained(tmp)
         t.tok.save_pretrained(tmp)
+        for_others(tmp, t)
         if card: put_card(tmp, card(tmp, Path(path).name, t), path)
 
 # %% ../nbs/18_load.ipynb #loadst02

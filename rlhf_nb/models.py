@@ -291,7 +291,7 @@ def check_scores(
     _say(model, lambda: _compare(model, plain, ours, tol))
 
 # %% ../nbs/15_models.ipynb #5260364e
-HEAD_TYPE = 'log_prob reward head: load it with rlhf_nb.load.load_reward_model'
+HEAD_TYPE = 'rlhf_nb_log_prob'   # its code for plain transformers lies in the folder
 
 def _tagged(o):
     "A config's infinities (Falcon-H1, Nemotron-H) as transformers writes them: JSON has none"

@@ -236,6 +236,7 @@ class Places:
     data_file = _Place('data.json')                      # what the rows were that the run began with
     reward_files = _Place('rewards.json')                # what the files of its reward functions were then
     logs = _Place('logs')                                # metrics, a file for each stage that trains
+    tracked = _Place('logs/tracked.json')                # the name of the run in trackers
     checkpoints = _Place('checkpoints')                  # of stages that have not ended
     value_model = _Place('value_model')                  # of PPO
     votes = _Place('votes.jsonl')                        # of people, given in the app

@@ -91,7 +91,7 @@ def _mk_reward(
     # it begins with the reference's weights
     ref = line.model('sft')
     rm = mk_reward_model(ref, head, line.config.seed)
-    train_reward(rm, line.pairs(line.learned('reward')), **{**line.how('reward'), 'run':run})
+    train_reward(rm, line.pairs(line.learned('reward')), **{**line.how('reward'), 'run':run, 'show':run and line.show})
     # a reward then counts from what the reference gets, in its spread
     o = line.config.reward
     if o.normalise is not False: normalise(rm, _reference_samples(line, ref).to(line.acc.device), o.micro_tokens)
