@@ -13,7 +13,6 @@ import gradio as gr
 from .core import *
 from .text import *
 from .wordview import *
-from .digest import *
 from .cards import *
 from .booth import *
 from .desk import *
