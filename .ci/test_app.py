@@ -207,7 +207,7 @@ def test_widths(browser, app, scheme):
     p = visit(browser, app, 1280, 900, color_scheme=scheme)
     compare(p, "Größe 🙂 שלום "+"nice"*12)
     done(p)
-    dark = p.evaluate("getComputedStyle(document.querySelector('#board article')).backgroundColor") == "rgb(24, 24, 27)"
+    dark = p.evaluate("getComputedStyle(document.querySelector('#board article')).backgroundColor") == "rgb(25, 28, 34)"
     assert dark == (scheme == "dark")
     for tab in ("Explore", "Votes", "API", "Compare"):
         p.set_viewport_size({"width": 1280, "height": 900})     # on a narrow page the tabs go into a menu, a moment after it became narrow
@@ -680,8 +680,8 @@ def test_deleted_run(browser, folder, tmp_path):
         time.sleep(.05)
     shutil.rmtree(tmp_path/"run")
     p = visit(browser, a)
-    p.get_by_label("Blind vote").check()
     settings(p, length=4)
+    p.get_by_label("Blind vote").check()
     compare(p, "Still there?")
     done(p)
     p.locator("#vote-1").click()
