@@ -211,7 +211,7 @@ def train_on_votes(self:Booth,
         if not lesson or lesson.done.is_set(): lesson = self._begin_lesson(name)
     while not lesson.done.wait(every):
         if stop and stop.is_set(): lesson.stop()
-        yield lesson.said
+        yield {k:lesson.said.get(k) for k in ('share','text')}       # `result` comes when the desk has the model
     if lesson.stopped: yield dict(share=0., text='Stopped: nothing was kept')
     elif 'error' in lesson.said: raise ValueError(f"Training on the votes ended with an error: {lesson.said['error']}")
     else: yield lesson.said
