@@ -26,6 +26,7 @@ from .shapes import *
 from .trackers import *
 from .evaluate import *
 from .records import *
+from .claims import *
 from .digest import *
 from .line import *
 
@@ -365,15 +366,26 @@ def seeds_report(
     text = f'{about}\n\n{seeds_table(pooled)}\n'
     write_text(all_of.seeds_md, text)
     if not all(l.done('analyze') for l in lines): return
-    from rlhf_nb.report import analyze    # it draws, which takes a second to import
-    _one_below_the_other(all_of.win_rates_md, {l.config.seed:l.run.win_rates_md for l in lines})
-    _one_below_the_other(all_of.failures_md, {l.config.seed:l.run.failures_md for l in lines})
+    from rlhf_nb.report import analyze,read_runs    # it draws, which takes a second to import
+    runs = read_runs(out)['runs']
+    _as_one(all_of.win_rates_md, 'Win rates', judge_lines(runs) or [], {l.config.seed:l.run.win_rates_md for l in lines})
+    failures = [f for r in runs.values() if (f := r.get('failures'))]
+    table = failure_lines(failures) if failures else []
+    _as_one(all_of.failures_md, 'Failure modes', [wrong_line(runs),'',*table], {l.config.seed:l.run.failures_md for l in lines})
     analyze(out, command)
 
-def _one_below_the_other(path, reports:dict):
-    "Write those reports of several seeds that are there, {seed: path}, as one: each heading a level lower"
-    there = {seed:re.sub('^#', '##', read_text(f), flags=re.M) for seed,f in reports.items() if f.exists()}
-    if there: write_text(path, '\n'.join(f'# Seed {seed}\n\n{text}' for seed,text in there.items()))
+def _as_one(
+    path,
+    title:str,
+    first:list,   # Lines on all seeds
+    reports:dict  # {seed: path}
+):
+    "Write those reports of several seeds that are there as one: what holds for all, and each seed folded"
+    # what is folded in a report is not folded twice: its parts stand below each other
+    def inner(text): return re.sub(r'</details>\n?', '', re.sub(r'<details><summary>(.*)</summary>', r'### \1', text))
+    there = {seed:inner(re.sub('^# .*\n', '', read_text(f))) for seed,f in reports.items() if f.exists()}
+    seeds = [md_folded(f'Seed {seed}', text.strip()) for seed,text in there.items()]
+    if seeds: write_text(path, '\n\n'.join([f'# {title}','\n'.join(first),*seeds])+'\n')
 
 def publish(
     out,          # Folder of the run, or of a run for each seed
