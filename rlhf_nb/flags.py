@@ -127,6 +127,22 @@ _merge_flags = {
     'folder': _flag('run folder, or folder of an adapter (of peft too)'),
     '--to': _flag('where the whole models go (default: merged in the run, or beside the adapter)', metavar='DIR')}
 
+# what goes to the Hub, and what stays
+_push_flags = {
+    'run': _flag('run folder'),
+    'name': _flag('USER/NAME of the data set with samples and report; models are USER/NAME-ppo and so on'),
+    '--private': _flag('new repositories are seen by their owner alone', **_yes),
+    '--dry-run': _flag('only list every file and its size', **_yes),
+    '--also': _flag('what else goes: checkpoints, votes, logs, judgements, value (the value model)', **_many),
+    '--without': _flag('files of the run that stay at home, such as "results/*.png"', metavar='PATTERN', **_many)}
+
+# which model is written for llama.cpp, and how
+_export_flags = {
+    'run': _flag('run folder, or folder of one model or adapter'),
+    '--gguf': _flag('file to write', metavar='FILE', required=True),
+    '--stage': _flag('whose policy of a run it is: sft, dpo, ppo or grpo (default: the last one there)'),
+    '--dtype': _flag('how numbers are written (default: %(default)s)', choices=('fp16','bf16','fp32'), default='fp16')}
+
 def _key(flag:str)->str:
     "The name that argparse gives to the value of a flag"
     return flag.lstrip('-').replace('-', '_')
@@ -151,6 +167,8 @@ commands = (
     Command('check', 'what can be known of a model before anybody trains it, on one page', None, _check_flags),
     Command('plan', 'memory and time of each stage, before anything is loaded', None, _plan_flags),
     Command('merge', "whole models of a run's adapters, or of one adapter's folder", None, _merge_flags),
+    Command('export', 'a policy as one GGUF file, for llama.cpp and what is built on it', None, _export_flags),
+    Command('push', "a run's models, samples and report on the Hugging Face Hub", None, _push_flags),
     Command('explore', 'the data report', _run, _explore_flags),
     Command('generate', 'samples of all models of a run with reward and KL', _demo, _generate_flags),
     Command('judge', "win rates of a run's samples: by the stored rewards, or by an LLM", None, _judge_flags),

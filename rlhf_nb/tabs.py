@@ -13,6 +13,7 @@ import gradio as gr
 from .core import *
 from .run import *
 from .text import *
+from .digest import *
 from .cards import *
 from .question import *
 from .cards import _limit
