@@ -11,7 +11,7 @@ from rlhf_nb.run import read_samples
 out, n = Path(__file__).resolve().parent.parent/"rlhf_nb"/"samples", 20
 records = read_samples(sys.argv[1])
 prompts = list(dict.fromkeys(r["prompt"] for r in records["reference"]))
-chosen = prompts[::len(prompts)//n][:n]
+chosen = prompts[::max(1, len(prompts)//n)][:n]
 rounded = lambda r: {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
 for name, rows in records.items():
     first = {r["prompt"]: r for r in reversed(rows)}

@@ -58,6 +58,9 @@ def _alone(name, args):
 def _start(name, args):
     "Import what the command needs, and nothing else, and run it"
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')     # a page for this machine reports to nobody
+    # in a file the bars of libraries would be thousands of characters in one line
+    if not sys.stderr.isatty():
+        for o in ('HF_HUB_DISABLE_PROGRESS_BARS','HF_DATASETS_DISABLE_PROGRESS_BARS'): os.environ.setdefault(o, '1')
     # gradio asks for the backend at each event; where none is set that imports pyplot
     if name=='app': os.environ.setdefault('MPLBACKEND', 'agg')
     from rlhf_nb.core import no_gc
@@ -78,10 +81,13 @@ def command():
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     first = int(os.environ.get('WORLD_SIZE', 1))==1 or os.environ.get('RANK', '0')=='0'
     name = sys.argv[1] if sys.argv[1:] else ''
-    if first and name not in own:
+    if first:
         # help, and what is wrong with the flags: nobody waits for torch to be told
-        from rlhf_nb.flags import read_args
-        read_args(sys.argv[1:])
+        from rlhf_nb.flags import completion,read_args
+        a = read_args(sys.argv[1:])
+        if name=='completion':
+            print(completion(a.shell))
+            return
     return (_alone if first else _beside)(name, sys.argv[1:])
 
 

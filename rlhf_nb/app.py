@@ -6,7 +6,7 @@
 __all__ = ['mk_app', 'launch', 'app_main']
 
 # %% ../nbs/61_app.ipynb #5a944806
-import argparse,getpass,os,sys,threading,time
+import getpass,os,sys,threading,time
 from pathlib import Path
 
 import gradio as gr
@@ -18,6 +18,7 @@ from .desk import *
 from .guard import *
 from .question import *
 from .tabs import *
+from .flags import *
 from .guard import _asks_password,_busy,_check_password,_checked_place,_door,_login_form,_loopback
 
 # %% ../nbs/61_app.ipynb #appapi01
@@ -117,25 +118,6 @@ def launch(
     return app
 
 # %% ../nbs/61_app.ipynb #b505ab1e
-def _parser():
-    "The flags of `rlhf_nb app`"
-    p = argparse.ArgumentParser(prog='rlhf_nb app',
-        description='Reference, PPO, GRPO and DPO side by side, with reward and KL; votes become preference data')
-    p.add_argument('run', nargs='?', help='run folder, or a folder of samples '
-        '(default: outputs/demo where it exists, else samples that come with the package)')
-    p.add_argument('--policy', action='append', default=[], metavar='NAME=PATH',
-        help='one more causal LM, a folder or a Hub name; may be repeated')
-    p.add_argument('--samples-only', action='store_true', help='load no models')
-    p.add_argument('--votes', metavar='FILE', help='where votes go (default: votes.jsonl of the run)')
-    p.add_argument('--host', default='127.0.0.1', help='address to listen on (default: this machine alone)')
-    p.add_argument('--port', type=int, help='default: the next free one from 7860; 0: any')
-    p.add_argument('--allow-host', action='append', default=[], metavar='NAME', help='one more name that the page '
-        'answers to, such as that of a proxy in front of it (.example.org: all below); may be repeated')
-    p.add_argument('--password', action='store_true',
-        help='ask visitors for a password (RLHF_NB_PASSWORD, or typed here)')
-    p.add_argument('--share', action='store_true', help="a public link through gradio's servers; needs --password")
-    return p
-
 def _typed_password():
     "It never stands in the list of processes"
     try: return os.environ.get('RLHF_NB_PASSWORD') or getpass.getpass('Password for visitors: ')
@@ -145,7 +127,7 @@ def app_main(
     args:list # What stands behind `rlhf_nb app`
 ):
     "Open the page and wait for Ctrl-C"
-    a = _parser().parse_args(args)
+    a = own_parser('app').parse_args(args)
     more = dict(o.split('=', 1) for o in a.policy if '=' in o)
     if len(more)<len(a.policy): raise ValueError('--policy: expected NAME=PATH, with names that differ')
     password = _typed_password() if a.password else None

@@ -7,7 +7,7 @@ __all__ = ['read', 'learned', 'token_counts', 'step_flops', 'Side', 'race', 'lik
            'processor', 'bench_main']
 
 # %% ../nbs/64_benchmark.ipynb #58b1757b
-import argparse,json,math,os,platform,re,subprocess,sys,tempfile
+import json,math,os,platform,re,subprocess,sys,tempfile
 from datetime import date
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .world import *
 from .data import *
 from .load import *
 from .ledger import *
+from .flags import *
 from .peers import *
 
 # %% ../nbs/64_benchmark.ipynb #40337df1
@@ -293,29 +294,7 @@ def processor()->str:
 
 def _options(args):
     "The command line of `rlhf_nb bench`"
-    p = argparse.ArgumentParser(
-        prog='rlhf_nb bench', description='One step of everything beside TRL, in CPU-seconds of one thread.')
-    add = p.add_argument
-    add('--size', default='tiny', choices=list(cuts), help='tiny, or the GPT-2 124M shape (default: %(default)s)')
-    add('--model', help='folder or Hub name of a causal LM to be measured, in the place of --size')
-    add('--lora', type=int, default=0, metavar='R',
-        help='adapters of this rank learn, on both sides (default: all weights)')
-    add('--checkpointing', action='store_true', help='gradient checkpointing on both sides')
-    add('--precision', default='fp32', choices=('fp32','bf16'),
-        help='of training, on both sides (default: %(default)s)')
-    add('--pairs', help='file or folder of preference pairs (default: those of the embedded world)')
-    add('--tokenizer', help="folder or Hub name (default: the world's)")
-    add('--work', nargs='+', choices=work, metavar='WORK',
-        help=f'some of {", ".join(work)} (default: all that is done alike)')
-    add('--steps', type=int, default=4, help='measured steps (default: %(default)s)')
-    add('--warmup', type=int, default=1, help='steps dropped before them (default: %(default)s)')
-    add('--grpo-prompts', type=int, default=4, help='prompts of a GRPO step (default: %(default)s)')
-    add('--ppo-prompts', type=int, default=8, help='prompts of a PPO step (default: %(default)s)')
-    add('--trl-python', default=sys.executable,
-        help='python that has TRL beside the requirements of this package (default: this one)')
-    add('--trl-ppo-python', help='the same for PPO: one with trl 1.12 (default: --trl-python)')
-    add('--json', help='save there, beside the results of the other size and of other work')
-    a = p.parse_args([o for o in args if o!='--'])
+    a = own_parser('bench').parse_args([o for o in args if o!='--'])
     a.built = dict(PLAIN, r=a.lora, checkpointing=a.checkpointing, precision=a.precision)
     # plain generation and answers know nothing of how a model learns
     alike = work if a.built==PLAIN else ('reward','dpo','dpo_cached','grpo','ppo')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cmd_demo', 'cmd_run', 'cmd_train', 'cmd_explore', 'cmd_generate', 'cmd_judge', 'cmd_check', 'cmd_plan', 'cmd_merge',
            'cmd_export', 'cmd_push', 'cmd_eval_reward', 'cmd_failures', 'cmd_analyze', 'cmd_config', 'cmd_app',
-           'cmd_bench', 'main']
+           'cmd_completion', 'cmd_bench', 'main']
 
 # %% ../nbs/62_cli.ipynb #c0e50f24
 import json,re,shlex,sys
@@ -33,6 +33,7 @@ from .load import *
 from .gguf import *
 from .records import *
 from .gauge import *
+from .exchange import *
 from .llm import *
 from .judge import *
 from .line import *
@@ -94,9 +95,10 @@ def _may_publish(
 
 def cmd_train(a):
     "One stage"
+    # before anything is read: a configuration and a model take time
+    if a.stage not in trained: raise ValueError(f"train: expected {', '.join(trained)}, got '{a.stage}'")
     # stages of one run may be trained one after another
     c,again = _config(a),a.resume or Places(a.out).config_file.exists()
-    if a.stage not in trained: raise ValueError(f"train: expected {', '.join(trained)}, got '{a.stage}'")
     _warn(c, [a.stage])
     with together(),only_writer(a.out): run_one(Run(a.out, c, again, save=False), [a.stage], _said(a))
 
@@ -327,6 +329,10 @@ def cmd_app(a):
     "The comparison app: all models side by side, in the browser"
     from rlhf_nb.app import app_main    # only here: gradio takes seconds
     app_main(a.args)
+
+def cmd_completion(a):
+    "A script by which a shell completes this command"
+    print(completion(a.shell))
 
 def cmd_bench(a):
     "Benchmarks against TRL"

@@ -442,16 +442,39 @@ def _own_lock():
 _own_lock()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_own_lock)
 
+def _moves()->bool:
+    "Is progress seen where a bar can move: on a terminal, in a notebook?"
+    return 'ipykernel' in sys.modules or hasattr(sys.stderr, 'isatty') and sys.stderr.isatty()
+
+def _metrics(row, keys)->dict:
+    "Metrics of a row as progress shows them"
+    return {k:f'{row[k]:.3g}' for k in keys if k in row}
+
+def _in_lines(rows, total, desc, keys):
+    "Pass `rows` on, and write a line where another tenth of them is done"
+    done = 0
+    for i,r in enumerate(rows, 1):
+        tenth = 10*i//total if total else 0
+        # the same switch as of the bars
+        if tenth>done and not os.environ.get('TQDM_DISABLE'):
+            metrics = ', '.join(f'{k} {v}' for k,v in _metrics(r, keys).items())
+            print(f"{desc or 'done'}: {10*tenth}%, {i} of {total}{metrics and ': '+metrics}", file=sys.stderr, flush=True)
+        done = tenth
+        yield r
+
 def progress(
     rows,            # Iterable of metrics rows
     total:int=None,  # How many there will be
     desc:str='',     # Shown in front
     keys:tuple=('loss','reward','gold','kl','accuracy') # Shown behind, where a row has them
 ):
-    "Pass `rows` on, with a progress bar"
+    "Pass `rows` on, with a progress bar; in a file, which no bar can move in, with a line for each tenth"
+    if not _moves():
+        yield from _in_lines(rows, total, desc, keys)
+        return
     line = int(os.environ.get('RLHF_NB_BAR', 0))       # of the terminal: stages that run side by side have one each
     with tqdm(total=total, desc=desc, mininterval=1, position=line, file=sys.stderr) as bar:
         for r in rows:
-            bar.set_postfix({k:f'{r[k]:.3g}' for k in keys if k in r}, refresh=False)
+            bar.set_postfix(_metrics(r, keys), refresh=False)
             bar.update()
             yield r

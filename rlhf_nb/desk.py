@@ -19,6 +19,7 @@ from .run import *
 from .text import *
 from .records import *
 from .metrics import *
+from .wordview import *
 from .ballots import *
 from .cards import *
 from .booth import *
@@ -410,7 +411,7 @@ def stored(self:Desk,
     keep:bool=True  # It can be voted on
 )->dict:
     "The same comparison from the stored samples"
-    shown = *sample_keys,'kl_per_token','gold_reward','tokens'
+    shown = *sample_keys,'kl_per_token','gold_reward'
     answers = {}
     for k in c['models']:
         rows = [r for r in self.records[k] if r['prompt']==c['prompt']]
@@ -418,6 +419,7 @@ def stored(self:Desk,
         if not rows: raise ValueError('There are no stored answers to this prompt: choose one of the list')
         best = max(rows, key=lambda r: r['reward'])
         answers[k] = {x:best[x] for x in shown if x in best}
+        if (tokens := stored_tokens(best)): answers[k]['tokens'] = tokens
         if self.judged: answers[k].setdefault('gold_reward', None)
         place = percentile(best['reward'], self.spread)
         answers[k].update(percentile=place, samples=rows if len(rows)>1 else [])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['listed', 'worth_of', 'methods_of', 'trained_line', 'signed', 'gains_of', 'gain_line', 'between_line', 'price_line',
            'short_time', 'parts_line', 'yardstick_line', 'reward_line', 'changed_failures', 'turns_line', 'wrong_line',
-           'limits_line', 'digest', 'verdict', 'small_table']
+           'limits_line', 'digest', 'in_short', 'small_table']
 
 # %% ../nbs/48b_digest.ipynb #dig0h003
 import math,re,statistics
@@ -362,7 +362,7 @@ def _plain(s:str)->str:
     "Markdown of one of our sentences as a terminal shows it"
     return re.sub(r'\*\*|`', '', s)
 
-def verdict(
+def in_short(
     runs:dict # {seed: `RunResults`}
 )->str:       # One or two sentences, no Markdown
     "Who is better, and how far that holds"

@@ -168,7 +168,9 @@ def sample_records(
     seed:int=0,
     train_prompts=(), # Texts that the models learned from; none of them may be among the prompts
     knows=None,       # `f(prompt) -> bool`: has it a true reward? (None: every prompt); if not, no `gold_reward`
-    rows:list=None    # The columns of each prompt, for rewards that read them
+    rows:list=None,   # The columns of each prompt, for rewards that read them
+    pieces=None,      # `cards.pieces`: records of the first prompts then have `tokens`
+    n_pieces:int=400  # So many prompts
 )->dict: # {name: list of records, prompt by prompt}
     "Answers of all models to the same prompts with the same noise, and what they are worth"
     check_disjoint(prompts, train_prompts)
@@ -182,6 +184,7 @@ def sample_records(
                                  child_seed(seed, 'eval'))
         asked,columns = [prompts[j] for j in at],rows and [rows[j] for j in at]
         for j,rs in zip(at, _as_records(samples, asked, tok, score, gold, columns)): found[j] = rs
+        if pieces: _add_tokens(found, samples, at, tok, pieces, n_pieces)
     for p,rs in zip(prompts, found):
         if knows and not knows(p):
             for r in rs: r.pop('gold_reward', None)
@@ -194,6 +197,16 @@ def _read_columns(score, rows)->list:
     if not hasattr(score, 'asks'): return [{} for _ in rows]
     names = score.asks(columns_of(rows))
     return [{k:as_plain(v) for k,v in as_read(r).items() if k in names} for r in rows]
+
+def _add_tokens(found, samples, at, tok, pieces, most):
+    "What each token cost, into the records of a batch: rows of text, KL, log-probability. `at`: the places of its prompts in `found`"
+    answers = [(o,g) for o in samples.values() for g in range(o.shape[1])]        # as the records of a prompt stand
+    for i,j in enumerate(at):
+        if j>=most: continue
+        for r,(o,g) in zip(found[j], answers, strict=True):
+            ids,kl,log_prob = (o.host(k)[i,g,:int(r['n_tokens'])].tolist() for k in ('responses','kl','old_log_probs'))
+            parts = pieces(ids, tok, r['finished'], kl=kl, log_prob=log_prob)
+            r['tokens'] = [[x['text'], round(x['kl'], 4), round(x['log_prob'], 4)] for x in parts]
 
 def _as_records(samples, prompts, tok, score, gold, rows):
     "The records of each prompt, from {model: batch (B,n,R)}"

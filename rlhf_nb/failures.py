@@ -256,10 +256,8 @@ def _change_of(r:dict)->str:
     return _interval(r['difference'], r['difference_low'], r['difference_high'], '+')
 
 def _cell(r:dict)->str:
-    "Value and difference of a row; a star where it survives Holm"
-    value = _interval(r['value'], r['low'], r['high'])
-    if 'p' not in r: return value                                  # the reference's own
-    return f"{value}; {_change_of(r)}{'*' if r['p_holm']<.05 else ''}"
+    "Value of a row; a star where its difference from the reference survives Holm"
+    return f"{r['value']:z.2f}{'*' if r.get('p_holm', 1.)<.05 else ''}"
 
 def _word(r:dict)->str:
     "What a difference means"
@@ -310,13 +308,17 @@ def _opening_cell(s:dict)->str:
     return '; '.join(f"{md_inline(m)}: {_plain(o['text'])} ({o['share']:.2f})"
                      for m,o in s['openings'].items())
 
-def _set_lines(d:dict)->list:
+def _set_table(d:dict)->str:
     "What was analysed"
     rows = [['set','prompts','answers to each','long: more words than','most common opening']]
     rows += [[md_inline(k),s['prompts'],s['answers'],s['long'],_opening_cell(s)]
              for k,s in d['sets'].items()]
+    return md_table(rows)
+
+def _few_prompts(d:dict)->list:
+    "What sets of a handful of prompts can show"
     few = [(k,too_few(s['prompts'])) for k,s in d['sets'].items()] # '' where there are enough
-    return ['',md_table(rows)]+[f'\n{md_inline(k)}: {why}' for k,why in few if why]
+    return [f'\n{md_inline(k)}: {why}' for k,why in few if why]
 
 def _rate_lines(s:str, rows:list, models:list)->list:
     "The table of one set, and what was never seen in it"
@@ -334,13 +336,32 @@ def _rate_lines(s:str, rows:list, models:list)->list:
         if k not in never:
             table.append([mode_of[k],f'`{k}`',name[k],
                           *(_cell(v[m]) if m in v else '' for m in models),n(k)])
-    out = []
-    out += ['',f'## {md_inline(s)}','',
-            'Value with interval; difference from the reference with interval; * where p < .05 after '
-            'Holm.','',md_table(table)]
+    out = ['* where the difference from the reference has p < .05 after Holm; every value with its interval, its '
+           'difference and p is in [rates.csv](rates.csv).','',md_table(table)]
     seen = [f'`{k}` (n={n(k)}; at most {max(r["high"] for r in by[k].values()):.3f})'
             for k in never]
-    return out+['',f"Never seen, in any model: {', '.join(seen)}."] if seen else out
+    if seen: out += ['',f"Never seen, in any model: {', '.join(seen)}."]
+    return md_folded(f'All measures on {s}', '\n'.join(out))
+
+def _top_table(d:dict, models:list)->list:
+    "The failures on the prompts of the comparison, with intervals: the numbers to begin with"
+    first = d['base'] or next(iter(d['sets']))
+    by = {}                                                        # failure -> model -> row
+    for r in d['rows']:
+        if r['set']==first and r['metric'] in failure_names and r['metric']!='refuses':
+            by.setdefault(r['metric'], {})[r['model']] = r
+    # what no model does needs no line
+    by = {k:v for k,v in by.items() if any(r['value'] for r in v.values())}
+    if not by: return [f'No failure on {md_inline(first)} in any model.']
+    def cell(r):
+        "A rate with its interval, and a star"
+        return _interval(r['value'], r['low'], r['high'])+('*' if r.get('p_holm', 1.)<.05 else '')
+    table = [['failure',*map(md_inline, models),'n']]
+    for k,v in by.items():
+        n = next(iter(v.values()))['n']
+        table.append([failure_names[k],*(cell(v[m]) if m in v else '' for m in models),n])
+    what = f'Share of answers on {md_inline(first)}; * where the difference from the reference has p < .05 after Holm.'
+    return [what,'',md_table(table)]
 
 def _shift_lines(d:dict, models:list)->list:
     "How much more often each model fails out of distribution"
@@ -358,7 +379,7 @@ def _shift_lines(d:dict, models:list)->list:
         one = next(iter(v.values()))
         table.append([f'`{k}`',*(cell(v.get(m)) for m in models),f"{one['n_base']}, {one['n']}"])
     what = 'How much more often each model itself fails there; * where the interval excludes 0, without correction.'
-    return ['',f'## Out of distribution: `ood` less `{d["base"]}`','',what,'',md_table(table)]
+    return md_folded(f"Out of distribution: ood less {d['base']}", f'{what}\n\n{md_table(table)}')
 
 def _rule_lines(detectors:dict)->list:
     "The rules against the truth"
@@ -368,8 +389,8 @@ def _rule_lines(detectors:dict)->list:
     table = [['rule','precision','recall','flagged','true','answers']]
     table += [[k,share(v['precision']),share(v['recall']),v['flagged'],v['true'],v['answers']]
               for k,v in detectors.items()]
-    return ['','## The rules against the truth of the world','',
-            'On these very answers, averaged by prompt.','',md_table(table)]
+    return md_folded('The rules against the truth of the world',
+                     f'On these very answers, averaged by prompt.\n\n{md_table(table)}')
 
 def failures_md(
     d:dict # From `failure_analysis`
@@ -382,18 +403,19 @@ def failures_md(
     if d['about']:
         out += ['',', '.join(f'{md_inline(k)}: {md_inline(v)}' for k,v in d['about'].items()
                              if v is not None)]
-    out += _set_lines(d)
     if models==['reference']:
         out += ['','There is only the reference: nothing is compared with it.']
-    out += ['','## What changed','',
-            'Differences from the reference with p < .05 after Holm; everything else is no shown difference.','']
-    out += list(_changes(d)) or ['No difference from the reference survives the correction.']
+    out += ['',*_top_table(d, models),*_few_prompts(d)]
+    changes = list(_changes(d))
+    what = 'Differences from the reference with p < .05 after Holm; everything else is no shown difference.'
+    if changes: out += ['',md_folded('What changed', '\n'.join([what,'',*changes]))]
+    else: out += ['','No difference from the reference survives the correction.']
+    out += ['',md_folded('What was analysed', _set_table(d))]
     for s in dict.fromkeys(r['set'] for r in d['rows']):
-        out += _rate_lines(s, [r for r in d['rows'] if r['set']==s], models)
-    if d['shift']: out += _shift_lines(d, models)
-    if d['detectors']: out += _rule_lines(d['detectors'])
-    return '\n'.join([*out,'','## Limits','',limits,'','Examples: [examples.md](examples.md).',
-                      ''])
+        out += ['',_rate_lines(s, [r for r in d['rows'] if r['set']==s], models)]
+    if d['shift']: out += ['',_shift_lines(d, models)]
+    if d['detectors']: out += ['',_rule_lines(d['detectors'])]
+    return '\n'.join([*out,'',md_folded('Limits', limits),'','Examples: [examples.md](examples.md).',''])
 
 # %% ../nbs/43_failures.ipynb #06295973
 def _example_lines(e:dict)->list:

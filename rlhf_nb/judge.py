@@ -131,16 +131,17 @@ def _tells_nothing(name, v):
 
 # %% ../nbs/40_judge.ipynb #f7511be0
 def judge_table(
-    d:dict # {model: dict}, from `judged`
+    rates:dict # {judge: {model: dict}}, from `judged`
 )->str:
-    "Win rates by one judge as a Markdown table"
-    rows = [['model','win rate [95%]','wins / ties / losses','p','p, Holm','','prompts','failed','detectable from']]
-    for k,w in d.items():
+    "Win rates by all judges as a Markdown table"
+    rows = [['judge','model','win rate [95%]','wins / ties / losses','p','p, Holm','shown','prompts','failed',
+             'detectable from']]
+    for judge,k,w in ((j,k,w) for j,d in rates.items() for k,w in d.items()):
         said,least = ['–']*4+['not judged'],'–'  # what a model without any verdict gets
         if w['n']:
             counts = f"{w['wins']} / {w['ties']} / {w['losses']}"
             said,least = [_ci(w), counts, _p(w['p']), _p(w['p_holm']), WinRate(w).verdict],f"±{w['mdd']:.2f}"
-        rows.append([md_inline(k), *said, w['n'], w['failed'], least])
+        rows.append([md_inline(shown_name(judge)), md_inline(k), *said, w['n'], w['failed'], least])
     return md_table(rows)
 
 def order_table(
@@ -231,13 +232,10 @@ _how_to_read = (
     'shown second (.50: no preference). Detectable from: the distance from .50 that would be found with 80% power. '
     'Pairs without a verdict are left out and counted.')
 
-def _judge_section(name, d):
-    "What one judge said"
+def _warnings(d)->list:
+    "What takes the meaning from the verdicts of a judge"
     # models with a verdict at all
-    known = [w for w in d.values() if w['n']]
-    about = next(iter(d.values())).get('judge')  # the same for every model; stored scores have none
-    out = [f'## Judge: {md_inline(shown_name(name))}']
-    if about: out.append(_who(about))
+    known,out = [w for w in d.values() if w['n']],[]
     if not known: out.append('**No pair has a verdict: this judge says nothing.**')
     if any('partial' in w for w in d.values()):
         out.append(_partial(d))
@@ -246,7 +244,14 @@ def _judge_section(name, d):
         why = ', because the order turned every verdict' if turned else ''
         out.append(f'**Only ties{why}: this judge does not tell the models apart.** '
                    'That is no sign that they are equally good.')
-    return out+[judge_table(d), 'Order:', order_table(d), 'At equal length:', length_table(d)]
+    return out
+
+def _judge_section(name, d)->str:
+    "Who a judge is, what the order of the answers did, and their length"
+    about = next(iter(d.values())).get('judge')  # the same for every model; stored scores have none
+    said = [_who(about)] if about else []
+    said += ['Order:', order_table(d), 'At equal length:', length_table(d)]
+    return md_folded(f'Judge: {shown_name(name)}', '\n\n'.join(said))
 
 def _agreement_section(agree):
     "How far judges and people agree"
@@ -258,7 +263,7 @@ def _agreement_section(agree):
             who = ' and '.join(map(shown_name, k.split(' and ')))
             rows.append([md_inline(who), md_inline(m), _ci(v['agree']), _ci(kappa), opposite, v['n']])
     how_to_read = "Cohen's kappa: agreement beyond chance. Opposite: one says a, the other b."
-    return ['## Agreement', how_to_read, md_table(rows)]
+    return md_folded('Agreement', f'{how_to_read}\n\n{md_table(rows)}')
 
 def win_rates_md(
     rates:dict,     # {judge: {model: dict}}
@@ -271,13 +276,16 @@ def win_rates_md(
     "The report: only what the numbers say"
     first = next(iter(next(iter(rates.values())).values()))  # one of any judge's: all have the same opponent
     about = f"Against '{md_inline(first['against'])}'; {source}. Made by {md_code(command)}."
-    out = ['# Win rates', about, _how_to_read]
+    # seen at once: the numbers, and what takes the meaning from them
+    out = ['# Win rates', about, judge_table(rates)]
     for name,d in rates.items():
-        out += _judge_section(name, d)
-    if agree: out += _agreement_section(agree)
+        out += [f'Judge {md_inline(shown_name(name))}:\n{o}' for o in _warnings(d)]
+    out.append(md_folded('How to read this', _how_to_read))
+    out += [_judge_section(name, d) for name,d in rates.items()]
+    if agree: out.append(_agreement_section(agree))
     if notes:
         out.append('\n'.join(f'- {md_inline(o)}' for o in notes))
-    if audits: out += ['## Audit on pairs with known answers', audit_table(audits)]
+    if audits: out.append(md_folded('Audit on pairs with known answers', audit_table(audits)))
     return '\n\n'.join(out)+'\n'
 
 # %% ../nbs/40_judge.ipynb #7874ed6b

@@ -35,6 +35,7 @@ from .sources import *
 from .checks import *
 from .rollout import *
 from .evaluate import *
+from .wordview import *
 
 # %% ../nbs/52_line.ipynb #31688c05
 class Line:
@@ -279,7 +280,7 @@ class Line:
             score = silent_scorer
         # only prompts of a family have a true reward
         about = o or c.eval,c.data.max_prompt,c.seed,train,family,rows
-        return sample_records(self.models, prompts, self.template, score, self.gold, *about)
+        return sample_records(self.models, prompts, self.template, score, self.gold, *about, pieces=pieces)
     def rows_of(self, prompts, rows=())->list:
         "The row of each prompt: one of `rows`, or a held-out one, where it is among them"
         held = self.held() if by_function(self.reward_of()) else ()

@@ -462,7 +462,7 @@ def _section(title:str, lines:list)->list:
 
 def _folded(title:str, lines:list)->list:
     "A section that is opened by a click"
-    return [f'<details><summary>{title}</summary>','',*lines,'','</details>','']
+    return [md_folded(title, '\n'.join(lines)),'']
 
 def _height(lines:list)->int:
     "How many lines of text these are: a table is one of several"

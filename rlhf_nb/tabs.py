@@ -6,22 +6,24 @@
 __all__ = ['snippet', 'banner', 'lay_out', 'wire']
 
 # %% ../nbs/60_tabs.ipynb #tabsh003
-import json,random,shlex,threading,time
+import json,random,threading,time
 
 import gradio as gr
 
 from .core import *
-from .run import *
 from .text import *
 from .digest import *
+from .wordview import *
 from .cards import *
+from .booth import *
+from .desk import *
 from .question import *
 from .cards import _limit
 from .question import _as_choices,_follow,_says,_seen
 
 # %% ../nbs/60_tabs.ipynb #62965017
 # What the colour of the tokens may show, as in `card`
-_colours = [('KL to the reference','kl'),('log-probability','log_prob'),('nothing','none')]
+_colours = [('KL to the reference','kl'),('log-probability','log_prob'),('words that changed','diff'),('nothing','none')]
 
 def _lay_out_question(desk):
     "What somebody fills in: one line"
@@ -65,11 +67,15 @@ def _lay_out_answers():
         gr.Button('Copy a link', elem_id='link', min_width=120)
         gr.Button('Save as picture', elem_id='picture', min_width=140)
         gr.Button('Save as file', elem_id='save', min_width=120)
+        gr.Button('Take the vote back', elem_id='undo', visible=False, min_width=140)
     with gr.Row(visible=False, elem_id='dialogue'):
         gr.Dropdown(label='Go on with the answer of', elem_id='whose', min_width=160)
         gr.Button('Continue the dialogue', elem_id='continue', min_width=160)
         gr.Button('New dialogue', elem_id='fresh', min_width=160)
     gr.Textbox(visible='hidden', elem_id='saved')      # a text on its way to a file
+    # a token that somebody asks about, and what else could stand there: the script shows it beside the token
+    gr.Textbox(visible='hidden', elem_id='token')
+    gr.HTML(visible='hidden', elem_id='choices')
 
 # The buttons of the answers, in the order of the columns
 _picks = tuple(f'vote-{i}' for i in (1,2,3,4))
@@ -77,7 +83,7 @@ _picks = tuple(f'vote-{i}' for i in (1,2,3,4))
 def _may_vote(c):
     "The buttons of a blind vote, as many as there are answers"
     n = len(c['models'])
-    if not c['blind']: return dict(votes=_seen(False))
+    if not c['blind'] or twins(c): return dict(votes=_seen(False))
     buttons = {button:_seen(i<n) for i,button in enumerate(_picks)}
     return dict(buttons, votes=_seen(n>1))
 
@@ -89,7 +95,7 @@ def _may_go_on(desk, c, yes=True):
     return dict(after=_seen(yes), dialogue=_seen(yes and bool(desk.players)), whose=whose)
 
 # What a comparison fills
-_shown = 'status board id stop votes after dialogue whose '+' '.join(_picks)
+_shown = 'status board id stop votes after dialogue whose undo '+' '.join(_picks)
 
 def _wire_question(page):
     "Compare, and stop"
@@ -100,12 +106,15 @@ def _wire_question(page):
         return dict(status=status_html('Waiting for a free place'), stop=_seen(), id='')
     def comparing(q, colour, visitor):
         "Answers as they grow; then what can be done with them"
-        hidden = dict(votes=_seen(False), after=_seen(False), dialogue=_seen(False), id='')
+        hidden = dict(votes=_seen(False), after=_seen(False), dialogue=_seen(False), undo=_seen(False), id='')
         yield dict(hidden, status=status_html('Starting'), stop=_seen())
         for c,status in _follow(desk, q, visitor):
             yield dict(status=status, board=page.board(c, colour)) if c else dict(status=status)
         end = dict(stop=_seen(False))
         if c and c['state']=='done':  # one that was stopped is not voted on
+            if c['blind'] and twins(c):
+                c['blind'] = False
+                yield dict(board=page.board(c, colour), status=status_html('All wrote the same text: nothing to vote on. Vote blind asks the next prompt'))
             shown = not c['blind']           # the menu would name the models
             end.update(_may_vote(c)|_may_go_on(desk, c, shown), id=c['id'])
         yield end
@@ -117,9 +126,8 @@ def _wire_question(page):
         "A blind vote on one of the prompts that the run was measured on"
         *fields,colour = fields
         q = Question(*fields)._replace(blind=True, history=[])
-        if desk.prompts:
-            p = random.choice(desk.prompts)
-            q = q._replace(prompt=p, stored=p)
+        p = desk.next_prompt(q.stored) or (random.choice(desk.prompts) if desk.prompts else None)
+        if p: q = q._replace(prompt=p, stored=p)
         yield from comparing(q, colour, request.session_hash)
     def on_stop(request:gr.Request):
         "The writing for this visitor ends at the next token"
@@ -161,13 +169,21 @@ def _wire_vote(page):
                 total = desk.vote(id, choice)
             except (ValueError,OSError) as e:
                 return _says(f'Not saved: {e}', 'bad')
-            said = status_html(f'Saved: vote {total}')
-            return dict(_may_go_on(desk, c), status=said, board=page.board(c, colour), votes=_seen(False))
+            o = desk.progress()
+            ready = 'enough to train on: see Votes' if not o['left'] else f"{o['prompts']} of {o['needed']} prompts to train on"
+            said = status_html(f'Saved: vote {total}. {ready}')
+            return dict(_may_go_on(desk, c), status=said, board=page.board(c, colour), votes=_seen(False), undo=_seen())
         return on_vote
+    def on_undo(id, colour):
+        "As if there had been no vote; the names have been seen"
+        try: left = desk.undo(id)
+        except (ValueError,OSError) as e: return _says(str(e), 'bad')
+        return dict(status=status_html(f'Taken back: {left} votes are left'), undo=_seen(False), board=page.board(desk.comparisons[id], colour))
     buttons = {name:place for place,name in enumerate(_picks)}
     buttons.update({'vote-tie':'tie', 'vote-bad':'bad'})
     for name,which in buttons.items():
-        page.on(f'{name}.click', voting(which), 'id colour', 'status board votes after dialogue whose')
+        page.on(f'{name}.click', voting(which), 'id colour', 'status board votes after dialogue whose undo')
+    page.on('undo.click', on_undo, 'id colour', 'status board undo')
 
 def _wire_comparison(page):
     "What can be done with a comparison: colour it, save it, go on with an answer"
@@ -194,6 +210,13 @@ def _wire_comparison(page):
     def on_fresh():
         "No turns before the next question"
         return dict(history=[], past=_seen(False, value=''), prompt='', status=status_html('A new dialogue'))
+    def on_token(id, which):
+        "What else could have stood at a token"
+        k,_,i = which.rpartition('|')
+        if not i.isdigit(): return dict(choices='')
+        try: return dict(choices=choices_of(desk, id, k, int(i)))
+        except refused as e: return dict(choices=status_html(str(e), 'bad'))
+    page.on('token.input', on_token, 'id token', 'choices', queue=True, concurrency_limit=desk.parallel)
     page.on('colour.change', on_colour, 'id colour', 'board', trigger_mode='always_last')
     page.saves(page.on('save.click', on_save, 'id', 'saved'), 'saved', 'comparison.json')
     to_prompt = "() => { const p = document.querySelector('#prompt textarea'); rlhf_show('#past'); p && p.focus(); }"
@@ -268,7 +291,7 @@ def _show_found(page, hits, at, model):
     a = c['answers'].get(model)
     flags = '; '.join(_flags(a)) or 'no failure found'
     more = a and gain(a, c['answers'].get('reference'), 'reward')
-    if more is not None: flags += f'; reward gap to the reference {signed(more)}'
+    if more is not None: flags += f'; reward gap to the reference {with_sign(more)}'
     found = f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {flags}'
     return {'x-status':status_html(found), 'x-board':page.board(c, 'kl'), 'place':at}
 
@@ -310,16 +333,11 @@ def _lay_out_votes():
     "What the votes say, and the export"
     gr.HTML(elem_id='v-board')
     with gr.Row():
+        gr.Button('Train on these votes', variant='primary', elem_id='v-train')
         gr.Button('Count again', elem_id='v-again')
-        gr.Button('Export as preference pairs', variant='primary', elem_id='v-export')
+        gr.Button('Export as preference pairs', elem_id='v-export')
     gr.HTML(status_html(), elem_id='v-status')
     gr.Textbox(visible='hidden', elem_id='v-saved')
-
-def _train_on(desk, path):
-    "The command that trains on exported votes"
-    run = Places('outputs/demo') if desk.shipped else desk.places  # the package brings samples and no models
-    model,data = (shlex.quote(str(o)) for o in (run.made('sft'),path))
-    return f'rlhf_nb run --stages sft dpo --set sft.skip=true --model {model} --data {data} --out outputs/from_votes'
 
 def _wire_votes(page):
     "Win rates, and the export"
@@ -335,8 +353,17 @@ def _wire_votes(page):
         except (ValueError,OSError) as e:
             return {'v-status':status_html(str(e), 'bad'), 'v-saved':''}
         said = f'{len(read_rows(path))} pairs in {path}. DPO on them (reward model: --stages sft reward):'
-        command = shield(f'<pre><code>{esc(_train_on(desk, path))}</code></pre>')
+        try: command = shield(f'<pre tabindex="0"><code>{esc(desk.train_command(path))}</code></pre>')
+        except ValueError as e: command = status_html(str(e))     # the pairs are there; they are too few to train on
         return {'v-status':status_html(said)+command, 'v-saved':path.read_text(encoding='utf-8')}
+    def on_train():
+        "A model learns from the votes; then whether it agrees with those it has not seen"
+        try:
+            for o in desk.train_on_votes():
+                if 'result' not in o: yield _says(o['text'], line='v-status', share=o['share'])
+                else: yield {'v-status':lesson_html(o['result'])}
+        except (ValueError,OSError) as e: yield _says(str(e), 'bad', 'v-status')
+    page.on('v-train.click', on_train, '', 'v-status', queue=True, concurrency_limit=None)
     page.on('votes_tab.select v-again.click', on_count, '', 'v-board')
     page.saves(page.on('v-export.click', on_export, '', 'v-status v-saved'), 'v-saved', 'preferences.jsonl')
 
@@ -385,9 +412,14 @@ def _wire_demo(page, demo):
             for o in desk.make_demo(*demo):
                 yield _says(o['text'], line='making', share=o['share'])
         except (ValueError,OSError) as e: yield _says(str(e), 'bad', 'making')
+    def on_return():
+        "Whoever opens the page while the run is made sees how far it is"
+        if desk.maker and desk.maker.poll() is None: yield from on_make()
+        else: yield _says('', line='making')
     reload = "if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload()"
     made = page.on('make.click', on_make, '', 'making', queue=True, concurrency_limit=None)
-    made.then(None, None, None, js=f'() => {{ {reload} }}')
+    back = page.on('page.load', on_return, '', 'making', queue=True, concurrency_limit=None)
+    for event in (made,back): event.then(None, None, None, js=f'() => {{ {reload} }}')
 
 def _first_sight(page):
     "The finished comparison on which a page opens"

@@ -31,6 +31,8 @@ def tokens(md): return [t for o in MarkdownIt('commonmark', {'html': True}).enab
 
 def dead(md, links=()):
     "Nothing in a report that acts; it says what does"
+    # what is folded is HTML of ours; no tag is left in a title
+    md = re.sub(r'^</?details>(<summary>[^<>\n]*</summary>)?$', '', md, flags=re.M)
     for t in tokens(md):
         if t.type in ('html_inline', 'html_block', 'image') or t.type == 'link_open' and t.attrs['href'] not in links: return f'{t.type} {t.content[:60]!r} {t.attrs}'
         if t.type == 'inline' and any(o.type in ('em_open', 'strong_open') and 'evil' in n.content for o, n in zip(t.children, t.children[1:]) if n.type == 'text'): return f'emphasis in {t.content[:60]!r}'
@@ -139,8 +141,6 @@ def whole(rng, folder):
 
     if what == 'report':
         def right(md):
-            # what is folded is HTML of ours
-            md = re.sub(r'^</?details>(<summary>[a-zA-Z -]+</summary>)?$', '', md, flags=re.M)
             if dead(md, ('DETAILS.md',)) or 'split.' in md.split('##')[0] or 'unknown prompts' not in md: return False
             if n < 6 and ('**better**' in md or '**worse**' in md or 'above' in md.split('\n\n')[1] or 'nothing can be concluded' not in md): return False
             return all(any(f"{w.mean(m, 'reward')+e:.2f} [" in md for e in (-1e-6, 0, 1e-6)) for m in w.models)      # halves may be rounded either way

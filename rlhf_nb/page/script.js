@@ -53,3 +53,74 @@ new MutationObserver(() => {
   if (open && !window.rlhf_open && document.activeElement?.closest('#prompt')) document.activeElement.blur();
   window.rlhf_open = open;
 }).observe(document.documentElement, {childList: true, subtree: true});
+
+// a link that asks for what is shown, and what it says of itself
+function rlhf_said(s) { const p = document.querySelector('#status .status'); if (p) { p.className = 'status'; p.textContent = s; } }
+async function rlhf_link() {
+  const board = document.querySelector('#board .board[data-link]');
+  if (!board) return rlhf_said('Compare first: there is nothing to link to');
+  const url = location.origin+location.pathname+'?'+board.dataset.link;
+  history.replaceState(null, '', url);
+  try { await navigator.clipboard.writeText(url); rlhf_said('Copied: whoever opens this link on this page sees the same question asked again'); }
+  catch { rlhf_said('The link stands in the address line'); }
+}
+
+// a picture of the answers, drawn by this browser alone: a copy with the styles it has, in an SVG, on a canvas
+async function rlhf_picture() {
+  const board = document.querySelector('#board .board');
+  if (!board) return rlhf_said('Compare first: there is nothing to save');
+  const plain = document.createElement('div'); document.body.append(plain);
+  const usual = {...Object.fromEntries([...getComputedStyle(plain)].map(k => [k, getComputedStyle(plain).getPropertyValue(k)]))}; plain.remove();
+  const inherited = new Set(['color', 'font-family', 'font-size', 'font-weight', 'line-height', 'white-space', 'white-space-collapse', 'text-wrap-mode']);
+  const copy = e => {
+    if (e.nodeType === 3) return e.cloneNode();
+    if (e.nodeType !== 1 || e.matches('button, footer, .out, details')) return document.createTextNode('');
+    const c = document.createElement(e.tagName.toLowerCase()), s = getComputedStyle(e);
+    for (const k of s) { const v = s.getPropertyValue(k); if (v !== usual[k] || inherited.has(k)) c.style.setProperty(k, v); }
+    c.append(...[...e.childNodes].map(copy));
+    return c;
+  };
+  const w = Math.ceil(board.offsetWidth)+32, shown = copy(board), box = document.createElement('div');
+  box.setAttribute('xmlns', 'http://www.w3.org/1999/xhtml'); box.style.cssText = 'padding:16px;width:'+(w-32)+'px';
+  shown.style.width = (w-32)+'px'; shown.style.removeProperty('height'); shown.style.removeProperty('block-size'); box.append(shown);
+  const h = Math.ceil(board.offsetHeight)+32, html = new XMLSerializer().serializeToString(box);
+  const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${w}" height="${h}"><foreignObject width="100%" height="100%">${html}</foreignObject></svg>`;
+  const img = new Image(); img.src = 'data:image/svg+xml;charset=utf-8,'+encodeURIComponent(svg);
+  try {
+    await img.decode();
+    const canvas = document.createElement('canvas'), scale = 2; canvas.width = w*scale; canvas.height = h*scale;
+    const pen = canvas.getContext('2d'); pen.scale(scale, scale);
+    pen.fillStyle = getComputedStyle(document.querySelector('.gradio-container')).backgroundColor; pen.fillRect(0, 0, w, h); pen.drawImage(img, 0, 0);
+    const blob = await new Promise(r => canvas.toBlob(r, 'image/png'));
+    const a = document.createElement('a'); a.href = URL.createObjectURL(blob); a.download = 'comparison.png'; document.body.append(a); a.click(); a.remove(); setTimeout(() => URL.revokeObjectURL(a.href), 1000);
+  } catch (e) { rlhf_said('This browser draws no picture of the page: take a screenshot'); }
+}
+
+// a token: its values at once, then what else could have stood there, once the models have said it
+let rlhf_asked = null;
+function rlhf_token(t) {
+  rlhf_asked = t;
+  const tip = rlhf_tip(t, t.title), field = document.querySelector('#board .tok') && t.closest('#board') && document.querySelector('#token textarea, #token input'), whose = t.closest('article')?.dataset.model;
+  if (!field || !whose) return;
+  field.value = whose+'|'+t.dataset.i; field.dispatchEvent(new Event('input', {bubbles: true}));
+}
+document.addEventListener('click', e => { const t = e.target.closest && e.target.closest('.tok[data-i]'); if (t) rlhf_token(t); });
+document.addEventListener('keydown', e => {
+  const t = e.target.closest && e.target.closest('.tok[data-i]');
+  if (!t || e.ctrlKey || e.altKey || e.metaKey) return;
+  if (e.key === 'Enter' || e.key === ' ') { rlhf_token(t); e.preventDefault(); }
+  const step = {ArrowRight: 1, ArrowLeft: -1}[e.key], all = [...t.closest('.answer').querySelectorAll('.tok[data-i]')], to = step && all[all.indexOf(t)+step];
+  if (to) { t.tabIndex = -1; to.tabIndex = 0; to.focus(); e.preventDefault(); }
+});
+new MutationObserver(() => {
+  const found = document.querySelector('#choices .choices, #choices .status'), tip = document.getElementById('tip');
+  if (found && rlhf_asked && tip?.matches(':popover-open') && found !== window.rlhf_found) {
+    window.rlhf_found = found;
+    const values = document.createElement('p'); values.textContent = rlhf_asked.title;
+    rlhf_tip(rlhf_asked, [found.cloneNode(true), values]);
+  }
+}).observe(document.documentElement, {childList: true, subtree: true, characterData: true});
+document.addEventListener('click', e => {
+  const b = e.target.closest && e.target.closest('#link, #picture');
+  if (b) b.id === 'link' ? rlhf_link() : rlhf_picture();
+});
