@@ -167,8 +167,8 @@ def _stat(c, a, key, ref):
         return f'<div class="stat {key}">{name}<dd class="none">{why}</dd></div>'
     change = ''
     if more is not None and key!='kl':
-        way = 'same' if not float(signed(more).replace('−', '-')) else 'up' if more>0 else 'down'
-        change = f' <span class="gain {way}">{signed(more)}<span class="out"> against the reference</span></span>'
+        way = 'same' if not float(with_sign(more).replace('−', '-')) else 'up' if more>0 else 'down'
+        change = f' <span class="gain {way}">{with_sign(more)}<span class="out"> against the reference</span></span>'
     note = f'<small>{_nats(c, a)}</small>' if key=='kl' else ''
     bar = _bar(x, scale[key], None if key=='kl' or more is None else ref[key])
     return f'<div class="stat {key}">{name}<dd><b>{num(x)}</b>{change}{bar}{note}</dd></div>'
@@ -250,7 +250,7 @@ def headline(
     if len({a['response'].strip() for a in answers.values()})==1: return 'All wrote the same answer.'
     k = max(gained, key=gained.get)
     parts = [(measures[o].short,gain(answers[k], ref, o)) for o in ('reward','gold_reward')]
-    said = ', '.join(f'{signed(x, 1)} {name}' for name,x in parts if x is not None)
+    said = ', '.join(f'{with_sign(x, 1)} {name}' for name,x in parts if x is not None)
     if answers[k].get('kl') is not None: said += f", for {num(answers[k]['kl'], 1)} nats of drift"
     return f'{title(k)}: {said}'+('. The reward was fooled.' if is_fooled(answers[k], ref) else '')
 

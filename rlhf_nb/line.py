@@ -35,7 +35,7 @@ from .sources import *
 from .checks import *
 from .rollout import *
 from .evaluate import *
-from .cards import *
+from .wordview import *
 
 # %% ../nbs/52_line.ipynb #31688c05
 class Line:

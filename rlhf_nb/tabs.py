@@ -12,8 +12,8 @@ import gradio as gr
 
 from .core import *
 from .text import *
-from .wordview import *
 from .digest import *
+from .wordview import *
 from .cards import *
 from .booth import *
 from .desk import *
@@ -291,7 +291,7 @@ def _show_found(page, hits, at, model):
     a = c['answers'].get(model)
     flags = '; '.join(_flags(a)) or 'no failure found'
     more = a and gain(a, c['answers'].get('reference'), 'reward')
-    if more is not None: flags += f'; reward gap to the reference {signed(more)}'
+    if more is not None: flags += f'; reward gap to the reference {with_sign(more)}'
     found = f'{at+1} of {len(hits)} found among {len(desk.prompts)} prompts. {title(model)}: {flags}'
     return {'x-status':status_html(found), 'x-board':page.board(c, 'kl'), 'place':at}
 
@@ -412,9 +412,14 @@ def _wire_demo(page, demo):
             for o in desk.make_demo(*demo):
                 yield _says(o['text'], line='making', share=o['share'])
         except (ValueError,OSError) as e: yield _says(str(e), 'bad', 'making')
+    def on_return():
+        "Whoever opens the page while the run is made sees how far it is"
+        if desk.maker and desk.maker.poll() is None: yield from on_make()
+        else: yield _says('', line='making')
     reload = "if (document.querySelector('#making .status').innerText.trim().startsWith('Done')) location.reload()"
     made = page.on('make.click', on_make, '', 'making', queue=True, concurrency_limit=None)
-    made.then(None, None, None, js=f'() => {{ {reload} }}')
+    back = page.on('page.load', on_return, '', 'making', queue=True, concurrency_limit=None)
+    for event in (made,back): event.then(None, None, None, js=f'() => {{ {reload} }}')
 
 def _first_sight(page):
     "The finished comparison on which a page opens"
