@@ -18,6 +18,9 @@ from .ballots import *
 from .core import _shown
 
 # %% ../nbs/57c_booth.ipynb #i9of3qcq
+# Prompts with a winner, from which on training on the votes is worth a try: a fifth of them is held back
+enough_votes = 20
+
 class Booth:
     "What a page knows of votes; a `Desk` is one"
     def __init__(self,
@@ -36,6 +39,14 @@ class Booth:
     def places(self):
         "Where things lie in the folder"
         return Places(self.path)
+
+    def progress(self)->dict:
+        "How many votes there are, how many pairs they make on how many prompts, and how many prompts more are needed to train on them"
+        votes = self._read_votes()
+        pairs = preferences(votes)
+        prompts = len({o['prompt'] for o in pairs})
+        return dict(votes=len(votes), pairs=len(pairs), prompts=prompts, needed=enough_votes,
+            left=max(0, enough_votes-prompts))
 
     def remember(self, c):
         "Keep the last comparisons, for votes and for saving"
@@ -118,9 +129,6 @@ def train_command(self:Booth,
     return f'rlhf_nb run --stages sft dpo --set sft.skip=true --model {model} --data {data} --out outputs/from_votes'
 
 # %% ../nbs/57c_booth.ipynb #ec5vn7hc
-# Prompts with a winner, from which on training on the votes is worth a try: a fifth of them is held back
-enough_votes = 20
-
 def twins(
     c:dict # A comparison
 )->bool:
@@ -139,15 +147,6 @@ def next_prompt(self:Booth,
         for r in rows: said.setdefault(r['prompt'], set()).add(r['response'].strip())
     for p in self.prompts[at:]+self.prompts[:at]:
         if p not in done and len(said[p])>1: return p
-
-@patch
-def progress(self:Booth)->dict:
-    "How many votes there are, how many pairs they make on how many prompts, and how many prompts more are needed to train on them"
-    votes = self._read_votes()
-    pairs = preferences(votes)
-    prompts = len({o['prompt'] for o in pairs})
-    return dict(votes=len(votes), pairs=len(pairs), prompts=prompts, needed=enough_votes,
-        left=max(0, enough_votes-prompts))
 
 # %% ../nbs/57c_booth.ipynb #tt968mko
 class _Learning:

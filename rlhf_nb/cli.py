@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cmd_demo', 'cmd_run', 'cmd_train', 'cmd_explore', 'cmd_generate', 'cmd_judge', 'cmd_check', 'cmd_plan', 'cmd_merge',
-           'cmd_eval_reward', 'cmd_failures', 'cmd_analyze', 'cmd_config', 'cmd_app', 'cmd_completion', 'cmd_bench',
-           'main']
+           'cmd_export', 'cmd_push', 'cmd_eval_reward', 'cmd_failures', 'cmd_analyze', 'cmd_config', 'cmd_app',
+           'cmd_completion', 'cmd_bench', 'main']
 
 # %% ../nbs/62_cli.ipynb #c0e50f24
 import json,re,shlex,sys
@@ -30,6 +30,7 @@ from .folders import *
 from .modelcard import *
 from .adapters import *
 from .load import *
+from .gguf import *
 from .records import *
 from .gauge import *
 from .exchange import *
@@ -37,6 +38,7 @@ from .llm import *
 from .judge import *
 from .line import *
 from .pipeline import *
+from .hub import *
 from .preflight import *
 from .plan import *
 from .flags import *
@@ -273,6 +275,22 @@ def cmd_merge(a):
     if not found: raise ValueError(f'{folder}: no adapters here: neither an adapter_config.json nor a folder with one')
     to = Path(a.to) if a.to else folder.with_name(folder.name+'_merged') if one else folder/'merged'
     for o in found: _merge(o, to if one else to/o.name, _said(a))
+
+def cmd_export(a):
+    "A policy as one GGUF file, for llama.cpp and what is built on it"
+    check_gguf(a.gguf)                         # before a model is looked for
+    folder = Path(a.run)
+    if not is_adapter(folder) and not (folder/'config.json').is_file(): folder = last_policy(Places(folder), a.stage)
+    elif a.stage: raise ValueError(f'--stage: {folder} is the folder of one model')
+    m,tok = load_policy(str(folder))
+    name = export_gguf(merged(m) if isinstance(m, Adapted) else m, tok, a.gguf, a.dtype)
+    print(f'{a.gguf}: {folder} ({name}, {a.dtype}, {Path(a.gguf).stat().st_size/1e6:,.1f} MB)')
+
+def cmd_push(a):
+    "A run's models, samples and report on the Hugging Face Hub"
+    folder = Path(a.run)
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder; expected a run')
+    push(Places(folder), a.name, a.private, a.dry_run, a.also or (), a.without or ())
 
 def cmd_eval_reward(a):
     "How right any reward model is on any pairs"

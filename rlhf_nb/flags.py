@@ -140,6 +140,22 @@ _merge_flags = {
     'folder': _flag('run folder, or folder of an adapter (of peft too)'),
     '--to': _flag('where the whole models go (default: merged in the run, or beside the adapter)', metavar='DIR')}
 
+# what goes to the Hub, and what stays
+_push_flags = {
+    'run': _flag('run folder'),
+    'name': _flag('USER/NAME of the data set with samples and report; models are USER/NAME-ppo and so on'),
+    '--private': _flag('new repositories are seen by their owner alone', **_yes),
+    '--dry-run': _flag('only list every file and its size', **_yes),
+    '--also': _flag('what else goes: checkpoints, votes, logs, judgements, value (the value model)', **_many),
+    '--without': _flag('files of the run that stay at home, such as "results/*.png"', metavar='PATTERN', **_many)}
+
+# which model is written for llama.cpp, and how
+_export_flags = {
+    'run': _flag('run folder, or folder of one model or adapter'),
+    '--gguf': _flag('file to write', metavar='FILE', required=True),
+    '--stage': _flag('whose policy of a run it is: sft, dpo, ppo or grpo (default: the last one there)'),
+    '--dtype': _flag('how numbers are written (default: %(default)s)', choices=('fp16','bf16','fp32'), default='fp16')}
+
 # the page, and who may see it
 _app_flags = {
     'run': _flag('run folder, or a folder of samples (default: outputs/demo where it exists, else samples that come '
@@ -208,6 +224,10 @@ commands = (
         '--config my.yaml --card T4',)),
     Command('merge', "whole models of a run's adapters, or of one adapter's folder", None, _merge_flags, examples=(
         'outputs/run',)),
+    Command('export', 'a policy as one GGUF file, for llama.cpp and what is built on it', None, _export_flags, examples=(
+        'outputs/run --gguf ppo.gguf',)),
+    Command('push', "a run's models, samples and report on the Hugging Face Hub", None, _push_flags, examples=(
+        'outputs/run me/my-run --dry-run',)),
     Command('explore', 'the data report', _run, _explore_flags, examples=('--data pairs.jsonl --tokenizer gpt2',)),
     Command('generate', 'samples of all models of a run with reward and KL', None, _generate_flags, _demo, (
         'outputs/run --prompts mine.txt --to answers --n 4',)),
