@@ -12,6 +12,7 @@ import gradio as gr
 
 from .core import *
 from .text import *
+from .digest import *
 from .wordview import *
 from .cards import *
 from .booth import *
