@@ -25,12 +25,13 @@ from .metrics import *
 
 # %% ../nbs/46_plots.ipynb #e265d58d
 # model or metric -> colour; a model has that of its stage
-colours = {**{name:stage.colour for name,stage in policies.items()}, 'reward':'#cc78bc',
-           'gold':'#d55e00'}
+colours = {**{name:stage.colour for name,stage in policies.items()}, 'reward':'#d36bb5',
+           'gold':'#5b2a86'}
 markers = dict(zip(policies, 'so^Dphd'))
 _spare = '#56b4e9','#ca9161','#ece133','#fbafe4'   # for models and parts that are not in the table
 _ink = '#333333'                                   # what belongs to no model
 _title,_text,_small = 9,8,7                        # sizes of letters, in points
+_dpi = 100                                         # of a notebook: the smallest letters are 9.7 pixels high
 
 class Look(NamedTuple):
     "How a model is drawn"
@@ -69,7 +70,7 @@ def _axes(n:int, cols:int=3, height:float=1.55, width:float=6.):
     "A figure with `n` panels of `height` inches, and their axes"
     cols = min(n, cols)     # fewer panels are wider
     rows = -(-n//cols)      # rounded up
-    fig = Plot((width, min(3.4, height*rows+.3)), dpi=80, layout='constrained')
+    fig = Plot((width, min(3.4, height*rows+.3)), dpi=_dpi, layout='constrained')
     axs = fig.subplots(rows, cols, squeeze=False).flatten()
     for ax in axs:
         ax.tick_params(labelsize=_small)
@@ -114,7 +115,8 @@ axis_units = dict(reward='reward', gold='reward', kl='nats per response', entrop
 
 def _metric(k:str)->str:
     "What people call a metric"
-    return k.replace('_', ' ').replace('gold', 'true reward')
+    said = k.replace('_', ' ').replace('gold', 'true reward')
+    return re.sub(r'\b(kl|nll)\b', lambda m: m[0].upper(), said)
 
 def _curve_panel(
     ax,
@@ -160,9 +162,9 @@ def plot_training(
     ends = {k:f"{shown_name(k)} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}"
             for k,d in df.groupby('key', sort=False)}
     # what the stage is about, as its headline
-    found = [ends[k].replace('_', ' ') for k in ('reward','kl','nll','loss','accuracy')
+    found = [_metric(ends[k]) for k in ('reward','kl','nll','loss','accuracy')
              if k in ends][:2]
-    fig.suptitle(f"{_drawn(stage or kind)}: {', '.join(found)}\n{band}", fontsize=_title)
+    fig.suptitle(f"{_drawn(label_of(stage or kind))}: {', '.join(found)}\n{band}", fontsize=_title)
     told = '; '.join(ends[k] for k in list(ends)[:3])
     fig.alt = f"{stage or kind}, {int(df['update'].max())+1} updates, {band}. {told}."
     return fig,df
@@ -240,14 +242,15 @@ def plot_costs(
     fig,(ax,) = _axes(1, height=1.9, width=5.)
     left = np.zeros(len(df))                                       # where the next part of each bar begins
     parts = dict(sample='sampling', score='scoring', train='training')
-    for (k,name),colour,hatch in zip(parts.items(), _spare, ('','//','..')):
+    # from light to dark, and no pattern that shimmers
+    for (k,name),colour in zip(parts.items(), ('#cccccc','#969696','#525252')):
         seconds = df[f'{k}_seconds'].fillna(0).values
-        ax.barh(df.stage, seconds, left=left, color=colour, hatch=hatch, label=name)
+        ax.barh([label_of(s) for s in df.stage], seconds, left=left, color=colour, edgecolor='w', lw=.8, label=name)
         left = left+seconds
     ax.invert_yaxis()                                              # the first stage on top
     _label(ax, x='seconds, mean over runs')
     if left.any():
-        fig.suptitle(f'{_drawn(df.stage.iloc[int(left.argmax())])} takes longest: {left.max()/left.sum():.0%} of '
+        fig.suptitle(f'{_drawn(label_of(df.stage.iloc[int(left.argmax())]))} takes longest: {left.max()/left.sum():.0%} of '
                      f'{short(left.sum())} seconds', fontsize=_title)
     fig.alt = 'Seconds of each stage: '+', '.join(f'{r.stage} {short(r.seconds)}'
                                                   for r in df.itertuples())+'.'
@@ -262,8 +265,9 @@ def _draw_yardsticks(ax, d):
         ax.plot(k.kl, k.value, ls=dash, marker=marker, ms=4, lw=1, color=_ink, label=kind)
         ax.fill_between(k.kl, k.low, k.high, color=_ink, alpha=.1, lw=0)
     for r in d[d.kind=='best-of-n'].itertuples():
-        ax.annotate(r.name, (r.kl,r.value), fontsize=_small-1, xytext=(2,-7),
-                    textcoords='offset points')
+        # above its point, where no method can be; the first stands on the reference
+        if r.kl>0: ax.annotate(r.name, (r.kl,r.value), fontsize=_small, xytext=(-3,4), ha='right',
+                               textcoords='offset points')
 
 def _draw_methods(ax, d):
     "Where training went, and where the methods ended"
@@ -304,8 +308,7 @@ def plot_frontier(
     for ax,(metric,d) in zip(axs, df.groupby('metric', sort=False)):
         _draw_yardsticks(ax, d)
         _draw_methods(ax, d)
-        _label(ax, dict(gold='true reward').get(metric, metric),
-               'KL(policy ‖ reference), nats per response', 'reward', legend=False)
+        _label(ax, '', 'KL(policy ‖ reference), nats per answer', shown_name(metric), legend=False)
     # one legend for all panels, each name once
     names = {label:handle for ax in axs for handle,label in zip(*ax.get_legend_handles_labels())}
     fig.legend(names.values(), names, fontsize=_small, frameon=False, loc='outside right center')
@@ -339,13 +342,22 @@ def plot_overoptimisation(
             label = name+(' (each line a seed)' if len(runs)>1 else '')
             ax.plot(k.d, k[key], color=colours[key], ls=dash, lw=1, marker='.', ms=3,
                     label=None if i else label)                    # the legend needs it once
-        if not math.isnan(k.turn.iloc[0]):
-            ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':',
-                       label=None if i else 'fitted turn')
-    _label(ax, x='√KL(policy ‖ reference), nats per response', y='reward')
-    turns = [f'{t**2:.1f}' for t in df.groupby('seed', sort=False).turn.first() if t==t]
-    found = 'no turn of the true reward in these data'
-    if turns: found = f"the true reward turns at KL {', '.join(turns)}"
+        if not math.isnan(k.turn.iloc[0]): ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':')
+    turns = sorted(t**2 for t in df.groupby('seed', sort=False).turn.first() if t==t)
+    found,scale = 'no turn of the true reward in these data',''
+    far = float(df.d.max())
+    if turns:
+        at = f'{turns[0]:.1f}'+(f' to {turns[-1]:.1f}' if len(turns)>1 else '')
+        found = f'the true reward turns at KL {at}'
+        # where it goes on far beyond the turn, that would be a sliver at the edge
+        if far>4*turns[-1]**.5:
+            scale = ', logarithmic'
+            ax.set_xscale('log')
+            ax.set_xlim(max(.1, .2*turns[0]**.5), 1.1*far)
+            ax.xaxis.set_major_formatter('{x:g}')
+        ax.annotate(f'turn: KL {at}', (turns[-1]**.5,ax.get_ylim()[1]), fontsize=_small, xytext=(4,-2),
+                    textcoords='offset points', va='top')
+    _label(ax, x=f'√KL(policy ‖ reference), √nats per answer{scale}', y='reward')
     fig.suptitle(f'{found}\nmoving averages over updates', fontsize=_title)
     best = df.loc[df.groupby('seed').gold.idxmax()]
     fig.alt = 'Reward and true reward over the square root of the KL. '+'; '.join(
@@ -404,35 +416,55 @@ def plot_win_rates(
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #plo0fai1
+# what people call the sets of prompts
+_set_names = dict(test='test prompts', dev='dev prompts', ood='out of distribution')
+
+def _failure_panel(
+    ax,
+    d,         # what, model, mean, low, high of one set of prompts
+    top,       # The failures, the first on top
+    names:list # Of the models, which share the line of a failure
+):
+    "The failures of one set: each a band, in which the models stand below each other"
+    step = .6/max(1, len(names)-1)
+    for i,f in enumerate(reversed(top)):
+        if i%2: ax.axhspan(i-.5, i+.5, color='#f0f0f0', lw=0, zorder=0)
+        of = d[d.what==f]
+        _ranges(ax, [i+.3-step*names.index(m) for m in of.model], of)
+    ax.set_ylim(-.5, len(top)-.5)
+    ax.tick_params(axis='y', length=0)
+
 def plot_failures(
     failures,   # As in `failure_data`
-    most:int=12 # Failures shown, the most frequent first
+    most:int=8  # Failures shown, the most frequent first
 ):              # Figure, data
     "Failure rates by model"
     df = failure_data(failures)
     if not len(df):
         raise ValueError('plot_failures: no rate with an interval for reference, ppo, grpo or dpo')
-    top = df.groupby('failure').high.max().sort_values(ascending=False).index[:most]
-    shown = df[df.failure.isin(top)]
-    names = list(dict.fromkeys(df.model))
-    step = .6/max(1, len(names)-1)                                 # the models of one failure share its line
-    fig,(ax,) = _axes(1, height=min(3.1, .9+.25*len(top)))
-    for i,f in enumerate(reversed(top)):
-        d = df[df.failure==f]
-        _ranges(ax, [i+.3-step*names.index(m) for m in d.model], d)
-    # for the legend alone: `_ranges` names nothing
-    for m in names:
+    # a failure is called `set, name` where there are sets of prompts
+    parts = df.failure.str.split(', ', n=1)
+    several = (parts.str.len()==2).all()
+    df = df.assign(set=parts.str[0] if several else '', what=parts.str[-1])
+    sets = list(dict.fromkeys(df.set))[:2]
+    df = df[df.set.isin(sets)]
+    top = df.groupby('what').high.max().sort_values(ascending=False).index[:most]
+    shown,names = df[df.what.isin(top)],list(dict.fromkeys(df.model))
+    fig,axs = _axes(len(sets), 2, height=min(3.1, .7+.3*len(top)))
+    for ax,s in zip(axs, sets): _failure_panel(ax, shown[shown.set==s], top, names)
+    axs[0].set_yticks(range(len(top))[::-1], [_drawn(str(t)[:40].replace('_', ' ')) for t in top])
+    for ax in axs[1:]: ax.set_yticks(range(len(top)), ['']*len(top))
+    for ax,s in zip(axs, sets):
+        ax.set_xlim(-.02, min(1.02, shown.high.max()*1.1))
+        _label(ax, _drawn(_set_names.get(s, s)), 'share of answers', legend=False)
+    for m in names:                                                # for the legend alone: `_ranges` names nothing
         look = look_of(m)
-        ax.plot([], [], color=look.colour, marker=look.marker, ms=4, ls='',
-                label=_drawn(label_of(m)))
-    ax.set_yticks(range(len(top))[::-1], [_drawn(str(t)[:48].replace('_', ' ')) for t in top])
-    ax.set_xlim(-.02, min(1.02, shown.high.max()*1.1))
-    ax.set_ylim(-.6, len(top)-.4)
-    _label(ax, x='share of answers that fail', legend=False)
+        axs[0].plot([], [], color=look.colour, marker=look.marker, ms=4, ls='', label=_drawn(label_of(m)))
     fig.legend(fontsize=_small, frameon=False, loc='outside right center')
     worst = shown.loc[shown['mean'].idxmax()]
-    found = (f"most frequent: {worst.failure.replace('_', ' ')}, {worst['mean']:.2f} of the answers of "
-             f"{label_of(worst.model)}")
+    whose = 'the reference' if worst.model=='reference' else label_of(worst.model)
+    where = f" ({_set_names.get(worst.set, worst.set)})" if worst.set else ''
+    found = f"most frequent: {worst.what.replace('_', ' ')}, {worst['mean']:.0%} of the answers of {whose}{where}"
     fig.suptitle(f'{_drawn(found[:90])}\n{_spread(df.runs.max())}', fontsize=_title)
     fig.alt = f"Rates of {len(top)} failures by model; {found}. All rates: the CSV file beside the picture."
-    return fig,df
+    return fig,df.drop(columns=['set','what'])
