@@ -12,7 +12,6 @@ import gradio as gr
 
 from .core import *
 from .text import *
-from .digest import *
 from .wordview import *
 from .cards import *
 from .booth import *
@@ -75,6 +74,7 @@ def _lay_out_answers():
     gr.Textbox(visible='hidden', elem_id='saved')      # a text on its way to a file
     # a token that somebody asks about, and what else could stand there: the script shows it beside the token
     gr.Textbox(visible='hidden', elem_id='token')
+    gr.Button(visible='hidden', elem_id='ask-token')
     gr.HTML(visible='hidden', elem_id='choices')
 
 # The buttons of the answers, in the order of the columns
@@ -216,7 +216,7 @@ def _wire_comparison(page):
         if not i.isdigit(): return dict(choices='')
         try: return dict(choices=choices_of(desk, id, k, int(i)))
         except refused as e: return dict(choices=status_html(str(e), 'bad'))
-    page.on('token.input', on_token, 'id token', 'choices', queue=True, concurrency_limit=desk.parallel)
+    page.on('ask-token.click', on_token, 'id token', 'choices', queue=True, concurrency_limit=desk.parallel)
     page.on('colour.change', on_colour, 'id colour', 'board', trigger_mode='always_last')
     page.saves(page.on('save.click', on_save, 'id', 'saved'), 'saved', 'comparison.json')
     to_prompt = "() => { const p = document.querySelector('#prompt textarea'); rlhf_show('#past'); p && p.focus(); }"

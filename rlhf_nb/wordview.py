@@ -141,7 +141,7 @@ def choices_html(
     def choice(text, p):
         "A token and its probability"
         here = ' class="took"' if text==took else ''
-        return f'<tr{here}><td>{esc(seen_blanks(text))}</td><td>{p:.0%}</td></tr>'
+        return f'<tr{here}><td>{esc(seen_blanks(text))}</td><td>{f"{p:.0%}" if p>=.005 else "under 1%"}</td></tr>'
     def column(name, rows): return f'<table><caption>{esc(name)}</caption>{"".join(choice(*o) for o in rows)}</table>'
     tables = ''.join(column(*o) for o in columns.items())
     return shield(f'<div class="choices"><p><b>{esc(seen_blanks(took))}</b></p>{tables}</div>')

@@ -103,6 +103,7 @@ function rlhf_token(t) {
   const tip = rlhf_tip(t, t.title), field = document.querySelector('#board .tok') && t.closest('#board') && document.querySelector('#token textarea, #token input'), whose = t.closest('article')?.dataset.model;
   if (!field || !whose) return;
   field.value = whose+'|'+t.dataset.i; field.dispatchEvent(new Event('input', {bubbles: true}));
+  setTimeout(() => document.getElementById('ask-token').click());
 }
 document.addEventListener('click', e => { const t = e.target.closest && e.target.closest('.tok[data-i]'); if (t) rlhf_token(t); });
 document.addEventListener('keydown', e => {
