@@ -188,7 +188,8 @@ def test_modules_and_notebooks():
         assert f"File to edit: ../nbs/{numbered[name].name}." in f.read_text("utf-8"), f.name
     index = {}
     exec((root/"rlhf_nb"/"_modidx.py").read_text("utf-8"), index)
-    assert {f"rlhf_nb.{m}" for m in modules} == set(index["d"]["syms"])
+    # written by hand, for the folders of models: nothing here imports it
+    assert {f"rlhf_nb.{m}" for m in modules} == set(index["d"]["syms"])-{"rlhf_nb.remote.log_prob_reward"}
 
 
 @each_module
