@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_gguf', 'last_policy', 'tensors_of', 'export_gguf']
 
-# %% ../nbs/18b_gguf.ipynb #gguf0004
+# %% ../nbs/18b_gguf.ipynb #gguf0016
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ from .run import *
 from .template import *
 from .forward import *
 
-# %% ../nbs/18b_gguf.ipynb #gguf0007
+# %% ../nbs/18b_gguf.ipynb #gguf0017
 _llama_like = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3')   # model_type: llama.cpp's name
 _dtypes = dict(fp16='F16', bf16='BF16', fp32='F32')
 
@@ -35,7 +35,8 @@ def last_policy(
 )->Path:
     "The folder of a run's policy"
     known = [s.name for s in stage_table.values() if s.policy]
-    if stage is not None and stage not in known: raise ValueError(f"--stage: expected {', '.join(known)}, got '{stage}'")
+    if stage is not None and stage not in known:
+        raise ValueError(f"--stage: expected {', '.join(known)}, got '{stage}'")
     there = [s for s in ([stage] if stage else known) if run.made(s).is_dir()]
     if not there: raise FileNotFoundError(f'{run.path}: no policy here{f" of the stage {stage}" if stage else ""}')
     return run.made(there[-1])
@@ -50,7 +51,8 @@ def _architecture(c)->str:
     odd = {'rope_type':rope.get('rope_type', 'default')!='default',
            'sliding_window':getattr(c, 'sliding_window', None) and getattr(c, 'use_sliding_window', True),
            'attention_bias':name=='llama' and getattr(c, 'attention_bias', False)}
-    if bad := [k for k,v in odd.items() if v]: raise ValueError(f'--gguf: a model with {bad[0]} of its own is not written')
+    bad = [k for k,v in odd.items() if v]
+    if bad: raise ValueError(f'--gguf: a model with {bad[0]} of its own is not written')
     return name
 
 def _sizes(w, c):
@@ -96,10 +98,11 @@ def tensors_of(model)->dict: # {name: tensor}
         out[to] = x.detach().float().cpu().contiguous()
     return out
 
-# %% ../nbs/18b_gguf.ipynb #gguf0009
+# %% ../nbs/18b_gguf.ipynb #gguf0018
 # how a tokenizer cuts text, as its file says it: llama.cpp's name of the rule. Alone, ByteLevel has GPT-2's pattern
 _digits = '{"type": "Digits", "individual_digits": true}'
-_qwen = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+"
+_qwen = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}"
+         "| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+"
          "|\\\\s+(?!\\\\S)|\\\\s+")
 
 def _rule(d)->str:
@@ -162,14 +165,15 @@ def export_gguf(
     with replacing(path) as tmp:
         w = GGUFWriter(str(tmp), name)
         w.add_name(Path(path).stem)
-        w.add_file_type(dict(fp16=LlamaFileType.MOSTLY_F16, bf16=LlamaFileType.MOSTLY_BF16, fp32=LlamaFileType.ALL_F32)[dtype])
+        w.add_file_type(LlamaFileType['ALL_F32' if dtype=='fp32' else f'MOSTLY_{_dtypes[dtype]}'])
         _sizes(w, c)
         _add_tokenizer(w, model, t)
         for k,x in tensors.items():
             # positions are added to float32 in llama.cpp
-            kind = GGMLQuantizationType.F32 if x.dim()<2 or 'position_embd' in k else GGMLQuantizationType[_dtypes[dtype]]
-            if kind==GGMLQuantizationType.F16 and x.abs().max()>65504:
-                raise ValueError(f'--dtype fp16: {k} has numbers up to {x.abs().max():.0f}, fp16 ends at 65,504; use bf16 or fp32')
+            kind = GGMLQuantizationType['F32' if x.dim()<2 or 'position_embd' in k else _dtypes[dtype]]
+            if kind==GGMLQuantizationType.F16 and (most := x.abs().max())>half_range:
+                raise ValueError(f'--dtype fp16: {k} has numbers up to {most:,.0f}, fp16 ends at {half_range:,.0f}; '
+                                 'use bf16 or fp32')
             w.add_tensor(k, quantize(x.numpy(), kind), raw_dtype=kind)
         w.write_header_to_file()
         w.write_kv_data_to_file()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['push_extras', 'Upload', 'uploads', 'listing', 'findings', 'check_uploads', 'push']
 
-# %% ../nbs/54b_hub.ipynb #hubx0016
+# %% ../nbs/54b_hub.ipynb #hubx0011
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,10 +16,13 @@ from huggingface_hub import CommitOperationAdd,HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from .core import *
 from .run import *
 from .folders import *
+from .modelcard import *
+from .folders import _json_file
 
-# %% ../nbs/54b_hub.ipynb #hubx0017
+# %% ../nbs/54b_hub.ipynb #hubx0007
 class Upload(NamedTuple):
     "What one repository is given"
     repo:str    # Its name
@@ -27,7 +30,8 @@ class Upload(NamedTuple):
     files:dict  # {path there: a file here, or bytes}
 
 # what goes only where it is asked for, and what of a run that is
-push_extras = dict(checkpoints='checkpoints', votes='votes.jsonl', logs='logs', judgements='results/judgements', value='value_model')
+push_extras = dict(
+    checkpoints='checkpoints', votes='votes.jsonl', logs='logs', judgements='results/judgements', value='value_model')
 
 def _below(folder, where='')->dict:
     "{path: file} of a folder or a file; files that begin with a dot are nobody's"
@@ -72,7 +76,8 @@ def uploads(
     for k in also:
         if k!='value' and (run.path/push_extras[k]).exists(): data |= _below(run.path/push_extras[k], push_extras[k])
     data = kept(data)
-    if not out and not data: raise FileNotFoundError(f'{run.path}: nothing of a run here: no models, no results, no samples')
+    if not out and not data:
+        raise FileNotFoundError(f'{run.path}: nothing of a run here: no models, no results, no samples')
     return out+[Upload(name, 'dataset', {'README.md':_page(name, out), **data})]
 
 def listing(
@@ -86,14 +91,15 @@ def listing(
         lines += [f'  {n:>13,}  {k}' for k,n in sizes.items()]
     return '\n'.join(lines)
 
-# %% ../nbs/54b_hub.ipynb #hubx0010
+# %% ../nbs/54b_hub.ipynb #hubx0016
 _secrets = {
     'a token of the Hub': r'\bhf_[A-Za-z0-9]{30,}',
-    'a key of an API': r'\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{35}|\b(?:ghp|gho|ghs)_[A-Za-z0-9]{30,}'
-                       r'|\bgithub_pat_\w{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}',
+    'a key of an API': r'\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{35}'
+                       r'|\b(?:ghp|gho|ghs)_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}',
     'a private key': r'-----BEGIN [A-Z ]*PRIVATE KEY-----',
     'a password in an address': r'\w://[^/\s:@"]+:[^/\s@"]+@',
-    'a key or password': r'(?i)\b(?:api[_-]?key|secret|passw(?:or)?d|access[_-]?token)["\']?\s*[:=]\s*["\']?[A-Za-z0-9_\-./+]{16,}'}
+    'a key or password': r'(?i)\b(?:api[_-]?key|secret|passw(?:or)?d|access[_-]?token)["\']?\s*[:=]\s*["\']?'
+                         r'[A-Za-z0-9_\-./+]{16,}'}
 _roots = 'home|root|Users|mnt|media|tmp|var|srv|work|workspace|scratch|data|private|gpfs|lustre'
 _machine_path = rf'(?<![\w.~:/-])/(?:{_roots})/[\w.-]+|\b[A-Za-z]:\\+Users\\+\w+'
 _no_text = '.safetensors','.pt','.bin','.png','.gguf','.parquet'
@@ -132,7 +138,8 @@ def check_uploads(
     lines = [f'{o.repo}: {k}, line {i}: {what} ({begin})' for o,k,(i,what,begin) in bad[:5]]
     more = f' and {len(bad)-5} more' if len(bad)>5 else ''
     hint = 'mend these files, or leave them at home (--without PATTERN)'
-    if any(k==CONFIG for _,k,_ in bad): hint += '; of an adapter whose base is a folder, `rlhf_nb merge RUN` makes a whole model'
+    if any(k==CONFIG for _,k,_ in bad):
+        hint += '; of an adapter whose base is a folder, `rlhf_nb merge RUN` makes a whole model'
     raise ValueError(f"nothing was uploaded: {'; '.join(lines)}{more}: {hint}")
 
 # %% ../nbs/54b_hub.ipynb #hubx0013

@@ -166,7 +166,9 @@ lm.load_state_dict({{k[3:]: v for k, v in weights.items() if k.startswith('lm.')
 
 def card_code(folder, name:str, t, role:str)->str:
     "The code of a card; `role` is policy, reward or value"
-    kinds = dict(policy=policy_code, reward=log_prob_code if is_log_prob(folder) and not has_code(folder) else score_code, value=values_code)
+    # with code in its folder such a model is a classifier as others are
+    reward = log_prob_code if is_log_prob(folder) and not has_code(folder) else score_code
+    kinds = dict(policy=policy_code, reward=reward, value=values_code)
     return kinds[role](Path(folder), name, t)
 
 # %% ../nbs/16b_modelcard.ipynb #mcfo0002
