@@ -766,6 +766,27 @@ def test_votes_train_a_policy(folder, tmp_path):
     assert (tmp_path/"out"/"dpo_model"/"model.safetensors").exists()
 
 
+def test_a_space_starts_offline(folder, tmp_path):
+    "What `rlhf_nb app RUN --space FOLDER` writes is a page by itself, without models and without network"
+    said = subprocess.run([sys.executable, "-m", "rlhf_nb", "app", str(folder), "--space", str(tmp_path/"space")], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_SERVER_PORT": str(port)}
+    server = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path/"space", env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout.readline().startswith("http"), "it did not start"
+        c = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        c.request("GET", "/config")
+        assert c.getresponse().status == 200
+    finally:
+        server.terminate()
+        server.wait()
+    with pytest.raises(ValueError, match="without models"):
+        launch(folder, host="0.0.0.0", public=True, inline=False)
+
+
 def test_load_and_kill(folder, tmp_path):
     "32 clients at once, then SIGKILL: only an orderly 'queue full', no lost or doubled vote, memory flat"
     r = load(folder, 32, 10, votes=tmp_path/"votes.jsonl")

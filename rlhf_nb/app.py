@@ -13,6 +13,7 @@ import gradio as gr
 import torch
 from fastapi.security import OAuth2PasswordRequestForm
 
+from .records import *
 from .cards import *
 from .desk import *
 from .guard import *
@@ -93,12 +94,14 @@ def launch(
     parallel:int=2, queue:int=16, demo:tuple=('outputs/demo',()), # As in `mk_app`
     inline:bool=None,    # Show it below a notebook's cell (None: yes)
     allow_host=(),       # More names that the page answers to, such as that of a proxy in front of it
+    public:bool=False,   # Anybody who reaches it may look, without a password: for samples alone
     **kw                 # As in `Desk`
 )->gr.Blocks:            # With `local_url`, `desk` and `close()`
     "Open the page, in a notebook or from the command line; returns at once"
     _check_password(password)
     host,port = _checked_place(host, port)
-    if (share or not _loopback(host.strip('[]'))) and not password:
+    if public and kw.get('live', True): raise ValueError('public: for a page without models (live=False)')
+    if (share or not _loopback(host.strip('[]'))) and not (password or public):
         raise ValueError('A page that others can reach needs a password')
     hosts = page_hosts(host, allow_host)
     desk = Desk(run, **kw)
@@ -130,8 +133,9 @@ def app_main(
     a = own_parser('app').parse_args(args)
     more = dict(o.split('=', 1) for o in a.policy if '=' in o)
     if len(more)<len(a.policy): raise ValueError('--policy: expected NAME=PATH, with names that differ')
-    password = _typed_password() if a.password else None
     run = a.run or ('outputs/demo' if Path('outputs/demo').is_dir() else None)
+    if a.space: return print(f'{write_space(run or shipped_samples(), a.space)}: push it to a Space, or try it: python app.py in it')
+    password = _typed_password() if a.password else None
     # small models: a second thread costs more than it gives
     if not torch.cuda.is_available(): torch.set_num_threads(1)
     sys.setswitchinterval(5e-4)        # importing what loads the models must not hold up the page

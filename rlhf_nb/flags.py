@@ -163,6 +163,7 @@ _app_flags = {
     '--policy': _flag('one more causal LM, a folder or a Hub name; may be repeated', action='append', default=[],
                       metavar='NAME=PATH'),
     '--samples-only': _flag('load no models', **_yes),
+    '--space': _flag('open nothing: write a folder to put on a Space, with the samples and no models', metavar='FOLDER'),
     '--votes': _flag('where votes go (default: votes.jsonl of the run)', metavar='FILE'),
     '--host': _flag('address to listen on (default: this machine alone)', default='127.0.0.1'),
     '--port': _flag('default: the next free one from 7860; 0: any', type=int),

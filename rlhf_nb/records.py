@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['raw_files', 'split_source', 'file_source', 'samples_json', 'stored_tokens', 'write_samples', 'samples_source',
-           'write_results', 'samples_md', 'shipped_samples', 'published']
+           'write_results', 'samples_md', 'shipped_samples', 'write_space', 'published']
 
 # %% ../nbs/33_records.ipynb #recoh003
 from importlib.resources import files
 import hashlib,json,math,tempfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -223,6 +224,51 @@ def _worth(r):
 def shipped_samples()->Path:
     "Samples that come with the package: twenty prompts of the embedded world, four models"
     return Path(files('rlhf_nb')/'samples')
+
+# %% ../nbs/33_records.ipynb #nubri0xk
+_space_app = """\"Samples of a run side by side, without its models\"
+import os,threading
+
+import rlhf_nb.app
+
+port = int(os.environ.get('GRADIO_SERVER_PORT', 7860))
+app = rlhf_nb.app.launch('samples', os.environ.get('RLHF_NB_HOST', '0.0.0.0'), port, live=False, public=True, inline=False)
+print(app.local_url, flush=True)
+threading.Event().wait()
+"""
+
+_space_readme = """---
+title: {title}
+emoji: ⚖️
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+pinned: false
+license: mit
+---
+
+Answers of {models} to {n} prompts, side by side: reward, KL, and what each token cost. Nothing is computed here, no model is loaded.
+Made by `rlhf_nb app --space`; push this folder to a Space.
+"""
+
+def write_space(
+    run,                 # Run folder, or a folder of samples
+    to,                  # New folder
+    title:str='RLHF, side by side'
+)->Path:                 # The folder
+    "A folder to put on a Space: app.py, requirements.txt, README.md and the run's samples; no models"
+    records,places,to = read_samples(run),Places(run),Path(to)
+    if to.exists() and (to.is_file() or any(to.iterdir())):
+        raise FileExistsError(f'--space: {to} is there already and not empty; choose another folder')
+    folder = places.samples if places.samples.is_dir() else places.path
+    # as they are: samples.json says whose prompts they are, and can be held against them
+    for f in (*folder.glob('*_samples.json'), folder/'samples.json'):
+        if f.exists(): write_text(to/'samples'/f.name, read_text(f))
+    n = len(groups(next(iter(records.values()))))
+    write_text(to/'app.py', _space_app)
+    write_text(to/'requirements.txt', 'git+https://github.com/rlhf-nb/rlhf_nb\n')
+    write_text(to/'README.md', _space_readme.format(title=title, gradio=version('gradio'), models=', '.join(records), n=n))
+    return to
 
 # %% ../nbs/33_records.ipynb #publco01
 raw_files = 'https://raw.githubusercontent.com/rlhf-nb/rlhf_nb/main/'

@@ -12,7 +12,6 @@ import gradio as gr
 
 from .core import *
 from .text import *
-from .digest import *
 from .wordview import *
 from .cards import *
 from .booth import *
