@@ -83,10 +83,10 @@ def command():
     name = sys.argv[1] if sys.argv[1:] else ''
     if first:
         # help, and what is wrong with the flags: nobody waits for torch to be told
-        from rlhf_nb.flags import completion,read_args
+        from rlhf_nb.flags import read_args,shell_script
         a = read_args(sys.argv[1:])
         if name=='completion':
-            print(completion(a.shell))
+            print(shell_script(a.shell))
             return
     return (_alone if first else _beside)(name, sys.argv[1:])
 

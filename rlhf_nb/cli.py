@@ -332,7 +332,7 @@ def cmd_app(a):
 
 def cmd_completion(a):
     "A script by which a shell completes this command"
-    print(completion(a.shell))
+    print(shell_script(a.shell))
 
 def cmd_bench(a):
     "Benchmarks against TRL"
