@@ -133,8 +133,11 @@ def _win_rates(votes, by='people'):
 
 def vote_summary(
     votes:list # From `votes.read_votes`
-)->dict:       # votes, ties, bad; kinds {how they came about: votes, win_rates}; of people: win_rates {model: WinRate}, agreement {judge: as `votes.human_agreement`}
-    "Win rates against the reference, and agreement with the rewards; what programs voted stands apart"
+)->dict:       # votes, ties, bad; kinds; of people: win_rates, agreement
+    """Win rates against the reference, and agreement with the rewards; what programs voted stands apart
+
+    `kinds` is {how they came about: votes, win_rates}, `win_rates` {model: WinRate}, `agreement` {judge: as
+    `votes.human_agreement`}."""
     from rlhf_nb.verdicts import stored
     from rlhf_nb.votes import human_agreement,of_people,vote_kind,vote_kinds
     said,kinds = [v['vote'] for v in votes],{}

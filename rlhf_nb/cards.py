@@ -112,11 +112,11 @@ measures = dict(
         "how far from the reference's words, in nats: the price of the reward"))
 
 def scales(
-    records:dict={} # {name: records} of a run
+    records:dict=None # {name: records} of a run
 )->dict:            # {measure: (lowest, highest) that a bar shows}, the same for every prompt
     "One scale for all answers, with zero in the middle where there are negative numbers"
     out = dict(reward=4., gold_reward=3., kl=10.)         # of a run without samples
-    rows = [r for rs in records.values() for r in rs]
+    rows = [r for rs in (records or {}).values() for r in rs]
     for key in out:
         sizes = sorted(abs(r[key]) for r in rows if r.get(key) is not None)
         most = sizes[int(.99*(len(sizes)-1))] if sizes else 0.     # a few may be longer than the scale
@@ -220,10 +220,10 @@ def card(
     colour:str='kl',    # `kl`, `log_prob`, `diff` (words that the reference has not) or `none`
     hide:bool=False,    # The text alone
     ref:dict=None,      # The reference's answer, to which this one is compared
-    c:dict={}           # The comparison that it is part of, with its `temperature` and `scales`
+    c:dict=None         # The comparison that it is part of, with its `temperature` and `scales`
 )->str:
     "One column"
-    best_of = numbers = more = ''
+    c,best_of,numbers,more = c or {},'','',''
     # numbers come with the last step; while a model writes there is text alone
     done = 'reward' in a
     if not hide:

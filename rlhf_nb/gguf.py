@@ -10,9 +10,6 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from .core import *
 from .run import *
 from .template import *

@@ -20,7 +20,6 @@ from .core import *
 from .run import *
 from .folders import *
 from .modelcard import *
-from .folders import _json_file
 
 # %% ../nbs/54b_hub.ipynb #hubx0007
 class Upload(NamedTuple):

@@ -541,7 +541,9 @@ def analyze(
     folder,      # A run, a folder of several seeds, or one with samples only
     command=None # The command line that made it, to be named in the report
 )->str:          # The report in Markdown
-    "Write `results/ANALYSIS.md`, `results/DETAILS.md`, `results/training_analysis/`, the pictures of `results/failure_analysis/`, and complete `results/summary.json`"
+    """Write the report and complete `results/summary.json`
+
+    In `results`: ANALYSIS.md, DETAILS.md, `training_analysis/`, and the pictures of `failure_analysis/`."""
     data,at = read_runs(folder),Places(folder)
     md,details,numbers = mk_report(data, command, at.results)
     old = _found([], at.summary, at.read_summary)
