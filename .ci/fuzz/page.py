@@ -205,7 +205,8 @@ def web(rng, folder):
     if not good or not known or n_bad or p not in prompts: want = REFUSED
     elif want is not REFUSED:
         best = {k: max([r for r in files[k] if r['prompt'] == p][:want['n']], key=lambda r: r['reward'])['response'] for k in want['models']}
-        want = dict(want, prompt=p, answers=best)
+        # samples say what they were made with, which those that come with the package do not
+        want = dict(want, prompt=p, answers=best, temperature=None, max_new_tokens=None, seed=None)
     def got():
         event_id = json.loads(ask_page(f'/gradio_api/call/{name}', dict(data=data), host))['event_id']
         event, said = '', ''

@@ -153,7 +153,7 @@ def whole(rng, folder):
             for m in w.models:
                 if not near(row[m, 'never_stops'], 1-w.mean(m, 'finished')): return False
                 if not near(row[m, 'empty'], sum(not any(c.isalnum() or c == '_' for c in r['response']) for r in w.records[m])/len(w.records[m])): return False
-            return not dead(md, ('examples.md',)) and not dead(ex) and (n >= 6 or not any(r.get('p_holm', 1) < .05 for r in d['rows']))
+            return not dead(md, ('examples.md', 'rates.csv')) and not dead(ex) and (n >= 6 or not any(r.get('p_holm', 1) < .05 for r in d['rows']))
         text_set = rng.choice(('test', 'prompts of <b>evil</b>|`.txt'))
         def failures():
             d = failure_analysis({text_set: read_samples(run)}, about=dict(command=text(rng), source=text(rng)))
