@@ -215,7 +215,7 @@ def _copy(a, name):
     return f'<button type="button" class="copy" data-copy="{esc(a["response"].strip())}">{what}</button>'
 
 def card(
-    a:dict,             # An answer of a comparison, or a sample record
+    a:dict,             # An answer of a comparison, or a sample record (its tokens as `stored_tokens` reads them)
     name:str,           # Shown above
     colour:str='kl',    # `kl`, `log_prob`, `diff` (words that the reference has not) or `none`
     hide:bool=False,    # The text alone
