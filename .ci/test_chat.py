@@ -157,7 +157,7 @@ def test_a_file_with_a_prompt_that_the_template_refuses(run, tmp_path, capsys):
     f = tmp_path/"prompts.jsonl"
     rows = [dict(prompt="Fine?"), dict(prompt=[dict(role="system", content="Be brief. "*40)])]
     f.write_text("".join(json.dumps(r)+"\n" for r in rows))
-    with pytest.raises(SystemExit): cli.main(["generate", "--out", str(run), "--prompts", str(f), "--to", str(tmp_path/"to")])
+    with pytest.raises(SystemExit): cli.main(["generate", str(run), "--prompts", str(f), "--to", str(tmp_path/"to")])
     err = capsys.readouterr().err
     assert err.startswith("rlhf_nb: the prompt 'Be brief. Be brief.") and "too long: without the question it is" in err and err.count("\n")==1
 

@@ -336,7 +336,9 @@ def _beside_row(
 )->list:
     "A method beside best-of-n, over the prompts of all runs"
     short,share,place = of_best(ds)
-    each = ', '.join(f"{d['share']['mean']:.2f}" for d in ds)
+    # where best-of-n gains next to nothing there is no share of it
+    shares = [d['share']['mean'] for d in ds]
+    each = ', '.join('—' if x is None else f'{x:.2f}' for x in shares)
     kl = f"{np.mean([r['kl'] for r in runs]):.2f}"
     ns = sorted({n for r in runs for n in r['between']})
     mine,best = (np.mean([d[k]['mean'] for d in ds]) for k in ('policy','best'))
