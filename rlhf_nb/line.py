@@ -240,8 +240,8 @@ class Line:
             seed=self.config.seed,
             run=self.run,
             acc=self.acc,
-            show=self.show,
-            dev=self.dev(stage))
+            dev=self.dev(stage),
+            **(dict(show=self.show) if self.show else {}))   # a stage of one's own need not know it
     def rl_parts(self, stage:str)->dict:
         "What every method of reinforcement learning is called with"
         # as many tokens at once as a batch of the evaluation has
