@@ -721,7 +721,7 @@ def test_no_text_takes_long():
     desk, slow = Desk(live=False).load(), {}
     for u in units:
         for text in (u*(100_000//len(u))+"x", "Human: x"+u*(100_000//len(u))+"Assistant"):
-            r = dict(desk.records["ppo"][0], prompt=f"\n\nHuman: {text}\n\nAssistant:", response=text, tokens=[])
+            r = dict(desk.records["ppo"][0], prompt=f"\n\nHuman: {text}\n\nAssistant:", response=text, tokens=[dict(text=text, kl=.5, log_prob=-1.)])
             for name, f in dict(mk_prompt=lambda: mk_prompt(text), detect=lambda: detect(r), dialogue=lambda: dialogue(r["prompt"]), card=lambda: card(r, text), limit=lambda: _limit(text), host=lambda: host_name(text)).items():
                 t = time.process_time()
                 try:
