@@ -18,6 +18,7 @@ from .run import *
 from .text import *
 from .wordview import *
 from .ballots import *
+from .plane import *
 from .core import _shown
 
 # %% ../nbs/51_cards.ipynb #88c5211f
@@ -161,7 +162,9 @@ def _nats(c, a):
 def _stat(c, a, key, ref):
     "A number: what it is, its difference to the reference's, and its bar"
     x,more,scale = a[key],gain(a, ref, key),c.get('scales') or scales()
-    name = f'<dt>{esc(measures[key].name)} {_hint(key)}</dt>'
+    *before,last = measures[key].name.split(' ')
+    # the question mark goes to the next line with a word, never alone
+    name = f'<dt>{esc(" ".join(before))} <span class="last">{esc(last)} {_hint(key)}</span></dt>'
     if x is None:
         why = 'none: outside the world of these models' if key=='gold_reward' else 'not known'
         return f'<div class="stat {key}">{name}<dd class="none">{why}</dd></div>'
@@ -260,7 +263,7 @@ def _voted(vote):
     return f'<p class="voted">Your vote: {esc(words.get(vote) or title(vote))}</p>'
 
 def board(
-    c:dict,            # A comparison
+    c:dict,            # A comparison, with its `scales` and, as `best`, the rows of `best_of_n` of its run
     colour:str='kl'    # As in `card`
 )->str:
     "A comparison as HTML"
@@ -274,6 +277,7 @@ def board(
     if c['state'] in ('done','stopped') and not hide:
         top += f'<p class="headline">{esc(headline(answers))}</p>'
         if any(a.get('tokens') for a in answers.values()): bottom = legend(colour)
+        bottom += plane_html(answers, names, c.get('best') or ())
     longest = max([len(a['response']) for a in answers.values()], default=0)
     size = 'short' if longest<160 else 'long'             # short answers stand two by two on a phone
     cards = f'<div class="cards {size}" style="--n:{len(order)}">{cards}</div>'

@@ -168,7 +168,7 @@ class Page:
 
     def board(self, c, colour):
         "A comparison as HTML, on the scales of the run"
-        return board(dict(c, scales=self.once(scales_of), link=link_of(c)), colour)
+        return board(dict(c, scales=self.once(scales_of), link=link_of(c), best=self.desk.best), colour)
 
     def __getitem__(self, names:str)->list:
         "Parts by their names, which stand in one text"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['raw_files', 'split_source', 'file_source', 'samples_json', 'stored_tokens', 'write_samples', 'samples_source',
-           'write_results', 'samples_md', 'shipped_samples', 'write_space', 'published']
+           'write_results', 'samples_md', 'shipped_samples', 'share_best_of_n', 'write_space', 'published']
 
 # %% ../nbs/33_records.ipynb #recoh003
 from importlib.resources import files
@@ -251,6 +251,15 @@ Answers of {models} to {n} prompts, side by side: reward, KL, and what each toke
 Made by `rlhf_nb app --space`; push this folder to a Space.
 """
 
+def share_best_of_n(
+    run, # Run folder, or a folder of samples
+    to   # Folder of samples
+):
+    "Put what best-of-n reaches, where a run knows it, beside samples that go elsewhere: the page draws it as a line"
+    places = Places(run)
+    for f in (places.path/places.frontier.name,places.frontier):
+        if f.exists(): write_json(Path(to)/f.name, dict(best_of_n=read_json(f, dict)['best_of_n']))
+
 def write_space(
     run,                 # Run folder, or a folder of samples
     to,                  # New folder
@@ -264,6 +273,7 @@ def write_space(
     # as they are: samples.json says whose prompts they are, and can be held against them
     for f in (*folder.glob('*_samples.json'), folder/'samples.json'):
         if f.exists(): write_text(to/'samples'/f.name, read_text(f))
+    share_best_of_n(places.path, to/'samples')
     n = len(groups(next(iter(records.values()))))
     write_text(to/'app.py', _space_app)
     write_text(to/'requirements.txt', 'git+https://github.com/rlhf-nb/rlhf_nb\n')

@@ -25,11 +25,16 @@ function rlhf_show(sel) {
 }
 
 document.addEventListener('click', e => {
-  const b = e.target.closest && e.target.closest('.copy, .hint');
+  const b = e.target.closest && e.target.closest('.copy, .hint, .dot');
   if (!b) return;
-  if (b.matches('.hint')) return void rlhf_tip(b, b.dataset.hint);
+  if (!b.matches('.copy')) return void rlhf_tip(b, b.dataset.hint);
   const said = ok => { const t = b.firstChild.nodeValue; b.firstChild.nodeValue = ok ? 'Copied' : 'Select and copy by hand'; setTimeout(() => b.firstChild.nodeValue = t, 1500); };
   navigator.clipboard ? navigator.clipboard.writeText(b.dataset.copy).then(() => said(true), () => said(false)) : said(false);
+});
+
+document.addEventListener('keydown', e => {
+  const dot = e.target.closest && e.target.closest('.dot');
+  if (dot && (e.key === 'Enter' || e.key === ' ')) { rlhf_tip(dot, dot.dataset.hint); e.preventDefault(); }
 });
 
 // shortcuts: the buttons that can be seen; letters that are typed into a field stay there
