@@ -139,16 +139,8 @@ def _read_samples(self:Desk):
     try: what = read_json(about, dict) if about.exists() else {}
     except (ValueError,OSError): what = {}       # damaged: nobody knows
     self.made_with = {k:what.get(k) for k in ('seed','temperature','max_new_tokens')}
-    self.best = self._best_of_n(folder)
-
-@patch
-def _best_of_n(self:Desk, folder):
-    "Rows of the run's frontier, which may also lie beside its samples; none where there is no such file that can be read"
-    for f in (self.places.frontier,folder/self.places.frontier.name):
-        try:
-            if f.exists(): return read_json(f, dict).get('best_of_n') or []
-        except (ValueError,OSError) as e: self.trouble(str(e))
-    return []
+    try: self.best = stored_best_of_n(self.path)
+    except (ValueError,OSError) as e: self.trouble(str(e))
 
 @patch
 def _read_config(self:Desk):

@@ -71,12 +71,16 @@ def _ticks(low, high):
     step = next(s for e in range(-6, 99) for o in (1,2,5) if (high-low)/(s := o*10.**e)<=4.5)
     return [i*step for i in range(math.ceil(low/step-1e-9), math.floor(high/step+1e-9)+1)]
 
+# Places of a name: to the right of a dot, to its left, above, below, at the corners
+_sides = ((10,4,'start'),(-10,4,'end'),(0,-10,'middle'),(0,19,'middle'),(10,17,'start'),(-10,17,'end'),(10,-9,'start'),
+    (-10,-9,'end'))
+
 class _Room:
     "What is taken in a panel: boxes as (left, top, right, bottom)"
     def __init__(self, dots): self.taken = [(x-7, y-7, x+7, y+7) for x,y in dots]
-    def place(self, x, y, s):
-        "Where a name stands beside the dot at `x`, `y`: the first place where it covers nothing; (x, y, anchor)"
-        w,sides = 7.4*len(s),((10,4,'start'),(-10,4,'end'),(0,-10,'middle'),(0,19,'middle'),(10,17,'start'),(-10,17,'end'),(10,-9,'start'),(-10,-9,'end'))
+    def place(self, x, y, s, sides=_sides):
+        "Where a name stands beside what is at `x`, `y`: the first place where it covers nothing; (x, y, anchor)"
+        w = 7.4*len(s)
         for dx,dy,anchor in (*sides,sides[x>_wide/2]):           # where all are taken, the side with more room
             left = x+dx-w*('start','middle','end').index(anchor)/2
             box = left, y+dy-11, left+w, y+dy+3
@@ -113,7 +117,7 @@ def _best(curve, x, y, room):
     line = ' '.join(f'{a:.1f},{b:.1f}' for a,b in at)
     marks = ''.join(f'<circle class="best" cx="{a:.1f}" cy="{b:.1f}" r="1.8"/>' for a,b in at)
     name = f'best of {curve.points[-1][0]}'
-    return f'<polyline class="best" points="{line}"/>{marks}'+_word('best', *room.place(*at[-1], name), name)
+    return f'<polyline class="best" points="{line}"/>{marks}'+_word('best', *room.place(*at[-1], name, ((4,17,'end'),(4,-9,'end'))), name)
 
 def _dot(d, x, y, called, label):
     "A dot that says what it is: to the pointer, the keyboard and those who do not see it"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['raw_files', 'split_source', 'file_source', 'samples_json', 'stored_tokens', 'write_samples', 'samples_source',
-           'write_results', 'samples_md', 'shipped_samples', 'share_best_of_n', 'write_space', 'published']
+           'write_results', 'samples_md', 'shipped_samples', 'stored_best_of_n', 'share_best_of_n', 'write_space',
+           'published']
 
 # %% ../nbs/33_records.ipynb #recoh003
 from importlib.resources import files
@@ -251,14 +252,23 @@ Answers of {models} to {n} prompts, side by side: reward, KL, and what each toke
 Made by `rlhf_nb app --space`; push this folder to a Space.
 """
 
+def stored_best_of_n(
+    run # Run folder, or a folder of samples
+)->list:
+    "What best-of-n reaches from the reference, as rows; none where nobody has measured it"
+    places = Places(run)
+    name = places.frontier.name
+    for f in (places.frontier,places.samples/name,places.path/name):
+        if f.exists(): return read_json(f, dict).get('best_of_n') or []
+    return []
+
 def share_best_of_n(
     run, # Run folder, or a folder of samples
     to   # Folder of samples
 ):
-    "Put what best-of-n reaches, where a run knows it, beside samples that go elsewhere: the page draws it as a line"
-    places = Places(run)
-    for f in (places.path/places.frontier.name,places.frontier):
-        if f.exists(): write_json(Path(to)/f.name, dict(best_of_n=read_json(f, dict)['best_of_n']))
+    "Put what best-of-n reaches beside samples that go elsewhere: the page draws it as a line"
+    rows = stored_best_of_n(run)
+    if rows: write_json(Path(to)/Places(run).frontier.name, dict(best_of_n=rows))
 
 def write_space(
     run,                 # Run folder, or a folder of samples

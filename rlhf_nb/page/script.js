@@ -37,14 +37,21 @@ document.addEventListener('keydown', e => {
   if (dot && (e.key === 'Enter' || e.key === ' ')) { rlhf_tip(dot, dot.dataset.hint); e.preventDefault(); }
 });
 
+// two votes within a blink are one vote and a slip: the next prompt is there at once, and nobody has read it
+document.addEventListener('click', e => {
+  const vote = e.target.closest && e.target.closest('#votes button'), now = performance.now();
+  if (vote && vote.id !== 'skip' && now-(window.rlhf_cast ?? -1e9) < 700) { e.stopImmediatePropagation(); e.preventDefault(); return; }
+  window.rlhf_cast = vote ? now : undefined;
+}, true);
+
 // shortcuts: the buttons that can be seen; letters that are typed into a field stay there
 document.addEventListener('keydown', e => {
   const arrow = e.key.startsWith('Arrow');
   if (e.ctrlKey || e.altKey || e.metaKey || e.target.closest('input, textarea, select, [contenteditable], [role=listbox], summary, .tok')) return;
   if (!arrow && e.target.closest('[role=tab]')) return;
-  const at = {'1': 'vote-1', '2': 'vote-2', '3': 'vote-3', '4': 'vote-4', 't': 'vote-tie', 'b': 'vote-bad', 'ArrowLeft': 'x-back', 'ArrowRight': 'x-next'}[e.key];
+  const at = {'1': 'vote-1', '2': 'vote-2', '3': 'vote-3', '4': 'vote-4', 't': 'vote-tie', 'b': 'vote-bad', 's': 'skip', 'u': 'undo', 'ArrowLeft': 'x-back', 'ArrowRight': 'x-next'}[e.key];
   const b = at && document.getElementById(at);
-  if (b && b.offsetParent) { b.click(); e.preventDefault(); }
+  if (b && b.offsetParent && !b.disabled && (arrow || !e.repeat)) { b.click(); e.preventDefault(); }
 });
 
 // what changes on the page: groups of choices get their names, and an open vote takes the keyboard from the prompt
