@@ -20,7 +20,8 @@ function rlhf_tip(at, fill) {
 
 // the answers come into view once they are asked for
 function rlhf_show(sel) {
-  const e = document.querySelector(sel), r = e && e.getBoundingClientRect();
+  const seen = s => { const e = document.querySelector(s); return e && e.offsetHeight ? e : null; };
+  const e = seen(sel) || seen('#board'), r = e && e.getBoundingClientRect();     // an empty line has no place on a phone
   if (r && (r.top > innerHeight*.6 || r.top < 0)) e.scrollIntoView({block: 'start', behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'});
 }
 
