@@ -1,10 +1,15 @@
 """Run notebooks in a real kernel and save their outputs in place; cells marked `#| eval: false` keep what they show."""
+import os
 import re
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+
+# another backend than the kernel's own would draw every picture and store none
+os.environ.pop("MPLBACKEND", None)
 
 
 class Client(NotebookClient):
