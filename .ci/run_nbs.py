@@ -10,6 +10,8 @@ from nbclient import NotebookClient
 
 # another backend than the kernel's own would draw every picture and store none
 os.environ.pop("MPLBACKEND", None)
+# a warning that names a folder of this machine, and is of the kernel, not of what runs in it
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress")
 
 
 class Client(NotebookClient):
