@@ -10,8 +10,9 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 root = here.parent
 limit = 900                                                         # seconds; a test that a fault never lets end has noticed it
+# what takes long to import, and is nobody's fault, is imported once
 ctx = multiprocessing.get_context('forkserver')
-ctx.set_forkserver_preload(['nbdev.test', 'torch', 'transformers', 'accelerate', 'datasets'])    # what takes long to import, and is nobody's fault
+ctx.set_forkserver_preload(['nbdev.test', 'torch', 'transformers', 'accelerate', 'datasets'])
 
 def planted(path, old, new):
     "The text of a file with `old` replaced by `new` (of a notebook: in cells that are exported), and how often `old` stands there"

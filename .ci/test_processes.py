@@ -214,9 +214,11 @@ def differences(a, b, where=""):
     if isinstance(a, dict) and isinstance(b, dict):
         # paths, what is made of them, and a p, which comes of differences that are nothing but rounding
         left = {"command", "report_command", "config", "samples", "peak_memory", "seconds", "costs", "base", "mark", "p", "p_holm"}
-        if "best_gain" in a and "best_gain" in b:   # a share of next to nothing may be anything: it is that of the numbers beside it, which are compared
+        if "best_gain" in a and "best_gain" in b:
+            # a share of next to nothing may be anything: it must be that of the numbers beside it, which are compared
             left.add("share")
-            yield from (f"{where}.share: {o['share']} of {o['gain']} and {o['best_gain']}" for o in (a, b) if list(differences(o["share"], share_of(o))))
+            for o in (a, b):
+                yield from differences(o["share"], share_of(o), f"{where}.share")
         for k in {*a, *b}:
             if k not in left and "seconds" not in k:
                 yield from differences(a.get(k), b.get(k), f"{where}.{k}")
