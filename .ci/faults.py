@@ -1,9 +1,9 @@
 """Plants one fault after another in a copy of the repository and runs the test that should notice: a test that stays green is the fault.
 
-`python .ci/faults.py [--dry] [NAME | NAME:WORDS ...]`: all faults, or those of the lists NAME in .ci/faults, or those of a list whose `why`
-holds WORDS; `--dry` only looks whether each can be planted, which is done before the first runs anyway. A fault is {"file":
-"nbs/27_rollout.ipynb", "old": code that stands there once, "new": what it is replaced by, "test": "nbs/27_rollout.ipynb" or arguments of
-pytest, "why": what is broken}. Each test runs once without any fault, where it must be green: one that is red anyway notices nothing."""
+`python .ci/faults.py [--dry | --green] [NAME | NAME:WORDS ...]`: all faults, or those of the lists NAME in .ci/faults, or those of a list
+whose `why` holds WORDS; `--dry` only looks whether each can be planted, which is done before the first runs anyway; `--green` runs each test
+without any fault too, where it must be green (`.ci/run` has done that). A fault is {"file": "nbs/27_rollout.ipynb", "old": code that stands
+there once, "new": what it is replaced by, "test": "nbs/27_rollout.ipynb" or arguments of pytest, "why": what is broken}."""
 import argparse, json, multiprocessing, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -88,20 +88,21 @@ def main(a):
     faults = chosen(a.names)
     if wrong := [w for _, f in faults if (w := misplaced(f))]: raise SystemExit('\n'.join(wrong))
     if a.dry: print(f'{len(faults)} faults can be planted'); return False
-    missed, green = [], {}
+    missed, bad = [], []
+    for t in dict.fromkeys(f['test'] for _, f in faults) if a.green else ():
+        ok, said = caught(test=t)
+        if ok: bad.append(t); print(f'RED     {t} without any fault: {said}', flush=True)
     for name, f in faults:
-        if (t := f['test']) not in green:
-            green[t], said = (lambda r: (not r[0], r[1]))(caught(test=t))
-            if not green[t]: print(f'RED     {t} without any fault: {said}', flush=True)
         began = time.time()
         ok, said = caught(f)
         print(f"{'caught' if ok else 'MISSED'}  {time.time()-began:4.0f}s  {name}: {f['why']}{ok*f'   ({said})'}", flush=True)
         if not ok: missed.append(f['why'])
     print(f'{len(faults)-len(missed)} of {len(faults)} planted faults caught')
-    return bool(missed) or not all(green.values())
+    return bool(missed or bad)
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     p.add_argument('--dry', action='store_true', help='only look whether each can be planted')
+    p.add_argument('--green', action='store_true', help='run each test without any fault too')
     p.add_argument('names', nargs='*')
     sys.exit(main(p.parse_args()))
