@@ -8,6 +8,12 @@ import nbformat
 from nbclient import NotebookClient
 
 
+# another backend than the kernel's own would draw every picture and store none
+os.environ.pop("MPLBACKEND", None)
+# a warning that names a folder of this machine, and is of the kernel, not of what runs in it
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress")
+
+
 class Client(NotebookClient):
     async def async_execute_cell(self, cell, cell_index, **kw):
         if re.search(r"^\s*#\|\s*eval:\s*false", cell.source, re.M | re.I):
