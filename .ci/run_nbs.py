@@ -21,6 +21,8 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kw)
 
 
+# tqdm tells a kernel without ipywidgets so, with a path of this machine, and a notebook is committed with what it says
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 for f in map(Path, sys.argv[1:]):
     nb = nbformat.read(f, 4)
     Client(nb, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True,
