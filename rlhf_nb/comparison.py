@@ -20,7 +20,8 @@ from .question import _as_choices,_follow,_says,_seen
 
 # %% ../nbs/59c_comparison.ipynb #68732ed5
 # What the colour of the tokens may show, as in `card`
-_colours = [('KL to the reference','kl'),('log-probability','log_prob'),('words that changed','diff'),('nothing','none')]
+_colours = [('KL to the reference','kl'),('log-probability','log_prob'),('words that changed','diff'),
+    ('nothing','none')]
 
 def _lay_out_question(desk):
     "What somebody fills in: one line"
@@ -81,7 +82,7 @@ def _lay_out_answers():
 
 def lay_out_compare(page):
     "The tab"
-    # of a visitor: the turns before the question, the comparison that is shown, those voted on, the prompt of a blind vote
+    # of a visitor: turns before the question, the comparison that is shown, those voted on, the prompt of a blind vote
     page.parts.update(history=gr.State([]), id=gr.State(''), cast=gr.State([]), at=gr.State(''))
     _lay_out_question(page.desk)
     _lay_out_answers()
@@ -113,8 +114,8 @@ _shown = 'status board id stop votes skip after dialogue whose undo at '+' '.joi
 
 def _comparing(page, q, colour, visitor, flows=False):
     "Answers as they grow; then what can be done with them. `flows`: after a vote the next prompt comes by itself"
-    hidden = dict(votes=_seen(False), after=_seen(False), dialogue=_seen(False), id='', undo=gr.update(interactive=False))
-    yield dict(hidden, status=status_html('Starting'), stop=_seen(), at=q.stored if flows else '')
+    hidden = dict(votes=_seen(False), after=_seen(False), dialogue=_seen(False), undo=gr.update(interactive=False))
+    yield dict(hidden, id='', status=status_html('Starting'), stop=_seen(), at=q.stored if flows else '')
     for c,status in _follow(page.desk, q, visitor):
         yield dict(status=status, board=page.board(c, colour)) if c else dict(status=status)
     end = dict(stop=_seen(False), undo=gr.update(interactive=True))
@@ -191,7 +192,8 @@ def _said(desk, c, total):
     "What a vote has come to, for the status, and for the line above the next prompt"
     o = desk.progress()
     ready = 'Enough to train on' if not o['left'] else f"{o['prompts']} of {o['needed']} prompts to train on"
-    said = dict(status=status_html(f'Saved: vote {total}. {ready}'), voted='', last=_seen(), undo=_seen(interactive=True))
+    status = status_html(f'Saved: vote {total}. {ready}')
+    said = dict(status=status, voted='', last=_seen(), undo=_seen(interactive=True))
     if c.get('flows'): said['voted'] = voted_html(c, total, ready)
     return dict(said, **{'train-now':_seen(bool(desk.players) and not o['left'])})
 
@@ -208,8 +210,8 @@ def _wire_vote(page):
                 total = desk.vote(id, choice)
             except (ValueError,OSError) as e:
                 return _says(f'Not saved: {e}', 'bad')
-            return dict(_may_go_on(desk, c), **_said(desk, c, total), board=page.board(c, colour), votes=_seen(False),
-                cast=[*cast,id])
+            shown = _may_go_on(desk, c)|_said(desk, c, total)
+            return dict(shown, board=page.board(c, colour), votes=_seen(False), cast=[*cast,id])
         return on_vote
     def on_next(request:gr.Request, id, *fields):
         "The prompt after one that was voted on"
@@ -220,12 +222,12 @@ def _wire_vote(page):
     def on_undo(cast, colour):
         "The last vote is taken back, and may be given again; the names have been seen"
         if not cast: return _says('There is no vote of yours that could be taken back', 'bad')
-        *before,id = cast
-        try: left = desk.undo(id)
+        *before,last = cast
+        try: left = desk.undo(last)
         except (ValueError,OSError) as e: return _says(str(e), 'bad')
-        c = desk.comparisons[id]
+        c = desk.comparisons[last]
         said = status_html(f'Taken back: {left} votes are left. Vote again, or ask something else')
-        return dict(_may_go_on(desk, c), **_may_vote(c), status=said, id=id, cast=before, at=c['prompt'],
+        return dict(_may_go_on(desk, c), **_may_vote(c), status=said, id=last, cast=before, at=c['prompt'],
             board=page.board(c, colour), voted='', last=_seen(bool(before)))
     buttons = {name:place for place,name in enumerate(_picks)}
     buttons.update({'vote-tie':'tie', 'vote-bad':'bad'})
@@ -296,10 +298,12 @@ def fill_compare(page, link):
     for k in values.keys()&link.keys(): values[k]['value'] = link[k]
     out = {k:_seen(live, **o) for k,o in values.items()}
     asked = dict(value=link['prompt']) if 'prompt' in link else {}
-    out.update(prompt=_seen(live, **asked), colour=_seen(any('tokens' in r for r in desk.records.get('reference', ())[:1]) or live))
+    coloured = live or any('tokens' in r for r in desk.records.get('reference', ())[:1])
+    out.update(prompt=_seen(live, **asked), colour=_seen(coloured))
     names = desk.names()
     chosen = [k for k in link.get('models', names) if k in names][:4]  # as many as a comparison takes
-    first = mk_prompt(link['prompt']) if 'prompt' in link else next(iter(shows.values()), next(iter(desk.prompts), None))
+    first = next(iter([*shows.values(),*desk.prompts]), None)
+    if 'prompt' in link: first = mk_prompt(link['prompt'])
     if first not in desk.prompts: prompts = [*prompts,(HH.asked(first)[:120],first)] if first else prompts
     stories = [[f'{k}: {HH.asked(p)}'] for k,p in shows.items()]
     return dict(out,

@@ -77,7 +77,13 @@ _sides = ((10,4,'start'),(-10,4,'end'),(0,-10,'middle'),(0,19,'middle'),(10,17,'
 
 class _Room:
     "What is taken in a panel: boxes as (left, top, right, bottom)"
-    def __init__(self, dots): self.taken = [(x-7, y-7, x+7, y+7) for x,y in dots]
+    def __init__(self, dots):
+        "The dots are"
+        self.taken = [(x-7, y-7, x+7, y+7) for x,y in dots]
+    @staticmethod
+    def cover(a, b):
+        "Does a box lie on another?"
+        return a[0]<b[2] and b[0]<a[2] and a[1]<b[3] and b[1]<a[3]
     def place(self, x, y, s, sides=_sides):
         "Where a name stands beside what is at `x`, `y`: the first place where it covers nothing; (x, y, anchor)"
         w = 7.4*len(s)
@@ -85,7 +91,7 @@ class _Room:
             left = x+dx-w*('start','middle','end').index(anchor)/2
             box = left, y+dy-11, left+w, y+dy+3
             inside = box[0]>=_left-4 and box[2]<=_wide and box[1]>=_top-8 and box[3]<=_tall-_bottom+2
-            if inside and not any(o[0]<box[2] and box[0]<o[2] and o[1]<box[3] and box[1]<o[3] for o in self.taken): break
+            if inside and not any(self.cover(box, o) for o in self.taken): break
         self.taken.append(box)
         return x+dx,y+dy,anchor
 
@@ -99,32 +105,46 @@ class _Scale(NamedTuple):
         "In pixels; an axis without length has one place"
         return self.at+(v-self.low)/((self.high-self.low) or 1.)*(self.to-self.at)
 
-def _line(css, x1, y1, x2, y2): return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-def _word(css, x, y, anchor, s): return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{esc(s)}</text>'
+def _line(css, x1, y1, x2, y2):
+    "A line"
+    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+def _word(css, x, y, anchor, s):
+    "A word"
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{esc(s)}</text>'
+
+def _spot(css, x, y, r):
+    "A circle"
+    return f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
 
 def _axes(x, y, label):
     "Lines and numbers of both axes, and what they show"
-    out = [_line('axis', _left, _tall-_bottom, _wide-_right, _tall-_bottom)]
-    for v in _ticks(x.low, x.high): out.append(_word('', x(v), _tall-_bottom+14, 'middle', f'{v:g}'))
+    end,foot = _wide-_right,_tall-_bottom
+    out = [_line('axis', _left, foot, end, foot),_word('label', 0, 12, 'start', label)]
+    out.append(_word('', (_left+end)/2, _tall-5, 'middle', 'KL to the reference, nats'))
+    for v in _ticks(x.low, x.high): out.append(_word('', x(v), foot+14, 'middle', f'{v:g}'))
     for v in _ticks(y.low, y.high):
-        out += [_line('zero' if v==0 else 'grid', _left, y(v), _wide-_right, y(v)),_word('', _left-5, y(v)+4, 'end', f'{v:g}'.replace('-', '−'))]
-    out += [_word('label', 0, 12, 'start', label),_word('', (_left+_wide-_right)/2, _tall-5, 'middle', 'KL to the reference, nats')]
+        out.append(_line('zero' if v==0 else 'grid', _left, y(v), end, y(v)))
+        out.append(_word('', _left-5, y(v)+4, 'end', f'{v:g}'.replace('-', '−')))
     return ''.join(out)
 
 def _best(curve, x, y, room):
     "The line of best-of-n, a mark for each n"
     at = [(x(kl),y(v)) for _,kl,v in curve.points]
     line = ' '.join(f'{a:.1f},{b:.1f}' for a,b in at)
-    marks = ''.join(f'<circle class="best" cx="{a:.1f}" cy="{b:.1f}" r="1.8"/>' for a,b in at)
+    marks = ''.join(_spot('best', *o, 1.8) for o in at)
     name = f'best of {curve.points[-1][0]}'
-    return f'<polyline class="best" points="{line}"/>{marks}'+_word('best', *room.place(*at[-1], name, ((4,17,'end'),(4,-9,'end'))), name)
+    place = room.place(*at[-1], name, ((4,17,'end'),(4,-9,'end')))
+    return f'<polyline class="best" points="{line}"/>{marks}'+_word('best', *place, name)
 
 def _dot(d, x, y, called, label):
     "A dot that says what it is: to the pointer, the keyboard and those who do not see it"
     what = called if d.of==1 else f'{called}, mean of {d.of} answers'
     said = f'{what}: {label.lower()} {num(d.y)} at {num(d.kl)} nats. {d.text[:300]}'.strip()
-    shape = f'<circle cx="{x(d.kl):.1f}" cy="{y(d.y):.1f}" r="{5 if d.of==1 else 7}"/>'
-    return f'<g class="dot {"one" if d.of==1 else "mean"}" tabindex="0" role="button" aria-label="{esc(said)}" data-hint="{esc(said)}"><title>{esc(said)}</title>{shape}</g>'
+    css,r = ('one',5) if d.of==1 else ('mean',7)
+    says = f'aria-label="{esc(said)}" data-hint="{esc(said)}"'
+    inner = f'<title>{esc(said)}</title>'+_spot('', x(d.kl), y(d.y), r)
+    return f'<g class="dot {css}" tabindex="0" role="button" {says}>{inner}</g>'
 
 def _panel(key, label, dots, curve, called):
     "One number over the KL"
@@ -135,7 +155,8 @@ def _panel(key, label, dots, curve, called):
     y = _Scale(min(ys)-more, max(ys)+more, _tall-_bottom, _top)
     ones,means = ([d for d in dots if (d.of==1)==o] for o in (True,False))
     first = {d.name:d for d in ones}
-    ties = ''.join(_line('tie', x(d.kl), y(d.y), x(first[d.name].kl), y(first[d.name].y)) for d in means if d.name in first)
+    pairs = [(d,first[d.name]) for d in means if d.name in first]
+    ties = ''.join(_line('tie', x(a.kl), y(a.y), x(b.kl), y(b.y)) for a,b in pairs)
     marks = ''.join(_dot(d, x, y, called[d.name], label) for d in (*means,*ones))
     room = _Room([(x(d.kl),y(d.y)) for d in dots])
     names = ''.join(_word('name', *room.place(x(d.kl), y(d.y), called[d.name]), called[d.name]) for d in ones)
@@ -145,7 +166,9 @@ def _panel(key, label, dots, curve, called):
 def _says(curve, dots):
     "What the picture means, for somebody who has never seen one"
     said = "Higher: more of what is scored. Further right: further from the reference's words."
-    if curve: said += f' The line needs no training: the reference writes n answers and the one with the highest reward is taken ({curve.of}). A dot above the line got more for its distance.'
+    if curve:
+        said += (f' The line needs no training: the reference writes n answers and the one with the highest reward is '
+            f'taken ({curve.of}). A dot above the line got more for its distance.')
     n = max(d.of for d in dots)
     return said+(f' A ring is the mean of {n} answers.' if n>1 else ' One answer may be luck.')
 
@@ -163,4 +186,5 @@ def plane_html(
         panels += _panel(key, label, dots, curve, called)
         said = said or _says(curve, dots)
     if not panels: return ''
-    return f'<figure class="plane"><figcaption><b>Was it worth the distance?</b> {said}</figcaption><div class="panels">{panels}</div></figure>'
+    head = f'<figcaption><b>Was it worth the distance?</b> {said}</figcaption>'
+    return f'<figure class="plane">{head}<div class="panels">{panels}</div></figure>'
