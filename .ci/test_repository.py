@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from as_in_colab import extras, hidden
+from rlhf_nb.flags import commands, own_commands
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
@@ -190,6 +191,19 @@ def test_modules_and_notebooks():
     exec((root/"rlhf_nb"/"_modidx.py").read_text("utf-8"), index)
     # written by hand, for the folders of models: nothing here imports it
     assert {f"rlhf_nb.{m}" for m in modules} == set(index["d"]["syms"])-{"rlhf_nb.remote.log_prob_reward"}
+
+
+def test_readme_names_everything():
+    "Each notebook is in the table of the index, in order and once; each subcommand stands in README"
+    index = "".join(c["source"] for c in cells(root/"nbs"/"index.ipynb", "markdown"))
+    listed = re.findall(r"^\| \[[^]]+\]\(([^)]+\.ipynb)\)", index, re.M)
+    here = [f.relative_to(root/"nbs").as_posix() for f in notebooks if f.stem != "index"]
+    assert sorted(listed) == sorted(here)
+    chapters = [n for n in listed if "/" not in n]
+    assert chapters == sorted(chapters)
+    readme = (root/"README.md").read_text("utf-8")
+    unnamed = [c.name for c in (*commands, *own_commands) if f"`rlhf_nb {c.name}" not in readme]
+    assert not unnamed
 
 
 @each_module

@@ -185,13 +185,20 @@ def price_line(
     out = []
     for m in methods_of(runs):
         kls = list(each_run(runs, 'models', m, 'kl').values())
-        more,secs = _more_tokens(runs, m),list(each_run(runs, 'seconds', m).values())
+        more = _more_tokens(runs, m)
         said = [f"KL {pool_runs(kls)['mean']:.2f}"] if kls else []
         if more is not None: said.append(f"{abs(more):.1f} tokens {'more' if more>=0 else 'fewer'}")
-        if secs: said.append(f'{short_time(statistics.fmean(secs))} of training')
+        said += _time_of(runs, m)
         if said: out.append(f"{md_name(m)} {', '.join(said)}")
     if not out: return ''
     return f"{'; '.join(out)}. KL is the distance from the reference in nats per answer."
+
+def _time_of(runs, m)->list:
+    "Its time of training in words: of the processor where that is known, else on the clock; empty where neither is"
+    for k,of in ('cpu_seconds','CPU time'),('seconds','training'):
+        secs = list(each_run(runs, k, m).values())
+        if secs: return [f'{short_time(statistics.fmean(secs))} of {of}']
+    return []
 
 def short_time(
     seconds:float

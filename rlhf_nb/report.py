@@ -41,7 +41,8 @@ parts = dict(
     overoptimise=Part('overoptimise', list),
     reward_model=Part('reward_accuracy', keys=('accuracy',)),
     last_token=Part('last_token'),
-    seconds=Part('seconds'))
+    seconds=Part('seconds'),
+    cpu_seconds=Part('cpu_seconds'))
 
 def part_path(folder, part:str)->Path:
     "Where a part of a run lies"

@@ -190,7 +190,8 @@ class RunResults(TypedDict, total=False):
     overoptimise:list # rows with kl, reward, gold
     rows:dict         # how many rows the data have, {split or kind: number}
     training:dict     # {stage: dict(updates, metrics, diagnosis)}
-    seconds:dict      # of each stage
+    seconds:dict      # of each stage, on the clock
+    cpu_seconds:dict  # of each stage on a CPU, of the processor
     logs:dict         # {stage: metrics rows}; these stay in their own files
 
 def read_results(
@@ -252,7 +253,8 @@ class Places:
     frontier = _Place('results/frontier.json')           # what best-of-n reaches
     last_token = _Place('results/last_token.json')       # accuracy of the plain reward head
     overoptimise = _Place('results/overoptimise.json')   # proxy and truth without a KL
-    seconds = _Place('results/seconds.json')             # of each stage
+    seconds = _Place('results/seconds.json')             # of each stage, on the clock
+    cpu_seconds = _Place('results/cpu_seconds.json')     # of each stage, of the processor
     seeds_md = _Place('results/seeds.md')                # of a folder with a run for each seed
     analysis_md = _Place('results/ANALYSIS.md')
     details_md = _Place('results/DETAILS.md')            # what has no room there
