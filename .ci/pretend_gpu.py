@@ -24,7 +24,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
 """
-import argparse,collections,contextlib,functools,gc,itertools,os,re,sys,threading,time,traceback,weakref
+import argparse,collections,contextlib,functools,gc,itertools,os,re,sys,threading,time,traceback,types,weakref
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1'); os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 import torch
@@ -596,7 +596,8 @@ def notebooks(a):
         nb = json.load(open(path)); here = os.getcwd(); faults = []
         os.chdir(os.path.dirname(os.path.abspath(path)))
         sys.path.insert(0, os.getcwd())
-        ns,n,began = {'__name__':'__main__', 'display':print},0,time.process_time()
+        ns,n,began = types.ModuleType('__main__'),0,time.process_time()
+        ns.display,sys.modules['__main__'] = print,ns   # what a cell patches by its name is there, and nothing of this script
         if not quick and 'small_reference' in json.dumps(nb):
             from rlhf_nb.sft import small_reference
             small_reference()      # on the CPU: it is kept for all notebooks
@@ -608,7 +609,7 @@ def notebooks(a):
                 src = '\n'.join('pass' if l.lstrip()[:1] in '%!' and l.lstrip() else l for l in src.split('\n'))
                 try:
                     n += 1
-                    with contextlib.redirect_stdout(open(os.devnull, 'w')): exec(compile(src, f'<cell {i}>', 'exec'), ns)
+                    with contextlib.redirect_stdout(open(os.devnull, 'w')): exec(compile(src, f'<cell {i}>', 'exec'), vars(ns))
                 except BaseException as e:
                     if isinstance(e, KeyboardInterrupt): raise
                     tb = [o for o in traceback.extract_tb(e.__traceback__) if 'pretend_gpu' not in o.filename and '/torch/' not in o.filename]

@@ -28,6 +28,7 @@ from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model,scores
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
 from rlhf_nb.sft import train_sft
+from rlhf_nb.stats import ratio_of
 from rlhf_nb.parallel import add_gradients
 from rlhf_nb.train import mk_accelerator
 
@@ -202,11 +203,22 @@ def run(*args, **kw):
     return subprocess.run(command(*args, **kw), env=env, capture_output=True, text=True, timeout=600)
 
 
+def share_of(o):
+    "The share of best-of-n's gain that the two gains make, with Fieller's interval; as JSON has it, an end that is not there is null"
+    turned = dict(o["short"], low=-o["short"]["high"], high=-o["short"]["low"])
+    return {k: v if math.isfinite(v) else None for k, v in ratio_of(o["gain"], o["best_gain"], turned).items()}
+
+
 def differences(a, b, where=""):
     "What differs in two results by more than rounding"
     if isinstance(a, dict) and isinstance(b, dict):
-        # paths, what is made of them, and what comes of differences that are nothing but rounding: a p, a share of next to nothing
-        left = ("command", "report_command", "config", "samples", "peak_memory", "seconds", "costs", "base", "mark", "p", "p_holm", "share")
+        # paths, what is made of them, and a p, which comes of differences that are nothing but rounding
+        left = {"command", "report_command", "config", "samples", "peak_memory", "seconds", "costs", "base", "mark", "p", "p_holm"}
+        if "best_gain" in a and "best_gain" in b:
+            # a share of next to nothing may be anything: it must be that of the numbers beside it, which are compared
+            left.add("share")
+            for o in (a, b):
+                yield from differences(o["share"], share_of(o), f"{where}.share")
         for k in {*a, *b}:
             if k not in left and "seconds" not in k:
                 yield from differences(a.get(k), b.get(k), f"{where}.{k}")

@@ -298,3 +298,9 @@ def test_runs_without_dev():
 def test_runs_without_dev_sees():
     r = subprocess.run([sys.executable, "-c", f"{without_dev}\nimport IPython"], capture_output=True, text=True)
     assert "No module named 'IPython'" in r.stderr
+
+
+def test_faults():
+    "Every planted fault can still be planted: who moves the line that it changes moves it in .ci/faults too. `.ci/run full` plants them"
+    p = subprocess.run([sys.executable, root/".ci"/"faults.py", "--dry"], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
