@@ -1012,7 +1012,7 @@ def test_a_named_mark_is_one(browser):
 
 def test_chat_model_on_the_page(browser, chat_model, chat_pairs, tmp_path):  # noqa: F811
     "A chat model with its own template: nothing of the embedded world, a system turn of one's own and those of the data, several turns, any script, and a link that asks for all of it again"
-    train(chat_model, chat_pairs, tmp_path/"run", "--stages", "sft", "reward", "dpo", "evaluate")
+    train(chat_model, chat_pairs, tmp_path/"run", "--stages", "sft", "reward", "dpo", "evaluate", "--set", "dpo.lr=0.02")  # far enough that no two write the same
     a = launch(tmp_path/"run", inline=False)
     p = visit(browser, a, 390, 844)
     expect(p.locator("#board article")).to_have_count(2)
@@ -1066,8 +1066,10 @@ def test_a_function_as_reward(browser, chat_model, tmp_path):  # noqa: F811
     a = launch(tmp_path/"run", inline=False)
     p = visit(browser, a)
     expect(p.locator("#board article")).to_have_count(2)
-    expect(p.locator("#top .terms")).to_contain_text("Reward: what checks:exact_number says of an answer")
-    assert "rue reward" not in p.locator("body").inner_text() and "stands for what people like" not in p.content()
+    expect(p.locator("#top .terms")).to_contain_text("what checks:exact_number says of an answer")
+    assert "rue reward" not in p.locator("body").inner_text()
+    expect(p.locator("#board .stat.reward .hint").first).to_have_attribute("data-hint", re.compile("what checks:exact_number says"))
+    assert "stands for what people like" not in " ".join(p.locator("#top, [data-hint]").evaluate_all("es => es.map(e => e.dataset.hint || e.innerText)"))
     c = list(a.desk.comparisons.values())[-1]
     asked = int(re.search(r"What is (\d+)", c["prompt"])[1])
     for o in c["answers"].values():

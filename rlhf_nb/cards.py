@@ -11,7 +11,6 @@ __all__ = ['style', 'script', 'sorts', 'mk_prompt', 'percentile', 'title', 'dial
 import base64,io,math,re
 from bisect import bisect_left,bisect_right
 from importlib.resources import files
-from typing import NamedTuple
 
 from .core import *
 from .run import *
