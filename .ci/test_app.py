@@ -1066,9 +1066,9 @@ def test_a_function_as_reward(browser, chat_model, tmp_path):  # noqa: F811
     a = launch(tmp_path/"run", inline=False)
     p = visit(browser, a)
     expect(p.locator("#board article")).to_have_count(2)
-    expect(p.locator("#top .terms")).to_contain_text("what checks:exact_number says of an answer")
+    expect(p.locator("#top .terms")).to_contain_text("what the function checks:exact_number says of an answer")
     assert "rue reward" not in p.locator("body").inner_text()
-    expect(p.locator("#board .stat.reward .hint").first).to_have_attribute("data-hint", re.compile("what checks:exact_number says"))
+    expect(p.locator("#board .stat.reward .hint").first).to_have_attribute("data-hint", re.compile("what the function checks:exact_number says"))
     assert "stands for what people like" not in " ".join(p.locator("#top, [data-hint]").evaluate_all("es => es.map(e => e.dataset.hint || e.innerText)"))
     c = list(a.desk.comparisons.values())[-1]
     asked = int(re.search(r"What is (\d+)", c["prompt"])[1])

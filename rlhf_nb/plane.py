@@ -34,7 +34,7 @@ def says_of(
 )->str:
     "What a number means"
     if key!='reward' or not scored: return measures[key].says
-    return f'what {scored} says of an answer, a function and no model of what people like; training raises it'
+    return f'what the function {scored} says of an answer; training raises it'
 
 # %% ../nbs/50b_plane.ipynb #d5bf13d2
 class Dot(NamedTuple):
