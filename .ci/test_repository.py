@@ -18,7 +18,7 @@ notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoin
 numbered = {f.stem.split("_", 1)[1]: f for f in notebooks if re.match(r"\d\d[a-z]?_", f.name)}
 order = {name: f.name.split("_")[0] for name, f in numbered.items()}
 modules = {f.stem: f for f in sorted((root/"rlhf_nb").glob("*.py")) if f.stem not in ("__init__", "__main__", "_modidx")}
-homes = {"gradio": {"app", "question", "tabs"}, "matplotlib": {"plots", "report", "benchmark"}, "openai": {"endpoint"}, "seaborn": {"plots", "report", "benchmark"}}
+homes = {"gradio": {"app", "comparison", "question", "tabs"}, "matplotlib": {"plots", "report", "benchmark"}, "openai": {"endpoint"}, "seaborn": {"plots", "report", "benchmark"}}
 machine_path = r"(?<![\w.:~-])/(tmp|root|home|work|Users|opt|mnt|private)/"
 registry = r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|[-]-(extra-)?index-url|[-]-find-links|PIP_(EXTRA_)?INDEX|PIP_[F]IND"
 each_notebook = pytest.mark.parametrize("nb", notebooks, ids=lambda f: f.stem)
