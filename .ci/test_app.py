@@ -788,6 +788,224 @@ def test_a_space_starts_offline(folder, tmp_path):
         launch(folder, host="0.0.0.0", public=True, inline=False)
 
 
+def part_of(folder, to, keep, **data):
+    "A copy of a run with some of its folders, and with other settings of its data"
+    to.mkdir()
+    for k in keep:
+        shutil.copytree(folder/k, to/k)
+    text = (folder/"config.yaml").read_text("utf-8")
+    for k, v in data.items():
+        text, n = re.subn(rf"\b{k}: \d+", f"{k}: {v}", text)
+        assert n == 1, k
+    (to/"config.yaml").write_text(text, "utf-8")
+    return to
+
+
+def test_a_run_with_dpo_alone(browser, folder, tmp_path):
+    "No samples and no reward model: the page is live, counts its answers in words, and takes a prompt"
+    a = launch(part_of(folder, tmp_path/"run", ["reference", "dpo_model"]), inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#top .mode")).to_have_text("live")
+    expect(p.locator("#top h1")).to_have_text("One prompt, two answers")
+    expect(p.locator("#top .problems")).to_contain_text("answers come without a reward")
+    settings(p, length=6)
+    p.get_by_label("Prompt", exact=True).fill("Hello")
+    p.get_by_label("Prompt", exact=True).press("Enter")
+    expect(p.locator("#status")).to_contain_text("Done in")
+    expect(p.locator("#board h3")).to_have_text(["Reference", "DPO"])
+    assert all(t.strip() for t in p.locator("#board .answer").all_inner_texts()) and not p.errors
+    p.context.close()
+    a.close()
+
+
+def test_the_longest_answer_is_written(browser, folder, tmp_path):
+    "A model of 256 positions whose prompts may take 246: no answer can be asked for that has no room, and the longest is written, to the longest prompt too"
+    a = launch(part_of(folder, tmp_path/"run", ["reference", "ppo_model", "reward_model", "output_samples"], max_prompt=246), inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#top .mode")).to_have_text("live")
+    expect(p.locator("#board article")).to_have_count(2)          # the run's own 24 tokens have no room either
+    settings(p)
+    field = p.locator("#length input[type=range]")
+    assert (field.get_attribute("max"), field.input_value()) == ("10", "10")
+    tok, words = a.desk.players["ppo"].template.tok, 200
+    while len(tok.encode(mk_prompt("coal "*words))) > 246:
+        words -= 1
+    compare(p, "coal "*words)
+    done(p)
+    cut = [o["n_tokens"] for o in list(a.desk.comparisons.values())[-1]["answers"].values() if not o["finished"]]
+    assert set(cut) <= {10} and not p.errors
+    p.context.close()
+    a.close()
+
+
+@pytest.mark.parametrize("field", ["seed", "temperature", "n", "length"])
+def test_an_emptied_field(page, app, field):
+    "A number that is deleted stands for its default, or for the least there is: Compare answers, whichever it is"
+    settings(page, length=4)
+    box = page.locator(f"#{field} input[type=number]").first
+    box.fill("")
+    compare(page, f"Without {field}")
+    done(page)
+    assert list(app.desk.comparisons.values())[-1]["prompt"] == mk_prompt(f"Without {field}")
+
+
+def test_the_program_on_the_page_runs(page, app, locked, browser):
+    "The API tab names the address of this page, and a password where one is asked for; what stands there works as it is"
+    page.get_by_role("tab", name="API").click()
+    code = page.locator("#snippet code").inner_text()
+    assert f"Client('{app.local_url}')" in code and "auth" not in code
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0 and [line.split()[0] for line in r.stdout.splitlines() if line.split()[0] in names] == names, r.stdout+r.stderr
+    p = browser.new_page()
+    p.goto(locked.local_url)
+    p.locator("input").nth(0).fill("me")
+    p.locator("input").nth(1).fill("Größe")
+    p.get_by_role("button", name="Login").click()
+    p.get_by_role("tab", name="API").click()
+    code = p.locator("#snippet code").inner_text()
+    assert f"Client('{locked.local_url}', auth=('me', 'PASSWORD'))" in code
+    ask = code.replace("PASSWORD", "Größe").replace("'What is the colour of coal?'", repr(locked.desk.prompts[0]))
+    r = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    assert r.returncode == 0 and "ppo" in r.stdout, r.stdout+r.stderr
+    p.close()
+
+
+def next_one(p, act):
+    "Do something that brings the next prompt; what it is, once it can be voted on"
+    p.wait_for_timeout(800)                # a second press within .7 s is none
+    before = p.locator("#board .turns").inner_text()
+    act()
+    expect(p.locator("#board .turns")).not_to_have_text(before)
+    expect(p.locator("#vote-tie")).to_be_visible()
+    return p.locator("#board .turns").inner_text()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_votes_flow(browser, folder, tmp_path, live):
+    "After a vote the next prompt comes by itself, by button and by key, unnamed; what was voted is said, and taken back; two presses are one vote; a prompt can be skipped; at the end it says so"
+    shutil.copytree(folder, tmp_path/"run", ignore=shutil.ignore_patterns("votes*", "preferences*"))
+    a = launch(tmp_path/"run", inline=False, live=live)
+    p = visit(browser, a, 390, 844)
+    expect(p.locator("#board article")).to_have_count(4)
+    file, seen = tmp_path/"run"/"votes.jsonl", []
+    if live:
+        settings(p, length=6)
+    shown = lambda: list(a.desk.comparisons.values())[-1]
+    p.locator("#guess").click()
+    expect(p.locator("#vote-tie")).to_be_visible()
+    box = p.locator("#vote-1").bounding_box()
+    assert box["y"]+box["height"] <= 844, "the buttons of a vote stay in view"
+    for press in ("button", "2", "t"):
+        c = shown()
+        seen.append(c["prompt"])
+        next_one(p, p.locator("#vote-1").click if press == "button" else lambda: p.keyboard.press(press))
+        row = read_votes(file)[-1]
+        assert (row["prompt"], row["blind"]) == (c["prompt"], True) and row["vote"] == {"button": c["order"][0], "2": c["order"][1], "t": "tie"}[press]
+        expect(p.locator("#voted")).to_contain_text(f"Vote {len(seen)}: {'a tie' if press == 't' else app_title(row['vote'])}")
+        assert all(app_title(k) in p.locator("#voted").inner_text() for k in names)
+        assert p.locator("#board h3").all_inner_texts() == [f"Answer {x}" for x in "ABCD"]      # the next is as blind as the first
+    assert len(set(seen)) == 3
+    p.keyboard.press("u")
+    expect(p.locator("#status")).to_contain_text("Taken back: 2 votes are left")
+    expect(p.locator("#vote-1")).to_contain_text(app_title(c["order"][0]))      # whose they are is known: the buttons say so
+    expect(p.locator("#board .turns")).to_contain_text(HH.asked(seen[-1]))
+    next_one(p, lambda: p.keyboard.press("2"))
+    row = read_votes(file)[-1]
+    assert (row["prompt"], row["vote"], row["blind"], len(read_votes(file))) == (seen[-1], c["order"][1], False, 3)
+    skipped = shown()["prompt"]
+    next_one(p, lambda: p.keyboard.press("s"))
+    assert len(read_votes(file)) == 3 and shown()["prompt"] not in (*seen, skipped)
+    next_one(p, lambda: (p.keyboard.press("3"), p.keyboard.press("3")))
+    p.wait_for_timeout(1000)
+    assert len(read_votes(file)) == 4                         # nobody has read the one that came between
+    next_one(p, lambda: p.keyboard.press("b"))
+    assert shown()["prompt"] == skipped                       # it waits at the end
+    p.wait_for_timeout(800)
+    p.keyboard.press("1")
+    expect(p.locator("#status")).to_contain_text("a vote on every stored prompt")
+    assert len({v["prompt"] for v in read_votes(file)}) == 6 and not p.errors
+    p.context.close()
+    a.close()
+
+
+def test_one_click_trains_on_the_votes(browser, folder, tmp_path, monkeypatch):
+    "The last vote that is needed brings a button; its click trains, follows it on the tab of the votes, and the model can be compared"
+    monkeypatch.setattr("rlhf_nb.booth.enough_votes", 4)
+    shutil.copytree(folder, tmp_path/"run", ignore=shutil.ignore_patterns("votes*", "preferences*"))
+    a = launch(tmp_path/"run", inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#top .mode")).to_have_text("live")
+    settings(p, length=6)
+    p.locator("#guess").click()
+    expect(p.locator("#vote-tie")).to_be_visible()
+    for i in range(4):
+        expect(p.locator("#train-now")).not_to_be_visible()
+        next_one(p, lambda: p.keyboard.press("1"))
+    p.locator("#train-now").click()
+    expect(p.locator("#v-status progress")).to_be_visible()
+    expect(p.locator("#v-status")).to_contain_text("learned from", timeout=180_000)
+    assert "your_votes" in a.desk.names() and not p.errors
+    p.context.close()
+    a.close()
+
+
+on_axis = """svg => { const ticks = [...svg.querySelectorAll('text:not([class*=e])')].filter(t => t.getAttribute('text-anchor') === 'middle' && !isNaN(t.textContent)).map(t => [+t.textContent, +t.getAttribute('x')]);
+  return [ticks, [...svg.querySelectorAll('.dot')].map(d => [d.getAttribute('aria-label'), +d.querySelector('circle').getAttribute('cx'), +d.querySelector('circle').getAttribute('cy')])]; }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_answers_as_dots(browser, folder, app, scheme):
+    "Each answer stands where the numbers of its axes say, higher where its reward is higher; the mean of many is a ring; it can be read on a phone, by keyboard, and not before a vote"
+    p = visit(browser, app, 390, 844, color_scheme=scheme)
+    settings(p, n=16, length=8)
+    compare(p, f"Where do they stand? {scheme}")
+    done(p)
+    c = list(app.desk.comparisons.values())[-1]
+    ticks, dots = p.locator("#board .plane svg.reward").evaluate(on_axis)
+    (a, at), (b, to) = ticks[0], ticks[-1]
+    assert len(ticks) > 1 and len(dots) == 8
+    for k, o in c["answers"].items():
+        one = next(d for d in dots if d[0].startswith(f"{app_title(k)}: "))
+        mean = next(d for d in dots if d[0].startswith(f"{app_title(k)}, mean of 16"))
+        kls, rewards = ([s[x] for s in o["samples"]] for x in ("kl", "reward"))
+        for d, kl, reward in ((one, o["kl"], o["reward"]), (mean, sum(kls)/16, sum(rewards)/16)):
+            assert abs(a+(d[1]-at)/(to-at)*(b-a)-kl) < .02*max(1, b), (k, d, kl)
+            assert f"reward {reward:.2f}".replace("-", "−") in d[0]
+        assert same_text(one[0].partition(" nats. ")[2], o["response"][:300]) or len(o["response"]) > 300
+    by_reward = sorted(c["answers"].values(), key=lambda o: o["reward"])
+    heights = [next(d[2] for d in dots if d[0].startswith(app_title(o["model"])+": ")) for o in by_reward]
+    assert heights == sorted(heights, reverse=True)
+    expect(p.locator("#board .plane")).to_contain_text("on this prompt, from 16 answers")
+    drawn = contrast.replace("e.offsetParent && e.innerText.trim()", "e.textContent.trim()").replace("getComputedStyle(e).color", "getComputedStyle(e).fill")
+    assert p.evaluate(drawn, "#board .plane text") >= 4.5 and p.evaluate(contrast, "#board .plane figcaption, #board .plane b") >= 4.5
+    assert p.evaluate("Math.min(...[...document.querySelectorAll('#board .plane text')].map(t => parseFloat(getComputedStyle(t).fontSize)*t.getScreenCTM().a))") >= 10
+    assert p.evaluate("document.documentElement.scrollWidth") <= 390
+    p.locator("#board .plane .dot").first.focus()
+    p.keyboard.press("Enter")
+    expect(p.locator("#tip")).to_contain_text("nats")
+    p.keyboard.press("Escape")
+    shot(p, f"dots_{scheme}")
+    p.get_by_label("Blind vote").check()
+    compare(p, "And before a vote?")
+    done(p)
+    expect(p.locator("#board .plane")).to_have_count(0)
+    assert not p.errors
+    p.context.close()
+
+
+def test_a_named_mark_is_one(browser):
+    "On a phone no question mark stands on a line of its own: it goes with the last word before it"
+    a = launch(inline=False)
+    for width in (320, 360, 390):
+        p = visit(browser, a, width, 844)
+        expect(p.locator("#board article")).to_have_count(4)
+        alone = p.locator("#board dt .last").evaluate_all("es => es.filter(e => e.getClientRects().length > 1).length")
+        beyond = p.locator("#board article").evaluate_all("es => es.flatMap(e => [...e.querySelectorAll('dd b, .gain, dt')].map(o => o.getBoundingClientRect().right-e.getBoundingClientRect().right)).filter(x => x > 0).length")
+        assert (alone, beyond) == (0, 0), width
+        p.context.close()
+    a.close()
+
+
 def test_load_and_kill(folder, tmp_path):
     "32 clients at once, then SIGKILL: only an orderly 'queue full', no lost or doubled vote, memory flat"
     r = load(folder, 32, 10, votes=tmp_path/"votes.jsonl")

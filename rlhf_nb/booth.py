@@ -92,7 +92,7 @@ def undo(self:Booth,
         c = self.comparisons.get(id) if isinstance(id, str) else None
         if not c or not c.get('vote'): raise ValueError('There is no vote on this comparison that could be taken back')
         n = remove_vote(self.votes, c['vote_row'])
-        c.update(vote=None, blind=False)       # whose answers they are is known now
+        c.update(vote=None, blind=False, undone=True)       # whose answers they are is known now
         return n
 
 # %% ../nbs/57c_booth.ipynb #daqpr6m8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['measures', 'style', 'script', 'sorts', 'mk_prompt', 'percentile', 'title', 'dialogue', 'Measure', 'scales', 'gain',
-           'is_fooled', 'card', 'headline', 'board', 'page_file', 'lesson_html', 'votes_html', 'status_html',
-           'banner_html', 'find', 'stories', 'curves_html']
+           'is_fooled', 'card', 'headline', 'voted_html', 'board', 'page_file', 'lesson_html', 'votes_html',
+           'status_html', 'banner_html', 'find', 'stories', 'curves_html']
 
 # %% ../nbs/51_cards.ipynb #cardh003
 import base64,io,math,re
@@ -18,6 +18,7 @@ from .run import *
 from .text import *
 from .wordview import *
 from .ballots import *
+from .plane import *
 from .core import _shown
 
 # %% ../nbs/51_cards.ipynb #88c5211f
@@ -161,7 +162,9 @@ def _nats(c, a):
 def _stat(c, a, key, ref):
     "A number: what it is, its difference to the reference's, and its bar"
     x,more,scale = a[key],gain(a, ref, key),c.get('scales') or scales()
-    name = f'<dt>{esc(measures[key].name)} {_hint(key)}</dt>'
+    *before,last = measures[key].name.split(' ')
+    # the question mark goes to the next line with a word, never alone
+    name = f'<dt>{esc(" ".join(before))} <span class="last">{esc(last)} {_hint(key)}</span></dt>'
     if x is None:
         why = 'none: outside the world of these models' if key=='gold_reward' else 'not known'
         return f'<div class="stat {key}">{name}<dd class="none">{why}</dd></div>'
@@ -256,11 +259,21 @@ def headline(
 
 def _voted(vote):
     "What was voted, in words"
-    words = dict(tie='a tie', bad='all bad')
-    return f'<p class="voted">Your vote: {esc(words.get(vote) or title(vote))}</p>'
+    return esc(dict(tie='a tie', bad='all bad').get(vote) or title(vote))
+
+def voted_html(
+    c:dict,     # A comparison with its vote
+    total:int,  # How many votes there are
+    more:str='' # What follows
+)->str:
+    "A vote in a line, with whose answers those were, for who looks at the next prompt already"
+    letters = dict(zip(c['order'], 'ABCD'))
+    mine = f" (answer {letters[c['vote']]})" if c['vote'] in letters else ''
+    others = ', '.join(f'{letter} {esc(title(k))}' for k,letter in letters.items() if k!=c['vote'])
+    return shield(f'<p class="voted" role="status"><b>Vote {total}: {_voted(c["vote"])}</b>{mine}; {others}. {esc(more)}</p>')
 
 def board(
-    c:dict,            # A comparison
+    c:dict,            # A comparison, with its `scales` and, as `best`, the rows of `best_of_n` of its run
     colour:str='kl'    # As in `card`
 )->str:
     "A comparison as HTML"
@@ -270,10 +283,11 @@ def board(
     names = {k:f'Answer {letter}' if hide else title(k) for k,letter in zip(order, 'ABCD')}
     cards = ''.join(card(a, names[k], colour, hide, answers.get('reference'), c) for k,a in answers.items())
     top,bottom = dialogue(c['prompt']),''
-    if c.get('vote'): top += _voted(c['vote'])
+    if c.get('vote'): top += f'<p class="voted">Your vote: {_voted(c["vote"])}</p>'
     if c['state'] in ('done','stopped') and not hide:
         top += f'<p class="headline">{esc(headline(answers))}</p>'
         if any(a.get('tokens') for a in answers.values()): bottom = legend(colour)
+        bottom += plane_html(answers, names, c.get('best') or ())
     longest = max([len(a['response']) for a in answers.values()], default=0)
     size = 'short' if longest<160 else 'long'             # short answers stand two by two on a phone
     cards = f'<div class="cards {size}" style="--n:{len(order)}">{cards}</div>'

@@ -55,6 +55,7 @@ class Desk(Booth):
         self.problems,self.state,self.config = [],'loading',None
         self.records,self.players = {},{}           # by name: stored samples, models
         self.judged,self.made_with = False,{}       # have stored answers a true reward, and how were they written?
+        self.best = []                              # what the best of n answers of the reference is worth
         self.prompts,self.spread = [],[]            # of the stored samples; the reference's rewards, sorted
         self.comparisons = OrderedDict()            # by id, the last ones
         self.ready = threading.Event()              # the samples are read
@@ -138,6 +139,8 @@ def _read_samples(self:Desk):
     try: what = read_json(about, dict) if about.exists() else {}
     except (ValueError,OSError): what = {}       # damaged: nobody knows
     self.made_with = {k:what.get(k) for k in ('seed','temperature','max_new_tokens')}
+    try: self.best = stored_best_of_n(self.path)
+    except (ValueError,OSError) as e: self.trouble(str(e))
 
 @patch
 def _read_config(self:Desk):

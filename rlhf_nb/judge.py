@@ -115,7 +115,7 @@ def audit_table(
         slot = v['slot_bias']  # share of the verdicts that went to the second answer
         cells = [_ci(v[c]) for c in _audited]
         p = _p(slot['p'] if slot['n'] else None)  # where no verdict is decided, nothing was tested
-        rows.append([md_inline(k), *cells, p, v['failed'], v['n']])
+        rows.append([md_inline(shown_name(k)), *cells, p, v['failed'], v['n']])
     silent = [_tells_nothing(k, v)
               for k,v in d.items() if not v.get('decided', 1)]
     return '\n\n'.join([md_table(rows), *silent])

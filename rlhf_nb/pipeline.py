@@ -426,6 +426,7 @@ def publish(
         source = dict(split_source(src['split'], c.data.name), first=n, of=total)
         whose = f"{shows} of {total} prompts of the {md_inline(src['split'])} split ({md_inline(c.data.name)})"
     write_samples(shown.samples, first, source, command, seed=c.seed)
+    share_best_of_n(run, shown.samples)
     seeds = ', '.join(str(l.config.seed) for l in lines)
     about = f'Seed {c.seed}, of the seeds {seeds}: the first {whose}, made by {md_code(command)}.'
     write_text(shown.samples_md, samples_md(first, about=about))

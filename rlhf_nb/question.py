@@ -91,9 +91,10 @@ def longest_of(desk:Desk)->int:
     return max(1, min(256, room-desk.config.data.max_prompt))
 
 def as_run(desk:Desk)->dict:
-    "Seed, length and temperature of a run's own samples"
+    "Seed, length and temperature of a run's own samples, as far as its models have room"
     c = desk.config
-    return dict(seed=c.seed, max_new_tokens=c.eval.max_new_tokens, temperature=c.eval.temperature) if c else {}
+    if not c: return {}
+    return dict(seed=c.seed, max_new_tokens=min(c.eval.max_new_tokens, longest_of(desk)), temperature=c.eval.temperature)
 
 def choices_of(desk:Desk, id:str, k:str, i:int)->str:
     "What else model `k` could have written at piece `i` of its answer, and the reference there, as HTML; empty where nobody knows"
@@ -168,7 +169,7 @@ class Page:
 
     def board(self, c, colour):
         "A comparison as HTML, on the scales of the run"
-        return board(dict(c, scales=self.once(scales_of), link=link_of(c)), colour)
+        return board(dict(c, scales=self.once(scales_of), link=link_of(c), best=self.desk.best), colour)
 
     def __getitem__(self, names:str)->list:
         "Parts by their names, which stand in one text"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['raw_files', 'split_source', 'file_source', 'samples_json', 'stored_tokens', 'write_samples', 'samples_source',
-           'write_results', 'samples_md', 'shipped_samples', 'write_space', 'published']
+           'write_results', 'samples_md', 'shipped_samples', 'stored_best_of_n', 'share_best_of_n', 'write_space',
+           'published']
 
 # %% ../nbs/33_records.ipynb #recoh003
 from importlib.resources import files
@@ -251,6 +252,24 @@ Answers of {models} to {n} prompts, side by side: reward, KL, and what each toke
 Made by `rlhf_nb app --space`; push this folder to a Space.
 """
 
+def stored_best_of_n(
+    run # Run folder, or a folder of samples
+)->list:
+    "What best-of-n reaches from the reference, as rows; none where nobody has measured it"
+    places = Places(run)
+    name = places.frontier.name
+    for f in (places.frontier,places.samples/name,places.path/name):
+        if f.exists(): return read_json(f, dict).get('best_of_n') or []
+    return []
+
+def share_best_of_n(
+    run, # Run folder, or a folder of samples
+    to   # Folder of samples
+):
+    "Put what best-of-n reaches beside samples that go elsewhere: the page draws it as a line"
+    rows = stored_best_of_n(run)
+    if rows: write_json(Path(to)/Places(run).frontier.name, dict(best_of_n=rows))
+
 def write_space(
     run,                 # Run folder, or a folder of samples
     to,                  # New folder
@@ -264,6 +283,7 @@ def write_space(
     # as they are: samples.json says whose prompts they are, and can be held against them
     for f in (*folder.glob('*_samples.json'), folder/'samples.json'):
         if f.exists(): write_text(to/'samples'/f.name, read_text(f))
+    share_best_of_n(places.path, to/'samples')
     n = len(groups(next(iter(records.values()))))
     write_text(to/'app.py', _space_app)
     write_text(to/'requirements.txt', 'git+https://github.com/rlhf-nb/rlhf_nb\n')

@@ -296,7 +296,7 @@ class WinRate(dict):
         row['prompts × answers'] = f"{self['n']} × {self['samples']}"
         row['detectable from .5'] = f"±{self['mdd']:.3f}"
         if 'missing' in self: row['without a score'] = self['missing']
-        if 'by' in self: row['judge'] = md_inline(self['by'].replace('_', ' '))
+        if 'by' in self: row['judge'] = md_inline(in_words(self['by']))
         row['verdict'] = f'**{self.verdict}**'
         return md_table([list(row),list(row.values())])
 

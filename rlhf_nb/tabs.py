@@ -6,7 +6,7 @@
 __all__ = ['snippet', 'banner', 'lay_out', 'wire']
 
 # %% ../nbs/60_tabs.ipynb #tabsh003
-import json,random,threading,time
+import threading,time
 
 import gradio as gr
 
@@ -17,236 +17,10 @@ from .cards import *
 from .booth import *
 from .desk import *
 from .question import *
+from .comparison import *
 from .cards import _limit
-from .question import _as_choices,_follow,_says,_seen
-
-# %% ../nbs/60_tabs.ipynb #62965017
-# What the colour of the tokens may show, as in `card`
-_colours = [('KL to the reference','kl'),('log-probability','log_prob'),('words that changed','diff'),('nothing','none')]
-
-def _lay_out_question(desk):
-    "What somebody fills in: one line"
-    gr.HTML(visible=False, elem_id='past')  # the turns before the question
-    with gr.Row(equal_height=False, elem_id='ask'):
-        # typed where there are models; else one of the stored prompts is chosen. Enter compares
-        prompt = gr.Textbox(label='Prompt', show_label=False, container=False, elem_id='prompt', visible=False,
-            placeholder='Ask something, then press Enter', lines=1, max_lines=8, max_length=desk.max_chars,
-            scale=5, submit_btn=False)
-        gr.Dropdown(label='Stored prompt', show_label=False, container=False, elem_id='stored', visible=False, scale=5)
-        gr.Button('Compare', variant='primary', elem_id='go', scale=0)
-        gr.Button('Stop', elem_id='stop', visible=False, scale=0)
-        gr.Button('Vote blind', elem_id='guess', scale=0)
-    gr.Dataset(components=[prompt], samples=[['']], visible=False, label='Examples', elem_id='examples')
-
-def _lay_out_options(desk):
-    "What can be set, folded"
-    with gr.Accordion('Options', open=False, elem_id='settings'):
-        with gr.Row():
-            gr.CheckboxGroup(label='Models, one to four', elem_id='models')
-            gr.Radio(_colours, value='kl', label='Colour of the tokens', elem_id='colour')
-        gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind')
-        with gr.Row():
-            gr.Slider(0, 2, 1., step=.05, elem_id='temperature', label='Temperature (0: the most likely token)')
-            gr.Slider(1, 256, 48, step=1, elem_id='length', label='Longest answer, tokens')
-            gr.Slider(1, 16, 1, step=1, elem_id='n', label='Samples of each model (the best by reward is shown)')
-            gr.Number(0, label='Seed', minimum=0, elem_id='seed')
-
-def _lay_out_answers():
-    "What is going on, the answers, the buttons of a blind vote, and what can be done afterwards"
-    gr.HTML(status_html(), elem_id='status')
-    gr.HTML(elem_id='board')
-    with gr.Row(visible=False, elem_id='votes'):
-        # keys in brackets: the script presses the buttons
-        for i,x in enumerate('ABCD', 1):  # the names of answers while nobody knows whose they are
-            gr.Button(f'{x} is best  [{i}]', elem_id=f'vote-{i}', min_width=100)
-        gr.Button('Tie  [T]', elem_id='vote-tie', min_width=100)
-        gr.Button('All bad  [B]', elem_id='vote-bad', min_width=100)
-    with gr.Row(visible=False, elem_id='after'):
-        gr.Button('Again, another seed', elem_id='again', min_width=140)
-        gr.Button('Copy a link', elem_id='link', min_width=120)
-        gr.Button('Save as picture', elem_id='picture', min_width=140)
-        gr.Button('Save as file', elem_id='save', min_width=120)
-        gr.Button('Take the vote back', elem_id='undo', visible=False, min_width=140)
-    with gr.Row(visible=False, elem_id='dialogue'):
-        gr.Dropdown(label='Go on with the answer of', elem_id='whose', min_width=160)
-        gr.Button('Continue the dialogue', elem_id='continue', min_width=160)
-        gr.Button('New dialogue', elem_id='fresh', min_width=160)
-    gr.Textbox(visible='hidden', elem_id='saved')      # a text on its way to a file
-    # a token that somebody asks about, and what else could stand there: the script shows it beside the token
-    gr.Textbox(visible='hidden', elem_id='token')
-    gr.Button(visible='hidden', elem_id='ask-token')
-    gr.HTML(visible='hidden', elem_id='choices')
-
-# The buttons of the answers, in the order of the columns
-_picks = tuple(f'vote-{i}' for i in (1,2,3,4))
-
-def _may_vote(c):
-    "The buttons of a blind vote, as many as there are answers"
-    n = len(c['models'])
-    if not c['blind'] or twins(c): return dict(votes=_seen(False))
-    buttons = {button:_seen(i<n) for i,button in enumerate(_picks)}
-    return dict(buttons, votes=_seen(n>1))
-
-def _may_go_on(desk, c, yes=True):
-    "What can be done with a comparison that is no secret; only models go on with a dialogue"
-    first,*_ = c['order']
-    choice = c.get('vote') if c.get('vote') in c['order'] else first
-    whose = gr.update(choices=_as_choices(c['order']), value=choice)
-    return dict(after=_seen(yes), dialogue=_seen(yes and bool(desk.players)), whose=whose)
-
-# What a comparison fills
-_shown = 'status board id stop votes after dialogue whose undo '+' '.join(_picks)
-
-def _wire_question(page):
-    "Compare, and stop"
-    desk = page.desk
-    def on_begin(request:gr.Request):
-        "Said at once, however many are served before"
-        desk.running.setdefault(request.session_hash, threading.Event())
-        return dict(status=status_html('Waiting for a free place'), stop=_seen(), id='')
-    def comparing(q, colour, visitor):
-        "Answers as they grow; then what can be done with them"
-        hidden = dict(votes=_seen(False), after=_seen(False), dialogue=_seen(False), undo=_seen(False), id='')
-        yield dict(hidden, status=status_html('Starting'), stop=_seen())
-        for c,status in _follow(desk, q, visitor):
-            yield dict(status=status, board=page.board(c, colour)) if c else dict(status=status)
-        end = dict(stop=_seen(False))
-        if c and c['state']=='done':  # one that was stopped is not voted on
-            if c['blind'] and twins(c):
-                c['blind'] = False
-                yield dict(board=page.board(c, colour), status=status_html('All wrote the same text: nothing to vote on. Vote blind asks the next prompt'))
-            shown = not c['blind']           # the menu would name the models
-            end.update(_may_vote(c)|_may_go_on(desk, c, shown), id=c['id'])
-        yield end
-    def on_compare(request:gr.Request, *fields):
-        "The question as it stands"
-        *fields,colour = fields  # not a part of the question
-        yield from comparing(Question(*fields), colour, request.session_hash)
-    def on_guess(request:gr.Request, *fields):
-        "A blind vote on one of the prompts that the run was measured on"
-        *fields,colour = fields
-        q = Question(*fields)._replace(blind=True, history=[])
-        p = desk.next_prompt(q.stored) or (random.choice(desk.prompts) if desk.prompts else None)
-        if p: q = q._replace(prompt=p, stored=p)
-        yield from comparing(q, colour, request.session_hash)
-    def on_stop(request:gr.Request):
-        "The writing for this visitor ends at the next token"
-        stop = desk.running.get(request.session_hash)
-        if stop: stop.set()  # nothing is written where there is none
-    def on_leave(request:gr.Request):
-        "Nobody waits any more"
-        desk.running.pop(request.session_hash, None)
-    def on_example(row):
-        "The prompt of a story"
-        prompt = dict(page.once(stories_of)).get(row[0].partition(': ')[0])
-        return dict(prompt=HH.asked(prompt) if prompt else gr.skip(), stored=prompt or gr.skip())
-    def on_again(stored):
-        "Another seed; of stored answers another prompt"
-        if desk.players: return dict(seed=random.randrange(10**6))
-        return dict(stored=random.choice([p for p in desk.prompts if p!=stored] or [stored]))
-    takes = ' '.join([*Question._fields,'colour'])
-    work = dict(queue=True, concurrency_limit=None)       # the desk lets so many write at once, and says who is next
-    asks = 'go.click prompt.submit'
-    page.on(f'{asks} guess.click', on_begin, '', 'status stop id', js=f"() => rlhf_show('#status')")
-    page.on(asks, on_compare, takes, _shown, **work)
-    page.on('guess.click', on_guess, takes, _shown, **work)
-    for event,f,reads in (('examples.click',on_example,'examples'),('again.click',on_again,'stored')):
-        chosen = page.on(event, f, reads, 'prompt stored' if f is on_example else 'seed stored')
-        page.on(page.on(chosen, on_begin, '', 'status stop id'), on_compare, takes, _shown, **work)
-    page.on('stop.click', on_stop)
-    page.parts['page'].unload(on_leave)
-
-def _wire_vote(page):
-    "A vote for the answer at a place, or for none"
-    desk = page.desk
-    def voting(which):
-        "What happens at the button of a place on the page, or of `tie` or `bad`"
-        def on_vote(id, colour):
-            "Save it, then show whose answers they are"
-            try:
-                c = desk.comparisons.get(id)
-                choice = c['order'][which] if c and isinstance(which, int) else str(which)
-                total = desk.vote(id, choice)
-            except (ValueError,OSError) as e:
-                return _says(f'Not saved: {e}', 'bad')
-            o = desk.progress()
-            ready = 'enough to train on: see Votes' if not o['left'] else f"{o['prompts']} of {o['needed']} prompts to train on"
-            said = status_html(f'Saved: vote {total}. {ready}')
-            return dict(_may_go_on(desk, c), status=said, board=page.board(c, colour), votes=_seen(False), undo=_seen())
-        return on_vote
-    def on_undo(id, colour):
-        "As if there had been no vote; the names have been seen"
-        try: left = desk.undo(id)
-        except (ValueError,OSError) as e: return _says(str(e), 'bad')
-        return dict(status=status_html(f'Taken back: {left} votes are left'), undo=_seen(False), board=page.board(desk.comparisons[id], colour))
-    buttons = {name:place for place,name in enumerate(_picks)}
-    buttons.update({'vote-tie':'tie', 'vote-bad':'bad'})
-    for name,which in buttons.items():
-        page.on(f'{name}.click', voting(which), 'id colour', 'status board votes after dialogue whose undo')
-    page.on('undo.click', on_undo, 'id colour', 'status board undo')
-
-def _wire_comparison(page):
-    "What can be done with a comparison: colour it, save it, go on with an answer"
-    desk = page.desk
-    def on_colour(id, colour):
-        "The same comparison in other colours"
-        c = desk.comparisons.get(id)
-        return dict(board=page.board(c, colour) if c else gr.skip())
-    def on_save(id):
-        "All of a comparison as text; the browser makes the file"
-        c = desk.comparisons.get(id)
-        return dict(saved=json.dumps(c, ensure_ascii=False, indent=1) if c else '')
-    def on_continue(id, whose):
-        "The dialogue goes on with the answer of one model, which all of them then read"
-        c = desk.comparisons.get(id)
-        if not c or whose not in c['answers']:
-            return _says('Compare first', 'bad')
-        answer = c['answers'][whose]['response'].strip()
-        turns = [[role,text] for role,text in parse_turns(c['prompt']) if text]
-        turns.append(['assistant',answer])
-        so_far = f"<div class=\"board\"><p><b>The dialogue so far</b></p>{dialogue(c['prompt']+' '+answer)}</div>"
-        return dict(history=turns, past=_seen(value=shield(so_far)), prompt='',
-            status=status_html(f'The dialogue goes on with the answer of {title(whose)}: write the next turn'))
-    def on_fresh():
-        "No turns before the next question"
-        return dict(history=[], past=_seen(False, value=''), prompt='', status=status_html('A new dialogue'))
-    def on_token(id, which):
-        "What else could have stood at a token"
-        k,_,i = which.rpartition('|')
-        if not i.isdigit(): return dict(choices='')
-        try: return dict(choices=choices_of(desk, id, k, int(i)))
-        except refused as e: return dict(choices=status_html(str(e), 'bad'))
-    page.on('ask-token.click', on_token, 'id token', 'choices', queue=True, concurrency_limit=desk.parallel)
-    page.on('colour.change', on_colour, 'id colour', 'board', trigger_mode='always_last')
-    page.saves(page.on('save.click', on_save, 'id', 'saved'), 'saved', 'comparison.json')
-    to_prompt = "() => { const p = document.querySelector('#prompt textarea'); rlhf_show('#past'); p && p.focus(); }"
-    page.on('continue.click', on_continue, 'id whose', 'history past prompt status').then(None, js=to_prompt)
-    page.on('fresh.click', on_fresh, '', 'history past prompt status')
-
-# What the tab is filled with once samples or models are read
-_compare_fields = 'prompt colour n seed length temperature stored models examples'
-
-def _fill_compare(page, link):
-    "Of samples alone there is less to choose; what a `link` asks for stands in the fields"
-    desk = page.desk
-    live = bool(desk.players) or desk.coming()      # a page whose models still load looks as it will then
-    prompts = [(HH.asked(p)[:120],p) for p in desk.prompts]       # what a person reads, and what it stands for
-    shows = page.once(stories_of)
-    values = dict(n={}, seed={}, temperature={}, length=dict(maximum=page.once(longest_of)))
-    for k,v in as_run(desk).items(): values[dict(max_new_tokens='length').get(k, k)]['value'] = v
-    for k in values.keys()&link.keys(): values[k]['value'] = link[k]
-    out = {k:_seen(live, **o) for k,o in values.items()}
-    asked = dict(value=link['prompt']) if 'prompt' in link else {}
-    out.update(prompt=_seen(live, **asked), colour=_seen(any('tokens' in r for r in desk.records.get('reference', ())[:1]) or live))
-    names = desk.names()
-    chosen = [k for k in link.get('models', names) if k in names][:4]  # as many as a comparison takes
-    first = mk_prompt(link['prompt']) if 'prompt' in link else next(iter(shows.values()), next(iter(desk.prompts), None))
-    if first not in desk.prompts: prompts = [*prompts,(HH.asked(first)[:120],first)] if first else prompts
-    stories = [[f'{k}: {HH.asked(p)}'] for k,p in shows.items()]
-    return dict(out,
-        stored=_seen(not live, choices=prompts, value=first),
-        models=gr.update(choices=_as_choices(names), value=chosen or names[:4]),
-        examples=_seen(bool(stories), samples=stories or [['']]))
+from .comparison import _may_go_on
+from .question import _as_choices,_says,_seen
 
 # %% ../nbs/60_tabs.ipynb #appxcod0
 # What stored answers can be limited by
@@ -363,7 +137,8 @@ def _wire_votes(page):
                 if 'result' not in o: yield _says(o['text'], line='v-status', share=o['share'])
                 else: yield {'v-status':lesson_html(o['result'])}
         except (ValueError,OSError) as e: yield _says(str(e), 'bad', 'v-status')
-    page.on('v-train.click', on_train, '', 'v-status', queue=True, concurrency_limit=None)
+    page.on('train-now.click', lambda: dict(tabs=gr.update(selected='votes')), '', 'tabs')     # where it is followed
+    page.on('v-train.click train-now.click', on_train, '', 'v-status', queue=True, concurrency_limit=None)
     page.on('votes_tab.select v-again.click', on_count, '', 'v-board')
     page.saves(page.on('v-export.click', on_export, '', 'v-status v-saved'), 'v-saved', 'preferences.jsonl')
 
@@ -433,7 +208,7 @@ def _wire_start(page):
     desk = page.desk
     def now(link):
         "What can be said about the models at this moment"
-        return dict(top=banner(desk), **_fill_compare(page, link))
+        return dict(top=banner(desk), **fill_compare(page, link))
     def on_load(request:gr.Request):
         "Two fillings, so that nobody waits for models to see samples"
         desk.ready.wait()  # until samples are read
@@ -453,7 +228,7 @@ def _wire_start(page):
         if not c or not before or before['id']==c['id'] or not before.get('stored'): return dict(id=id)
         desk.remember(c)
         return dict(id=c['id'], board=page.board(c, colour))
-    filled = f'top demo {_compare_fields} x-model x-failure board id after dialogue whose status'
+    filled = f'top demo {compare_fields} x-model x-failure board id after dialogue whose status'
     loaded = page.on('page.load', on_load, '', filled, queue=True, concurrency_limit=None)
     live = page.on(loaded, on_live, 'id colour', 'id board', queue=True, concurrency_limit=None)
     live.then(None, None, None, js="() => { if (new URLSearchParams(location.search).has('q')) document.getElementById('go').click(); }")
@@ -470,28 +245,22 @@ def lay_out(page):
     with gr.Row(visible=False, elem_id='demo'):
         gr.Button('Train these models here (minutes)', elem_id='make', size='sm', scale=0, min_width=260)
         gr.HTML(status_html(), elem_id='making')
-    with gr.Tab('Compare', id='compare'):
-        # of a visitor: the turns before the question, and the comparison that is shown
-        parts.update(history=gr.State([]), id=gr.State(''))
-        _lay_out_question(desk)
-        _lay_out_answers()
-        _lay_out_options(desk)
-    with gr.Tab('Explore', id='explore'):
-        parts.update(hits=gr.State([]), place=gr.State(0))     # prompts that were found, and which of them is shown
-        _lay_out_explore()
-    with gr.Tab('Votes', id='votes') as parts['votes_tab']: _lay_out_votes()
-    with gr.Tab('Curves', id='curves') as parts['curves_tab']: gr.HTML(elem_id='curves')
-    with gr.Tab('API', id='api'):
-        gr.HTML(_snippet_html(page.locked), elem_id='snippet')
+    with gr.Tabs(elem_id='tabs'):
+        with gr.Tab('Compare', id='compare'): lay_out_compare(page)
+        with gr.Tab('Explore', id='explore'):
+            parts.update(hits=gr.State([]), place=gr.State(0))     # prompts that were found, and which of them is shown
+            _lay_out_explore()
+        with gr.Tab('Votes', id='votes') as parts['votes_tab']: _lay_out_votes()
+        with gr.Tab('Curves', id='curves') as parts['curves_tab']: gr.HTML(elem_id='curves')
+        with gr.Tab('API', id='api'):
+            gr.HTML(_snippet_html(page.locked), elem_id='snippet')
 
 def wire(
     page:Page,
     demo:tuple # Where the embedded demo's run is made, and its flags
 ):
     "All events"
-    _wire_question(page)
-    _wire_vote(page)
-    _wire_comparison(page)
+    wire_compare(page)
     _wire_explore(page)
     _wire_votes(page)
     _wire_curves(page)

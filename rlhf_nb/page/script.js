@@ -20,26 +20,39 @@ function rlhf_tip(at, fill) {
 
 // the answers come into view once they are asked for
 function rlhf_show(sel) {
-  const e = document.querySelector(sel), r = e && e.getBoundingClientRect();
+  const seen = s => { const e = document.querySelector(s); return e && e.offsetHeight ? e : null; };
+  const e = seen(sel) || seen('#board'), r = e && e.getBoundingClientRect();     // an empty line has no place on a phone
   if (r && (r.top > innerHeight*.6 || r.top < 0)) e.scrollIntoView({block: 'start', behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth'});
 }
 
 document.addEventListener('click', e => {
-  const b = e.target.closest && e.target.closest('.copy, .hint');
+  const b = e.target.closest && e.target.closest('.copy, .hint, .dot');
   if (!b) return;
-  if (b.matches('.hint')) return void rlhf_tip(b, b.dataset.hint);
+  if (!b.matches('.copy')) return void rlhf_tip(b, b.dataset.hint);
   const said = ok => { const t = b.firstChild.nodeValue; b.firstChild.nodeValue = ok ? 'Copied' : 'Select and copy by hand'; setTimeout(() => b.firstChild.nodeValue = t, 1500); };
   navigator.clipboard ? navigator.clipboard.writeText(b.dataset.copy).then(() => said(true), () => said(false)) : said(false);
 });
+
+document.addEventListener('keydown', e => {
+  const dot = e.target.closest && e.target.closest('.dot');
+  if (dot && (e.key === 'Enter' || e.key === ' ')) { rlhf_tip(dot, dot.dataset.hint); e.preventDefault(); }
+});
+
+// two votes within a blink are one vote and a slip: the next prompt is there at once, and nobody has read it
+document.addEventListener('click', e => {
+  const vote = e.target.closest && e.target.closest('#votes button'), now = performance.now();
+  if (vote && vote.id !== 'skip' && now-(window.rlhf_cast ?? -1e9) < 700) { e.stopImmediatePropagation(); e.preventDefault(); return; }
+  window.rlhf_cast = vote ? now : undefined;
+}, true);
 
 // shortcuts: the buttons that can be seen; letters that are typed into a field stay there
 document.addEventListener('keydown', e => {
   const arrow = e.key.startsWith('Arrow');
   if (e.ctrlKey || e.altKey || e.metaKey || e.target.closest('input, textarea, select, [contenteditable], [role=listbox], summary, .tok')) return;
   if (!arrow && e.target.closest('[role=tab]')) return;
-  const at = {'1': 'vote-1', '2': 'vote-2', '3': 'vote-3', '4': 'vote-4', 't': 'vote-tie', 'b': 'vote-bad', 'ArrowLeft': 'x-back', 'ArrowRight': 'x-next'}[e.key];
+  const at = {'1': 'vote-1', '2': 'vote-2', '3': 'vote-3', '4': 'vote-4', 't': 'vote-tie', 'b': 'vote-bad', 's': 'skip', 'u': 'undo', 'ArrowLeft': 'x-back', 'ArrowRight': 'x-next'}[e.key];
   const b = at && document.getElementById(at);
-  if (b && b.offsetParent) { b.click(); e.preventDefault(); }
+  if (b && b.offsetParent && !b.disabled && (arrow || !e.repeat)) { b.click(); e.preventDefault(); }
 });
 
 // what changes on the page: groups of choices get their names, and an open vote takes the keyboard from the prompt
