@@ -314,7 +314,7 @@ class PretendGPU:
             yield torch.mps,'synchronize',lambda: None
             return
         props = type('Props', (), dict(name='pretend GPU', total_memory=self.memory, major=self.capability[0], minor=self.capability[1], multi_processor_count=40))()
-        for k,v in dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda *a: None, empty_cache=lambda: None,
+        for k,v in dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda *a: None, _exchange_device=lambda i: 0, _maybe_exchange_device=lambda i: 0, empty_cache=lambda: None,
                         synchronize=lambda *a: b.sync('synchronize'), get_device_capability=lambda *a: self.capability, get_device_name=lambda *a: props.name,
                         get_device_properties=lambda *a: props, is_bf16_supported=lambda *a, **k: self.capability>=(8,0), memory_allocated=lambda *a: b.now,
                         max_memory_allocated=lambda *a: b.peak, max_memory_reserved=lambda *a: b.peak, memory_reserved=lambda *a: b.now, set_sync_debug_mode=lambda *a: None, is_current_stream_capturing=lambda: False, is_initialized=lambda: True, _lazy_init=lambda: None,

@@ -2,6 +2,7 @@
 import json
 from copy import deepcopy
 from functools import lru_cache
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rlhf_nb.models import log_probs,mk_reward_model,mk_value_model
 from rlhf_nb.load import mk_policy
 from rlhf_nb.ppo import train_ppo
 from rlhf_nb.reward import train_reward
+from rlhf_nb.sampling import check_sampling
 from rlhf_nb.sources import mk_scorer
 from rlhf_nb.sft import small_reference,train_sft
 from rlhf_nb.train import fit,from_data
@@ -84,6 +86,13 @@ def endless(seed):
     return policy
 
 
+def cutting(seed):
+    "GRPO whose sampler draws from the five likeliest tokens alone"
+    def top_k(z, temperature): return z.masked_fill(z < z.topk(5, -1).values[:, -1:], -torch.inf)
+    check_sampling(small()[2])  # at a model's first sample, which would refuse it
+    with patch("rlhf_nb.sampling.hot", top_k): return grpo(seed, updates=6)
+
+
 def equal(b):
     "One score for all answers of a group: the group's mean"
     s = small()[4](b)
@@ -110,6 +119,7 @@ def few(stage, seed, passes=40, n=30, **kw):
 
 
 broken = {
+    "first ratio, grpo": cutting,
     "KL runs away, ppo": lambda s: ppo(s, kl_coef=0., lr=3e-3),
     "KL runs away, grpo": lambda s: grpo(s, beta=0., lr=3e-3, inner=2),
     "no signal, grpo": lambda s: grpo(s, equal),

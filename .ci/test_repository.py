@@ -55,6 +55,39 @@ def test_outputs(nb):
     assert not [c["execution_count"] for c in cells(nb) if c["execution_count"]], "run nbdev_clean"
 
 
+def calls(nodes):
+    return {ast.unparse(n.func) for node in nodes for n in ast.walk(node) if isinstance(n, ast.Call)}
+
+
+def without_picture(cells):
+    "Cells that draw, by matplotlib, by a function of the notebook that does, or by a plot of ours at the end, and have stored no picture"
+    makes, bad = {"plt.subplots", "plt.figure"}, []
+    for c in cells:
+        body = ast.parse(re.sub(r"^[%!].*", "", c["source"], flags=re.M)).body
+        functions = [n for n in body if isinstance(n, ast.FunctionDef)]
+        run = calls(n for n in body if n not in functions)
+        makes |= {f.name for f in functions if makes & calls([f])}
+        ends = body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.Call) and ast.unparse(body[-1].value.func).startswith("plot_")
+        if (ends or run & makes) and "plt.close" not in run and not any("image/png" in o.get("data", {}) for o in c["outputs"]):
+            bad.append(c["source"][:200])
+    return bad
+
+
+@each_notebook
+def test_pictures(nb):
+    "A run with MPLBACKEND=agg draws everything and stores nothing"
+    assert not without_picture(cells(nb))
+
+
+def test_pictures_see():
+    "The check above is not blind, and asks for no picture where none is drawn or a test closes it"
+    stored, own = [{"data": {"image/png": ""}}], "def curve(x):\n    ax = plt.subplots()[1]\n    ax.plot(x)"
+    for source, bad in (("fig,ax = plt.subplots()", True), ("plot_costs(x)", True), ("curve(x)", True), (own, False), ("plot_costs(x).axes", False), ("curve(x)\nplt.close()", False)):
+        drawn = [dict(source=own, outputs=[])]
+        assert bool(without_picture([*drawn, dict(source=source, outputs=[])])) == bad, source
+        assert not without_picture([*drawn, dict(source=source, outputs=stored)])
+
+
 @each_notebook
 def test_imports_alone(nb):
     "nbdev's docs run each cell that imports, so in a notebook with a module nothing else stands there (installing in Colab apart)"

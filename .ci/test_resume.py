@@ -278,7 +278,7 @@ def kept(folder):
     out = {}
     for f in sorted(folder.rglob("*")):
         name = f.relative_to(folder).as_posix()
-        if not f.is_file() or name.startswith("checkpoints/") or f.suffix in (".png", ".md") or name in ("results/seconds.json", "config.yaml") or "training_analysis" in name:
+        if not f.is_file() or name.startswith("checkpoints/") or f.suffix in (".png", ".md") or name in ("results/seconds.json", "results/cpu_seconds.json", "config.yaml") or "training_analysis" in name:
             continue
         if f.suffix == ".jsonl":
             out[name] = clean([json.loads(l) for l in f.read_text("utf-8").splitlines()])

@@ -47,6 +47,15 @@ def _smooth(x):
     return pd.Series(x).rolling(3, min_periods=1).median().values
 
 # %% ../nbs/47_diagnose.ipynb #dia0sig1
+def _first_ratio(h):
+    "The old log-probabilities are not those of the policy that wrote the answers"
+    off,made = _cols(h, 'ratio_off','steps')
+    # with several steps the mean over them says nothing of the first
+    if off is None or made is None or (i := _since((made==1)&(off>1e-3))) is None:
+        return
+    end = last_third(off)
+    return Sign(i, end, f'in the only step of an update the ratio to the policy that sampled is off by {end:.2g} on average')
+
 def _never_stops(h):
     "Next to no response ends"
     finished,length = _cols(h, 'finished','length')
@@ -293,6 +302,9 @@ class Fault(NamedTuple):
 
 # cause -> fault; of two that begin in the same row the first here is named first
 faults = {
+    'first ratio':Fault(_first_ratio,
+        'Sampling and training disagree about what was sampled: top-k, top-p or another temperature, dropout on '
+        'one side, log-probabilities of another policy, or tokens that are not those that were written.'),
     'never stops':Fault(_never_stops,
         'Is EOS part of the response mask in training, and does the tokenizer stop at the id that the model '
         'was taught? Train the reference on answers that end; keep `no_eos_penalty`; is `max_new_tokens` long '

@@ -41,6 +41,7 @@ def _wide(x):
         return torch.cat([o, o.new_zeros(B, G, R-r, *rest)], 2)
     return torch.cat([padded(o) for o in x], 1)
 
+# %% ../nbs/32_evaluate.ipynb #cb10c091
 @torch.no_grad()
 def sample_with_kl(
     models:dict,           # {name: causal LM}; one of them is 'reference'
@@ -69,6 +70,7 @@ def sample_with_kl(
     sizes = [len(p)+n*max_new_tokens for p in prompts]
     return by_share(all_answers, prompts, sizes, models['reference'].device)
 
+# %% ../nbs/32_evaluate.ipynb #f2a464f0
 class Step(NamedTuple):
     "One token of every answer, as `decode` yields it"
     ids:torch.Tensor       # (B,n)
@@ -114,6 +116,27 @@ def _with_kl(models, prompts, n, max_new_tokens, temperature, seed):
     return {k:from_steps(prompts, said[k], stops[k]).plus(kl=torch.stack(kls[k], 2))
             for k in models}
 
+def _rows_read(now):
+    "For each model, (B,n): where the reference's row of its answer is. There are rows of answers alive only, prompt by prompt"
+    alive = torch.stack([o.alive for o in now.values()], 1)                # (B,models,n)
+    return (alive.flatten().cumsum(0)-1).view(alive.shape).unbind(1)
+
+def _step_kl(step, reference, at):
+    "KL(policy || reference) at one token, (B,n); `reference`: its rows, `at` (B,n): which of them to take"
+    kl,lp = torch.zeros_like(step.log_probs),step.rows
+    kl[step.alive] = (lp.exp()*(lp-reference[at[step.alive]])).sum(-1)
+    return kl
+
+def _told(others, stops):
+    "What the reference reads next: tokens, and which of the answers go on, (B,answers of others) each"
+    def ended(k, o):
+        "Has the answer ended with this token?"
+        return torch.isin(o.ids, torch.tensor(sorted(stops[k]), device=o.ids.device))
+    go = [o.alive & ~ended(k, o)
+          for k,o in others.items()]
+    return torch.cat([o.ids for o in others.values()], 1),torch.cat(go, 1)
+
+# %% ../nbs/32_evaluate.ipynb #6445de60
 @torch.no_grad()
 def _then_kl(models, prompts, n, max_new_tokens, temperature, seed):
     "The same where all models write in fixed shapes, as on a GPU: the KL is read off the finished answers"
@@ -135,26 +158,6 @@ def _one_vocabulary(models):
              for k,m in models.items()}
     if len(set(sizes.values()))==1: return
     raise ValueError('KL needs one vocabulary: '+', '.join(f'{k} has {v} tokens' for k,v in sizes.items()))
-
-def _rows_read(now):
-    "For each model, (B,n): where the reference's row of its answer is. There are rows of answers alive only, prompt by prompt"
-    alive = torch.stack([o.alive for o in now.values()], 1)                # (B,models,n)
-    return (alive.flatten().cumsum(0)-1).view(alive.shape).unbind(1)
-
-def _step_kl(step, reference, at):
-    "KL(policy || reference) at one token, (B,n); `reference`: its rows, `at` (B,n): which of them to take"
-    kl,lp = torch.zeros_like(step.log_probs),step.rows
-    kl[step.alive] = (lp.exp()*(lp-reference[at[step.alive]])).sum(-1)
-    return kl
-
-def _told(others, stops):
-    "What the reference reads next: tokens, and which of the answers go on, (B,answers of others) each"
-    def ended(k, o):
-        "Has the answer ended with this token?"
-        return torch.isin(o.ids, torch.tensor(sorted(stops[k]), device=o.ids.device))
-    go = [o.alive & ~ended(k, o)
-          for k,o in others.items()]
-    return torch.cat([o.ids for o in others.values()], 1),torch.cat(go, 1)
 
 # %% ../nbs/32_evaluate.ipynb #20960744
 def sample_records(
@@ -239,6 +242,7 @@ def _as_records(samples, prompts, tok, score, gold, rows):
     return [[record(i, g) for g in range(len(writer))]
             for i in range(len(prompts))]
 
+# %% ../nbs/32_evaluate.ipynb #ca2f04f4
 @torch.no_grad()
 def plain_values(
     policy, reference, # Causal LMs
@@ -260,6 +264,7 @@ def plain_values(
     reward = None if rm is None else read(rm)[0,0].item()-getattr(rm.config, 'reward_mean', 0.)
     return reward,(lp.exp()*(lp-lq)).sum().item()
 
+# %% ../nbs/32_evaluate.ipynb #8b82d0dd
 def check_disjoint(
     prompts:list,  # Texts
     train_prompts  # Texts

@@ -75,6 +75,7 @@ class Piece:
                 kept[layer] = k[here],v[here]
         return len(here)>0
 
+# %% ../nbs/24_sampling.ipynb #fb3cbefd
 class Decode:
     "The layout of one decoding step: a new token for each live response, beside the keys and values of what was read and written"
     def __init__(self,
@@ -166,6 +167,7 @@ class Decode:
         if len(x)==n: return x
         return x.new_zeros(n, *x.shape[1:]).index_copy_(0, self.live, x)
 
+# %% ../nbs/24_sampling.ipynb #d88ecb54
 def _by_length(prompts, model, most=1<<19):
     "Which prompts are read together: on a CPU those of similar length, `most` numbers of padding in a layer's keys"
     if model.device.type!='cpu':
@@ -248,6 +250,7 @@ def states(
         state.live = live
         h = run_body(model, ids, size[rows//n]+t, state)
 
+# %% ../nbs/24_sampling.ipynb #93773980
 class Token(NamedTuple):
     "What one step of a decoding adds"
     ids:torch.Tensor       # (B,n)
@@ -362,6 +365,7 @@ def fixed_shapes(model)->bool:
     "Is it sampled in steps of one shape, which a GPU need not be asked about (`writing`)?"
     return model.device.type=='cuda' and not is_padded(model)
 
+# %% ../nbs/24_sampling.ipynb #b69f7de1
 def sample(
     policy,
     prompts:list,           # B token lists
@@ -403,6 +407,7 @@ def steps_of(
     _check_prompts(policy, prompts, max_new_tokens)
     yield from spoken(policy, prompts, noise(seed, *how), stop_tokens(policy), temperature)
 
+# %% ../nbs/24_sampling.ipynb #820a7837
 def _sampling_gap(model, prompts, length, tol):
     "By how much log-probabilities of samples differ from the forward's; 0 where it is at most `tol`, or rounding"
     small = TOGETHER if fixed_shapes(model) else SMALL

@@ -325,6 +325,7 @@ def _or_here(running, f):
         if 'main thread' not in str(e): raise
     return f()
 
+# %% ../nbs/25_sources.ipynb #3d0e7248
 class Scorer:
     "Reward sources as one function of batches; NaN: no source says anything about a response"
     def __init__(self,
@@ -439,6 +440,7 @@ class Scorer:
         alone.columns = self.columns
         alone.each(Batch.from_tokens([prompt], [[answer]*2], rows=[row], finished=torch.ones(1, 2).bool()))
 
+# %% ../nbs/25_sources.ipynb #282f26c2
 def silent_scorer(b):
     "Nothing about any answer, (B,G): of prompts without the columns that a reward function asks for"
     return torch.full(b.shape[:2], torch.nan, device=b.device)
@@ -491,5 +493,3 @@ def scored(
     each = score.each(b)
     weights = torch.tensor(score.weights, dtype=each.dtype).expand(len(b), -1)
     return b.plus(source_scores=each).sent(source_weights=weights),score.together(each)
-
-
