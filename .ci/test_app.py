@@ -20,6 +20,10 @@ import http.client
 
 from load_app import load
 from playwright.sync_api import expect, sync_playwright
+from test_chat import data as chat_pairs  # noqa: F401 (a fixture)
+from test_chat import model as chat_model  # noqa: F401 (a fixture)
+from test_chat import train
+from transformers import AutoTokenizer
 from rlhf_nb.cards import card,dialogue
 from rlhf_nb.cards import _limit
 from rlhf_nb.cards import mk_prompt
@@ -1003,6 +1007,82 @@ def test_a_named_mark_is_one(browser):
         beyond = p.locator("#board article").evaluate_all("es => es.flatMap(e => [...e.querySelectorAll('dd b, .gain, dt')].map(o => o.getBoundingClientRect().right-e.getBoundingClientRect().right)).filter(x => x > 0).length")
         assert (alone, beyond) == (0, 0), width
         p.context.close()
+    a.close()
+
+
+def test_chat_model_on_the_page(browser, chat_model, chat_pairs, tmp_path):  # noqa: F811
+    "A chat model with its own template: nothing of the embedded world, a system turn of one's own and those of the data, several turns, any script, and a link that asks for all of it again"
+    train(chat_model, chat_pairs, tmp_path/"run", "--stages", "sft", "reward", "dpo", "evaluate", "--set", "dpo.lr=0.02")  # far enough that no two write the same
+    a = launch(tmp_path/"run", inline=False)
+    p = visit(browser, a, 390, 844)
+    expect(p.locator("#board article")).to_have_count(2)
+    shown = lambda: list(a.desk.comparisons.values())[-1]
+    said = p.locator("body").inner_text()
+    assert "rue reward" not in said and "world" not in said and "One prompt, two answers" in said
+    own = AutoTokenizer.from_pretrained(chat_model)
+    settings(p, length=12)
+    p.get_by_label("System turn").fill("Answer in verse.")
+    compare(p, "**bold** שלום 🙂")
+    done(p)
+    c = shown()
+    told = [dict(role="system", content="Answer in verse."), dict(role="user", content="**bold** שלום 🙂")]
+    assert a.desk._encode(c)["dpo"] == own.apply_chat_template(told, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+    expect(p.locator("#board .turn b")).to_have_text(["System", "Human"])
+    expect(p.locator("#board .turn p").nth(1)).to_have_text("**bold** שלום 🙂")     # as it was typed: nobody's text becomes markup
+    assert "rue reward" not in p.locator("#board").inner_text() and p.locator("#board .gold_reward").count() == 0
+    p.locator("#continue").click()
+    compare(p, "שלום 🙂 hello")
+    done(p)
+    expect(p.locator("#board .turn b")).to_have_text(["System", "Human", "Assistant", "Human"])
+    assert p.locator("#board .turn p").nth(3).evaluate("e => getComputedStyle(e).direction") == "rtl"
+    assert p.evaluate("document.documentElement.scrollWidth") <= 390
+    asked = shown()["prompt"]
+    p.locator("#link").click()
+    expect(p.locator("#status")).to_contain_text("link")
+    p.goto(p.url, wait_until="domcontentloaded")
+    expect(p.locator("#status")).to_contain_text("Done in")
+    assert shown()["prompt"] == asked
+    p.locator("#guess").click()
+    systems = 0
+    for _ in range(6):                     # a third of the prompts have a system turn
+        expect(p.locator("#votes")).to_be_visible()
+        systems += shown()["prompt"].startswith("Be brief.")
+        if systems:
+            expect(p.locator("#board .turn b").first).to_have_text("System")
+            break
+        next_one(p, lambda: p.keyboard.press("s"))
+    assert systems and not p.errors and not p.outside
+    shot(p, "chat")
+    p.context.close()
+    a.close()
+
+
+def test_a_function_as_reward(browser, chat_model, tmp_path):  # noqa: F811
+    "Sums, scored by a check: the page says what scores, gives a prompt of the data its reward, and none to a prompt that the check knows nothing about"
+    rows = [dict(prompt=[dict(role="user", content=f"What is {i} + {i}?")], answer=str(2*i)) for i in range(40)]
+    (tmp_path/"sums.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows), "utf-8")
+    sets = [o for s in ("sft.skip=true", "grpo.reward=checks:exact_number", "ppo.reward=checks:exact_number") for o in ("--set", s)]
+    train(chat_model, tmp_path/"sums.jsonl", tmp_path/"run", "--stages", "sft", "grpo", "evaluate", *sets)
+    a = launch(tmp_path/"run", inline=False)
+    p = visit(browser, a)
+    expect(p.locator("#board article")).to_have_count(2)
+    expect(p.locator("#top .terms")).to_contain_text("what the function checks:exact_number says of an answer")
+    assert "rue reward" not in p.locator("body").inner_text()
+    expect(p.locator("#board .stat.reward .hint").first).to_have_attribute("data-hint", re.compile("what the function checks:exact_number says"))
+    assert "stands for what people like" not in " ".join(p.locator("#top, [data-hint]").evaluate_all("es => es.map(e => e.dataset.hint || e.innerText)"))
+    c = list(a.desk.comparisons.values())[-1]
+    asked = int(re.search(r"What is (\d+)", c["prompt"])[1])
+    for o in c["answers"].values():
+        numbers = re.findall(r"\d+", o["response"])
+        if all(n.isascii() for n in numbers) and not re.search(r"\d[.,/e]|[-−]\d", o["response"]):    # no number that is written in two parts
+            assert o["reward"] == float(bool(numbers) and int(numbers[-1]) == 2*asked)
+    settings(p, length=6)
+    compare(p, "What is the best fruit?")
+    done(p)
+    expect(p.locator("#board .stat.reward dd.none")).to_have_text(["none: here is nothing that the function could check"]*2)
+    expect(p.locator("#board .headline")).to_have_text("")
+    assert not p.errors and not p.outside
+    p.context.close()
     a.close()
 
 

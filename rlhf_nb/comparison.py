@@ -43,6 +43,8 @@ def _lay_out_options(desk):
         with gr.Row():
             gr.CheckboxGroup(label='Models, one to four', elem_id='models')
             gr.Radio(_colours, value='kl', label='Colour of the tokens', elem_id='colour')
+        gr.Textbox(label='System turn: what the models are told before the first question', elem_id='system',
+            visible=False, max_length=desk.max_chars)
         gr.Checkbox(label='Blind vote: shuffled, unnamed', elem_id='blind')
         with gr.Row():
             gr.Slider(0, 2, 1., step=.05, elem_id='temperature', label='Temperature (0: the most likely token)')
@@ -136,7 +138,7 @@ def _flowing(page, q, colour, visitor, after, again=False):
     for _ in range(len(desk.prompts)+1):
         p = desk.next_prompt(after) or (random.choice(desk.prompts) if again and desk.prompts else None)
         if not p and desk.prompts: return (yield _says('Saved. There is a vote on every stored prompt now: thank you'))
-        asked = q._replace(blind=True, history=[], prompt=p or q.prompt, stored=p or q.stored)
+        asked = q._replace(blind=True, history=[], system='', prompt=p or q.prompt, stored=p or q.stored)
         c = yield from _comparing(page, asked, colour, visitor, flows=bool(p))
         if not p or not c or c['state']!='done' or not twins(c): return
         after = p
@@ -167,7 +169,9 @@ def _wire_question(page):
     def on_example(row):
         "The prompt of a story"
         prompt = dict(page.once(stories_of)).get(row[0].partition(': ')[0])
-        return dict(prompt=HH.asked(prompt) if prompt else gr.skip(), stored=prompt or gr.skip())
+        if not prompt: return dict(prompt=gr.skip())
+        told = [text for role,text in parse_turns(prompt) if role=='system']
+        return dict(prompt=HH.asked(prompt), stored=prompt, system=told[0] if told else '', history=[], past=_seen(False, value=''))
     def on_again(stored):
         "Another seed; of stored answers another prompt"
         if desk.players: return dict(seed=random.randrange(10**6))
@@ -179,7 +183,7 @@ def _wire_question(page):
     page.on(asks, on_compare, takes, _shown, **work)
     page.on(guesses, on_guess, f'at {takes}', _shown, **work)
     for event,f,reads in (('examples.click',on_example,'examples'),('again.click',on_again,'stored')):
-        chosen = page.on(event, f, reads, 'prompt stored' if f is on_example else 'seed stored')
+        chosen = page.on(event, f, reads, 'prompt stored system history past' if f is on_example else 'seed stored')
         page.on(page.on(chosen, on_begin, '', 'status stop id'), on_compare, takes, _shown, **work)
     page.on('stop.click', on_stop)
     page.parts['page'].unload(on_leave)
@@ -285,7 +289,7 @@ def wire_compare(page):
 
 # %% ../nbs/59c_comparison.ipynb #5282676c
 # What the tab is filled with once samples or models are read
-compare_fields = 'prompt colour n seed length temperature stored models examples'
+compare_fields = 'prompt system colour n seed length temperature stored models examples'
 
 def fill_compare(page, link):
     "Of samples alone there is less to choose; what a `link` asks for stands in the fields"
@@ -299,7 +303,7 @@ def fill_compare(page, link):
     out = {k:_seen(live, **o) for k,o in values.items()}
     asked = dict(value=link['prompt']) if 'prompt' in link else {}
     coloured = live or any('tokens' in r for r in desk.records.get('reference', ())[:1])
-    out.update(prompt=_seen(live, **asked), colour=_seen(coloured))
+    out.update(prompt=_seen(live, **asked), colour=_seen(coloured), system=_seen(takes_system(desk)))
     names = desk.names()
     chosen = [k for k in link.get('models', names) if k in names][:4]  # as many as a comparison takes
     first = next(iter([*shows.values(),*desk.prompts]), None)

@@ -55,7 +55,7 @@ class Desk(Booth):
         self.problems,self.state,self.config = [],'loading',None
         self.records,self.players = {},{}           # by name: stored samples, models
         self.judged,self.made_with = False,{}       # have stored answers a true reward, and how were they written?
-        self.best = []                              # what the best of n answers of the reference is worth
+        self.best,self.scored = [],''               # what the best of n is worth; the function that scores, if no model does
         self.prompts,self.spread = [],[]            # of the stored samples; the reference's rewards, sorted
         self.comparisons = OrderedDict()            # by id, the last ones
         self.ready = threading.Event()              # the samples are read
@@ -186,6 +186,7 @@ def _load_players(self:Desk):
         o = attempt(k, load_policy, folder)
         if o: loaded[k] = o
     folder,spec,reward = self.places.made('reward'),own_reward(c),None
+    if not reads_model(spec): self.scored = str(spec)
     def source(path, **kw):
         same_functions(self.places.reward_files, c)
         return named_source(spec, lambda: load_reward_model(path, **kw))
