@@ -316,7 +316,7 @@ def _trained(**values)->dict:
     return {f.name:values for f in fields(Config) if is_dataclass(f.type) and issubclass(f.type, Optim)}
 
 # Passes instead of the demo's numbers of updates, and ten looks at dev data. In GRPO each token counts the same, and
-# the KL in its loss is corrected; the demo keeps the original's averages and KL, which its dev split prefers
+# the KL in its loss is corrected; the demo keeps the original's averages and KL
 _elsewhere = _merge(_trained(updates=None, eval_every=.1), dict(grpo=dict(loss_type='dapo', kl_in='loss_corrected')))
 
 _hh = _merge(_merge(_elsewhere, _trained(micro_tokens=4096, beta2=.999)), {
