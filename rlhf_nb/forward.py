@@ -350,7 +350,7 @@ def _logits(h, W, bias, dt, temperature):
         # CPU: some words at a time, in rows that start at multiples of 64. An odd vocabulary at once takes up to 1.5 times as long
         V = len(W)
         z = h.new_empty(len(h), -(-V//64)*64)[:,:V]
-        if fits(h, W):
+        if fits(h, W) or is_kept(W[:MANY]):
             for s in _slices(V, MANY): z[:,s] = times(h, W[s])      # as `word_slices`
         else:
             for s in _slices(V, WORDS if h.device.type=='cpu' else V): torch.mm(h, W[s].T, out=z[:,s])
@@ -359,9 +359,9 @@ def _logits(h, W, bias, dt, temperature):
     return z if temperature==1 else z.div_(temperature)
 
 def word_slices(model)->list:
-    "The matrices of the vocabulary that `logits_of` multiplies by, where oneDNN does it; of other models none"
+    "The matrices of the vocabulary that `logits_of` multiplies by where they are kept in oneDNN's order"
     W = head(model).weight
-    return [W[s] for s in _slices(len(W), MANY)] if fits(W, W) else []
+    return [W[s] for s in _slices(len(W), MANY)]
 
 def logits_of(
     model, # Causal LM, not a padded one

@@ -211,7 +211,7 @@ def _in_order(
     n:int,     # Responses to each prompt
     length:int # Most tokens of a response
 )->tuple:      # What is called instead of the model, and {place: matrix}; the model itself and nothing, where it does not pay
-    "The matrices of a wide model in float32 on a CPU as oneDNN reads them, for the many small products of a decoding"
+    "The matrices of a wide model on a CPU as oneDNN reads them, for the many small products of a decoding"
     # the model and the settings decide, never the other prompts: an answer would depend on them, in its last digits
     if n<=SMALL or length<16 or torch.is_autocast_enabled('cpu'): return model,{}
     base = getattr(model, 'base', model)
@@ -219,8 +219,8 @@ def _in_order(
     layers = linear_layers(base).values()
     words = word_slices(model)
     all_ = [*map(_matrix, layers),*words]
-    here = all(W.dtype==torch.float32 and W.device.type=='cpu' for W in all_) and any(fits(W, W) for W in all_)
-    if not here or sum(4*W.numel() for W in all_)>MEMORY: return model,{}
+    alike = all((W.dtype,W.device)==(words[0].dtype,words[0].device) for W in all_)
+    if not alike or not any(map(gains_by_order, all_)) or sum(W.nbytes for W in all_)>MEMORY: return model,{}
     kept = {place(W):in_order(W) for W in words}
     for layer in layers:
         W = _matrix(layer)
