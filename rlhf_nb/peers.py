@@ -282,14 +282,16 @@ def ours_steps(job, turn):
     lora = LoraConfig(r=job['r']) if job['r'] else None
     policy,tok = load_policy(f'{folder}/lm', lora=lora, gradient_checkpointing=job['checkpointing'])
     rows = read_json(folder/job['rows'])
+    width = policy.config.get_text_config().hidden_size
     begin = _our_work[job['what']]
     ref = bare(policy) if lora else deepcopy(policy)
     done = begin(job, policy, ref, tok, rows)                # an iterator that does a step when asked for its next
     del policy,ref                                           # nothing but `done` holds them now
-    width = policy.config.get_text_config().hidden_size
     rates = dict(rate=lambda: matmul_rate(job['precision']))
     # what writes answers does so a row for each
-    if job['what'] in at_once: rates['rows_rate'] = lambda: rows_rate(at_once[job['what']]*job['prompts'], width, job['precision'])
+    if job['what'] in at_once:
+        n = at_once[job['what']]*job['prompts']
+        rates['rows_rate'] = lambda: rows_rate(n, width, job['precision'])
     turn(
         **rates,
         torch=torch.__version__,
