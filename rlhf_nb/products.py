@@ -77,9 +77,13 @@ def ordered(
         with torch.autocast('cpu', enabled=False) if kept else nullcontext(): yield
     finally: _kept.on = before
 
-def is_kept(W)->bool:
-    "Is this matrix in order, here and now?"
-    return place(W) in getattr(_kept, 'on', {})
+def _found(W):
+    "It in order, if it is kept here and now"
+    kept = getattr(_kept, 'on', None)
+    # a tensor without memory has no place
+    return kept.get(place(W)) if kept else None
+
+def is_kept(W)->bool: return _found(W) is not None
 
 def times(
     x,     # (M,K)
@@ -87,7 +91,8 @@ def times(
     b=None # (N)
 ):         # (M,N)
     "`x @ W.T + b` by oneDNN, without gradients"
-    W = getattr(_kept, 'on', {}).get(place(W), W)
+    found = _found(W)
+    if found is not None: W = found
     return torch.ops.mkldnn._linear_pointwise(x, W, b, 'none', [], '')
 
 class _Linear(torch.autograd.Function):
