@@ -28,6 +28,10 @@ if "ipykernel_launcher" in sys.orig_argv:
     os.environ["AS_IN_COLAB"] = "1"
 if os.environ.get("AS_IN_COLAB"):
     sys.meta_path.insert(0, No())
+    import importlib.util
+    find = importlib.util.find_spec
+    # who only asks whether a package is there hears no
+    importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in {hidden!r} else find(name, package)
 read = urllib.request.urlopen
 def urlopen(url, *args, **kw):
     "GitHub's raw files are those of the clone"

@@ -189,8 +189,6 @@ def train_grpo(
 )->list:           # Metrics rows
     "Group relative policy optimisation"
     check_rollouts(policy, prompts, o, o.group_size, rows=rows)
-    if o.group_size<2:
-        raise ValueError(f'group_size: a group needs at least 2 responses to compare, got {o.group_size}')
     if o.normalise_each and (not isinstance(score, Scorer) or len(score.parts)<2):
         raise ValueError('normalise_each: expected several reward sources, as mk_scorer makes them of a list of '
                          '(weight, source), got one')

@@ -71,9 +71,6 @@ def check_rollouts(
     if not prompts: raise ValueError('no prompts to learn from')
     if rows is not None and len(rows)!=len(prompts):
         raise ValueError(f'rows: {len(rows)} of them for {len(prompts)} prompts; expected one for each')
-    if not o.temperature>0:
-        raise ValueError('temperature: 0 leaves nothing to learn from, since every sample is the same and certain; '
-                         'give a temperature above 0')
     size = min(o.batch_size, len(prompts))
     check_processes(size)
     if mini_batches>size:
