@@ -885,7 +885,6 @@ def selftest(a):
 
 def memory(a):
     "The preset `full` with models of GPT-2's shape: the largest step of each stage, its most bytes beside the plan's"
-    import tempfile
     from copy import deepcopy
     from transformers import GPT2Config,GPT2LMHeadModel
     from rlhf_nb import ledger,plan
