@@ -901,7 +901,7 @@ def memory(a):
     with PretendGPU(a.kind, tuple(a.capability)) as gpu:
         reset_accelerate()
         acc = mk_accelerator(a.precision)
-        first = GPT2LMHeadModel(shape).eval()
+        first = GPT2LMHeadModel(ledger._fused(deepcopy(shape))).eval()             # as models are loaded
         def lm(): return deepcopy(first).to(acc.device)
         def asked(n): return [[i+1]*c.data.max_prompt for i in range(n)]
         def learn(stage):
