@@ -255,7 +255,7 @@ def measure(
     rate = sum(o['rate'] for o in out['ours'])/len(out['ours'])    # of a matrix product, in the same minutes
     done,flops = per_step*steps,sum(step_flops(what, c, b, built['r']) for b in bs)
     bounds = dict(bound=done*rate/flops, gflops=rate/1e9)
-    if what in at_once:
+    if what in in_step:
         rows = sum(o['rows_rate'] for o in out['ours'])/len(out['ours'])
         written = sum(written_flops(c, b) for b in bs)
         bounds |= dict(rows_bound=done/((flops-written)/rate+written/rows), rows_gflops=rows/1e9)
