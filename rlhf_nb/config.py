@@ -69,11 +69,12 @@ def _taken(cls, k:str):
 class _Checked:
     "What is built or changed in Python is held to the annotations too, at once"
     def __setattr__(self, k, v):
-        if k in self.__dataclass_fields__:
-            # as files have it: no tuples, and no numbers of NumPy's or torch's own
-            plain = list(v) if isinstance(v, tuple) else v.item() if hasattr(v, 'item') else v
-            try: _taken(type(self), k).validate_python(plain, strict=True)
-            except ValidationError as e: raise ValueError(f'{k}: {_expected(e.errors())}, got {_shown(v)}') from None
+        known = self.__dataclass_fields__
+        if k not in known: raise AttributeError(f"{type(self).__name__} has no '{k}'; it has {', '.join(known)}")
+        # as files have it: no tuples, and no numbers of NumPy's or torch's own
+        plain = list(v) if isinstance(v, tuple) else v.item() if hasattr(v, 'item') else v
+        try: _taken(type(self), k).validate_python(plain, strict=True)
+        except ValidationError as e: raise ValueError(f'{k}: {_expected(e.errors())}, got {_shown(v)}') from None
         super().__setattr__(k, v)
 
 def _expected(errors:list)->str:
