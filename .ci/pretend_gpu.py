@@ -590,6 +590,7 @@ def two_updates():
 def notebooks(a):
     "Code cells, with the display machinery left out. `--quick`: trainings of two updates, of which not all that a notebook says is true; faults of devices alone count"
     import json
+    from IPython.core.inputtransformer2 import TransformerManager
     os.environ.setdefault('MPLBACKEND', 'agg')
     bad,quick = 0,'--quick' in a.files
     if quick: two_updates()
@@ -599,6 +600,7 @@ def notebooks(a):
         sys.path.insert(0, os.getcwd())
         ns,n,began = types.ModuleType('__main__'),0,time.process_time()
         ns.display,sys.modules['__main__'] = print,ns   # what a cell patches by its name is there, and nothing of this script
+        ns.get_ipython = lambda: types.SimpleNamespace(run_line_magic=print, run_cell_magic=print, system=print)     # magics do nothing
         if not quick and 'small_reference' in json.dumps(nb):
             from rlhf_nb.sft import small_reference
             small_reference()      # on the CPU: it is kept for all notebooks
@@ -607,7 +609,7 @@ def notebooks(a):
             for i,c in enumerate(nb['cells']):
                 src = ''.join(c['source'])
                 if c['cell_type']!='code' or 'nbdev_export' in src or re.search(r'^# ?\| ?(slow|eval: false)', src, re.M): continue
-                src = '\n'.join('pass' if l.lstrip()[:1] in '%!' and l.lstrip() else l for l in src.split('\n'))
+                src = TransformerManager().transform_cell(src)       # a line of a text may begin as a magic does
                 try:
                     n += 1
                     with contextlib.redirect_stdout(open(os.devnull, 'w')): exec(compile(src, f'<cell {i}>', 'exec'), vars(ns))
