@@ -21,6 +21,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
+  python .ci/pretend_gpu.py memory [--only sft ...]                   bytes of the largest step of each stage, preset `full`, GPT-2's shape: a quarter of an hour
   python .ci/pretend_gpu.py script FILE [ARGS]                        any script
 Slower than the plain CPU by 3 to 10 times for tiny models. The exit code is 1 where a fault was found.
 """
@@ -589,6 +590,7 @@ def two_updates():
 def notebooks(a):
     "Code cells, with the display machinery left out. `--quick`: trainings of two updates, of which not all that a notebook says is true; faults of devices alone count"
     import json
+    from IPython.core.inputtransformer2 import TransformerManager
     os.environ.setdefault('MPLBACKEND', 'agg')
     bad,quick = 0,'--quick' in a.files
     if quick: two_updates()
@@ -598,6 +600,7 @@ def notebooks(a):
         sys.path.insert(0, os.getcwd())
         ns,n,began = types.ModuleType('__main__'),0,time.process_time()
         ns.display,sys.modules['__main__'] = print,ns   # what a cell patches by its name is there, and nothing of this script
+        ns.get_ipython = lambda: types.SimpleNamespace(run_line_magic=print, run_cell_magic=print, system=print)     # magics do nothing
         if not quick and 'small_reference' in json.dumps(nb):
             from rlhf_nb.sft import small_reference
             small_reference()      # on the CPU: it is kept for all notebooks
@@ -606,7 +609,7 @@ def notebooks(a):
             for i,c in enumerate(nb['cells']):
                 src = ''.join(c['source'])
                 if c['cell_type']!='code' or 'nbdev_export' in src or re.search(r'^# ?\| ?(slow|eval: false)', src, re.M): continue
-                src = '\n'.join('pass' if l.lstrip()[:1] in '%!' and l.lstrip() else l for l in src.split('\n'))
+                src = TransformerManager().transform_cell(src)       # a line of a text may begin as a magic does
                 try:
                     n += 1
                     with contextlib.redirect_stdout(open(os.devnull, 'w')): exec(compile(src, f'<cell {i}>', 'exec'), vars(ns))
@@ -882,7 +885,74 @@ def selftest(a):
     print('selftest passed'); return []
 
 
-modes = 'selftest','stages','app','resume','library','limits','training','notebooks','counts'
+def memory(a):
+    "The preset `full` with models of GPT-2's shape: the largest step of each stage, its most bytes beside the plan's"
+    from copy import deepcopy
+    from transformers import GPT2Config,GPT2LMHeadModel
+    from rlhf_nb import ledger,plan
+    from rlhf_nb.settings import mk_config
+    from rlhf_nb.evaluate import sample_with_kl
+    from rlhf_nb.frontier import best_ns
+    from rlhf_nb.models import mk_reward_model,mk_value_model,scores
+    from rlhf_nb.sampling import sample
+    from rlhf_nb.train import Net,counts as counted,micro_batches,mk_accelerator
+    c,shape = mk_config({'preset':'full'}),GPT2Config()
+    names = a.only or ['sft','reward','dpo','ppo','grpo','frontier','evaluate']
+    want = {k:plan.need_of(k, c, shape) for k in names}
+    faults = []
+    with PretendGPU(a.kind, tuple(a.capability)) as gpu:
+        reset_accelerate()
+        acc = mk_accelerator(a.precision)
+        first = GPT2LMHeadModel(ledger._fused(deepcopy(shape))).eval()             # as models are loaded
+        def lm(): return deepcopy(first).to(acc.device)
+        def asked(n): return [[i+1]*c.data.max_prompt for i in range(n)]
+        def learn(stage):
+            "Two micro-batches, a step of AdamW, and another, so that all there is has been there at once; then what it samples"
+            o,policy = getattr(c, stage),lm()
+            if stage=='reward': net = mk_reward_model(policy).to(acc.device)
+            elif stage=='ppo': net = torch.nn.ModuleDict(dict(policy=policy, value=mk_value_model(policy).to(acc.device)))
+            else: net = policy
+            # the reference of RL, and the reward model
+            beside = [lm() for _ in range(2*(stage in ('ppo','grpo')))]
+            b = ledger._with_fields(ledger._batch(ledger.largest(stage, c)), stage).to(acc.device)
+            piece = b[max(micro_batches(b, o.micro_tokens), key=len)]
+            opt = torch.optim.AdamW(net.parameters(), lr=1e-6)
+            step = ledger._step_of(stage, c)
+            for i in range(3):
+                loss,_ = step(Net(net, acc.autocast), piece, counted(b))
+                loss.backward()
+                if i==1: opt.step()
+            del loss
+            opt.step()
+            opt.zero_grad()
+            if beside:
+                with acc.autocast(): sample(policy, asked(b.shape[0]), b.shape[1], o.max_new_tokens, stop_ids=())
+        def frontier():
+            "As many prompts as are sampled at once"
+            m,rm,n = lm(),mk_reward_model(lm()).to(acc.device),max(best_ns)
+            k = ledger.at_once(100, ledger.decode_bytes(m, c.data.max_prompt, n, c.eval.max_new_tokens))
+            with acc.autocast():
+                b = sample(m, asked(k), n, c.eval.max_new_tokens, stop_ids=())
+                for rows in micro_batches(b, 16384): scores(rm, b[rows])
+        def evaluate():
+            "The same of four models, the reference reading along"
+            ms,rm = {k:lm() for k in ('reference','ppo','grpo','dpo')},mk_reward_model(lm()).to(acc.device)
+            with acc.autocast():
+                bs = sample_with_kl(ms, asked(40), 1, c.eval.max_new_tokens, c.eval.temperature, 0)
+                for b in bs.values(): scores(rm, b)
+        for k in names:
+            gc.collect()
+            gpu.reset_peak()
+            before,began = gpu.now,time.process_time()
+            dict(frontier=frontier, evaluate=evaluate).get(k, lambda: learn(k))()
+            got,planned = gpu.peak-before,want[k].peak
+            print(f'{k}: counted {got/1e9:.2f} GB at {gpu.peak_at}, planned {planned/1e9:.2f} ({got/planned-1:+.0%}); {time.process_time()-began:.0f} CPU-seconds', flush=True)
+            if got>7.5e9: faults.append(k)
+    print(f'{len(faults)} stages above 7.5 GB: {", ".join(faults) or "none"}')
+    return faults
+
+
+modes = 'selftest','stages','app','resume','library','limits','training','notebooks','counts','memory'
 
 
 def main():

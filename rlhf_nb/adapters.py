@@ -57,8 +57,10 @@ class Lora(nn.Module):
         if self.dropout and torch.is_grad_enabled(): x = F.dropout(x, self.dropout)
         # in the adapter's own precision; autocast has an opinion of its own
         if not torch.is_autocast_enabled(x.device.type): x = x.to(self.A.dtype)
-        z = F.linear(F.linear(x, self.A), self.B)
-        return torch.add(y, z.to(y.dtype), alpha=self.scale)
+        z = F.linear(x, self.A)
+        if z.dtype!=y.dtype: return torch.add(y, F.linear(z, self.B).to(y.dtype), alpha=self.scale)
+        # product and sum at once: no second matrix of the layer's size, forward or backward
+        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.B.T, alpha=self.scale).view_as(y)
 
 # %% ../nbs/17_adapters.ipynb #807b51c4
 def layer_size(layer)->tuple:

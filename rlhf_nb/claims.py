@@ -400,7 +400,9 @@ def turn_lines(
         last = (f'at the end (KL {end.kl:.1f}) the true reward is {end.gold:.2f} and the reward {end.reward:.2f}, from '
                 f'{first.reward:.2f}')
         fitted = f'; the fitted turn is at KL {turn:.1f}' if turn else ''
-        out.append(f"- {f'Seed {s}: ' if s else ''}{at}; {last}{fitted}. Moving averages over {len(rows)} updates.")
+        out.append(f"- {f'Seed {s}: ' if s else ''}{at}; {last}{fitted}. Of {len(rows)} updates.")
+    if out: out += ['','*Best* is the highest point of a moving average (a tenth of the updates, at least 5); the *fitted turn* is that '
+                    'of a smooth curve through all points, which knows nothing of single ones and may lie elsewhere.']
     return out
 
 def failure_lines(

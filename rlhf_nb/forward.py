@@ -6,7 +6,7 @@
 __all__ = ['calls', 'SLICE', 'WORDS', 'MANY', 'half_range', 'body', 'using', 'head', 'checkpoint_layers', 'is_checkpointed',
            'own_tensors', 'is_padded', 'max_tokens', 'check_length', 'run_body', 'hidden', 'no_cache', 'pad_rows',
            'token_types', 'before_pad', 'whole_rows', 'own_scores', 'hooked', 'own_logits', 'Rows', 'read_padded',
-           'next_logits', 'row_slices', 'logit_scale', 'logits_of', 'largest_activation', 'beyond_half']
+           'next_logits', 'row_slices', 'logit_scale', 'word_slices', 'logits_of', 'largest_activation', 'beyond_half']
 
 # %% ../nbs/14_forward.ipynb #forwh004
 import inspect
@@ -350,13 +350,18 @@ def _logits(h, W, bias, dt, temperature):
         # CPU: some words at a time, in rows that start at multiples of 64. An odd vocabulary at once takes up to 1.5 times as long
         V = len(W)
         z = h.new_empty(len(h), -(-V//64)*64)[:,:V]
-        if fits(h, W):
-            for s in _slices(V, MANY): z[:,s] = times(h, W[s])
+        if fits(h, W) or is_kept(W[:MANY]):
+            for s in _slices(V, MANY): z[:,s] = times(h, W[s])      # as `word_slices`
         else:
             for s in _slices(V, WORDS if h.device.type=='cpu' else V): torch.mm(h, W[s].T, out=z[:,s])
     if bias is not None: z += bias.to(z.dtype)
     z = z.float()
     return z if temperature==1 else z.div_(temperature)
+
+def word_slices(model)->list:
+    "The matrices of the vocabulary that `logits_of` multiplies by where they are kept in oneDNN's order"
+    W = head(model).weight
+    return [W[s] for s in _slices(len(W), MANY)]
 
 def logits_of(
     model, # Causal LM, not a padded one

@@ -174,15 +174,18 @@ def plot_training(
     fig,axs = plot_axes(len(groups))
     for ax,g in zip(axs, groups):
         _curve_panel(ax, df, g, kind)
-    band = 'one run, band: 95% of the moving average'
+    size = window or max(5, max(map(len, runs.values()))//10)      # as `curves` has it
+    band = 'one run, band: their 95% intervals'
     if len(runs)>1:
         band = f'{len(runs)} seeds, band: lowest to highest'
+    band = f'moving averages over {size} updates, {band}'
     ends = {k:f"{shown_name(k)} from {short(d['mean'].iloc[0])} to {short(d['mean'].iloc[-1])}"
             for k,d in df.groupby('key', sort=False)}
-    # what the stage is about, as its headline
-    found = [_metric(ends[k]) for k in ('reward','kl','nll','loss','accuracy')
+    # what the stage is about, as its headline: where it ends, for a first average is not where it began
+    last = df.groupby('key')['mean'].last()
+    found = [f'{_metric(k)} {short(last[k])}' for k in ('reward','kl','nll','loss','accuracy')
              if k in ends][:2]
-    fig.suptitle(f"{_drawn(label_of(stage or kind))}: {', '.join(found)}\n{band}", fontsize=_title)
+    fig.suptitle(f"{_drawn(label_of(stage or kind))} ends at {', '.join(found)}\n{band}", fontsize=_title)
     told = '; '.join(ends[k] for k in list(ends)[:3])
     fig.alt = f"{stage or kind}, {int(df['update'].max())+1} updates, {band}. {told}."
     return fig,df
@@ -299,16 +302,26 @@ def _draw_methods(ax, d):
                     color=look.colour, marker=look.marker, ms=4, lw=1, ls='',
                     label=_drawn(label_of(r.name)))
 
-def _gains(methods)->str:
-    "Whose true reward, else reward, lies above the reference's by both intervals"
+def _none_above(d, best)->bool:
+    "Lies no method above the line of best-of-n at its KL?"
+    best = best.sort_values('kl')
+    return len(best)>1 and all(r.value<=np.interp(r.kl, best.kl, best.value) for r in d.itertuples())
+
+def _gains(
+    methods,
+    best # The points of best-of-n; both for all metrics
+)->str:
+    "Whose true reward, else reward, lies above the reference's by both intervals, and where best-of-n stands"
     # gold comes last, where it is known
-    d = methods[methods.metric==methods.metric.iloc[-1]].set_index('name')
+    metric = methods.metric.iloc[-1]
+    d = methods[methods.metric==metric].set_index('name')
     what = 'true reward' if d.metric.iloc[0]=='gold' else 'reward'
     if 'reference' not in d.index: return f'{what} and KL'
     up = [_drawn(label_of(m)) for m,r in d.iterrows() if r.low>d.loc['reference'].high]
     if not up: return f'no {what} above that of the reference is shown'
     names = ' and '.join([', '.join(up[:-1]),up[-1]] if up[1:] else up)
-    return f"{names} {'have' if up[1:] else 'has'} more {what} than the reference"
+    beside = ', none more than best-of-n' if _none_above(d.drop('reference'), best[best.metric==metric]) else ''
+    return f"{names} {'have' if up[1:] else 'has'} more {what} than the reference{beside}"
 
 def plot_frontier(
     models:list,  # As in `frontier_data`
@@ -334,7 +347,7 @@ def plot_frontier(
     methods = df[df.kind=='method']
     runs,found = 1,'reward and KL'
     if len(methods):
-        runs,found = int(methods.runs.max()),_gains(methods)
+        runs,found = int(methods.runs.max()),_gains(methods, df[df.kind=='best-of-n'])
     fig.suptitle(f'{found}\nbars and bands: {_spread(runs)}', fontsize=_title)
     worth = methods[methods.metric==methods.metric.iloc[-1]] if len(methods) else methods
     fig.alt = 'Reward against KL. '+'; '.join(f'{r.name}: {shown_name(r.metric)} {r.value:.2f} at KL '
@@ -342,11 +355,29 @@ def plot_frontier(
     return fig,df
 
 # %% ../nbs/46_plots.ipynb #plo0ove1
+def _from_to(x)->str:
+    "The smallest and the largest"
+    low,high = (f'{v:.1f}' for v in (min(x),max(x)))
+    return low if low==high else f'{low} to {high}'
+
+def _kl_ticks(ax):
+    "An axis of square roots whose ticks are named by the KL"
+    low,high = ax.get_xlim()
+    kls = [f*10**e for e in range(-2, 5) for f in (1,2,5)]
+    if ax.get_xscale()=='log': kls = [k for k in kls if f'{k:g}'[0]=='1']
+    # those that have room
+    room,kept = .09*(high-low),[] if low>0 else [0]
+    for k in kls:
+        free = ax.get_xscale()=='log' or not kept or k**.5-kept[-1]**.5>=room
+        if low<=k**.5<=high and free: kept.append(k)
+    ax.set_xticks([k**.5 for k in kept], [f'{k:g}' for k in kept])
+    ax.minorticks_off()
+
 def plot_overoptimisation(
     rows,       # Rows with `kl`, `reward`, `gold`, of one run or {seed: rows}
     window=None # As in `curves`
 ):              # Figure, data
-    "Reward and true reward over the square root of the KL, and where the true one turns"
+    "Reward and true reward over the square root of the KL, where the true one is best, and where a fitted curve turns"
     runs,out = by_seed(rows),[]
     for seed,rs in runs.items():
         # columns update, kl, reward, gold
@@ -362,23 +393,22 @@ def plot_overoptimisation(
             ax.plot(k.d, k[key], color=colours[key], ls=dash, lw=1, marker='.', ms=3,
                     label=None if i else label)                    # the legend needs it once
         if not math.isnan(k.turn.iloc[0]): ax.axvline(k.turn.iloc[0], color=_ink, lw=.6, ls=':')
+    best = df.loc[df.groupby('seed').gold.idxmax()]
     turns = sorted(t**2 for t in df.groupby('seed', sort=False).turn.first() if t==t)
-    found,scale = 'no turn of the true reward in these data',''
+    found,scale = 'no turn of the true reward in these data','square root of the KL'
     far = float(df.d.max())
     if turns:
-        at = f'{turns[0]:.1f}'+(f' to {turns[-1]:.1f}' if len(turns)>1 else '')
-        found = f'the true reward turns at KL {at}'
+        found = f'the true reward is best at KL {_from_to(best.kl)}'
         # where it goes on far beyond the turn, that would be a sliver at the edge
         if far>4*turns[-1]**.5:
-            scale = ', logarithmic'
+            scale = 'logarithmic'
             ax.set_xscale('log')
             ax.set_xlim(max(.1, .2*turns[0]**.5), 1.1*far)
-            ax.xaxis.set_major_formatter('{x:g}')
-        ax.annotate(f'turn: KL {at}', (turns[-1]**.5,ax.get_ylim()[1]), fontsize=_small, xytext=(4,-2),
-                    textcoords='offset points', va='top')
-    label_axes(ax, x=f'√KL(policy ‖ reference), √nats per answer{scale}', y='reward')
-    fig.suptitle(f'{found}\nmoving averages over updates', fontsize=_title)
-    best = df.loc[df.groupby('seed').gold.idxmax()]
+        ax.annotate(f'the fitted curve turns at KL {_from_to(turns)}', (turns[-1]**.5,ax.get_ylim()[1]),
+                    fontsize=_small, xytext=(4,-2), textcoords='offset points', va='top')
+    _kl_ticks(ax)
+    label_axes(ax, x=f'KL(policy ‖ reference), nats per answer ({scale})', y='reward')
+    fig.suptitle(f'{found}\nmoving averages over updates; dotted: fitted turn', fontsize=_title)
     fig.alt = 'Reward and true reward over the square root of the KL. '+'; '.join(
         f'seed {r.seed}: true reward best {r.gold:.2f} at KL {r.kl:.1f}' for r in best.itertuples())+'.'
     return fig,df

@@ -14,12 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
 
 from .core import *
 from .parallel import *
 from .layout import *
+from .products import *
 from .forward import *
 from .models import *
+from .adapters import *
 from .load import *
 from .writing import *
 from .cached import *
@@ -199,6 +202,32 @@ def _read_prompts(model, prompts, n, length):
     if len(at)>1: h = h[torch.cat(at).argsort()]              # (B,d), back in the order of the prompts
     return Decode(layouts, at, n, length),h.repeat_interleave(n, 0)
 
+def _matrix(layer):
+    "A layer's matrix (out,in), as its products read it"
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+def _in_order(
+    model,
+    n:int,     # Responses to each prompt
+    length:int # Most tokens of a response
+)->tuple:      # What is called instead of the model, and {place: matrix}; the model itself and nothing, where it does not pay
+    "The matrices of a wide model on a CPU as oneDNN reads them, for the many small products of a decoding"
+    # the model and the settings decide, never the other prompts: an answer would depend on them, in its last digits
+    if n<=SMALL or length<16 or torch.is_autocast_enabled('cpu'): return model,{}
+    base = getattr(model, 'base', model)
+    pairs = getattr(model, 'at', {})
+    layers = linear_layers(base).values()
+    words = word_slices(model)
+    all_ = [*map(_matrix, layers),*words]
+    alike = all((W.dtype,W.device)==(words[0].dtype,words[0].device) for W in all_)
+    if not alike or not any(map(gains_by_order, all_)) or sum(W.nbytes for W in all_)>MEMORY: return model,{}
+    kept = {place(W):in_order(W) for W in words}
+    for layer in layers:
+        W = _matrix(layer)
+        # an adapter is added to the copy: the same sum, to the rounding of float32
+        kept[place(W)] = in_order(W+pairs[layer].delta() if layer in pairs else W)
+    return (bare(model) if pairs else model),kept
+
 def too_long(
     model,
     prompts:list, # Token lists
@@ -235,8 +264,10 @@ def states(
     kept = torch.arange(B, device=dev)                        # prompts that some response still reads
     # live responses: among all, and among those of kept prompts
     rows = live = torch.arange(B*n, device=dev)
+    read,order = _in_order(model, n, length)
     for t in range(length):
-        ids,go = yield rows,logits_of(model, h)
+        with ordered(order): z = logits_of(model, h)
+        ids,go = yield rows,z
         rows,live,ids = (o[go] for o in (rows,live,ids))
         alive = torch.zeros(B*n, dtype=torch.bool, device=dev)
         alive[rows] = True
@@ -248,7 +279,7 @@ def states(
             live = new[live//n]*n+live%n
         state.t = t
         state.live = live
-        h = run_body(model, ids, size[rows//n]+t, state)
+        with ordered(order): h = run_body(read, ids, size[rows//n]+t, state)
 
 # %% ../nbs/24_sampling.ipynb #93773980
 class Token(NamedTuple):
