@@ -933,12 +933,14 @@ def memory(a):
             m,rm,n = lm(),mk_reward_model(lm()).to(acc.device),max(best_ns)
             k = ledger.at_once(100, ledger.decode_bytes(m, c.data.max_prompt, n, c.eval.max_new_tokens))
             b = sample(m, asked(k), n, c.eval.max_new_tokens, stop_ids=())
-            for rows in micro_batches(b, 16384): scores(rm, b[rows])
+            with torch.no_grad():
+                for rows in micro_batches(b, 16384): scores(rm, b[rows])
         def evaluate():
             "The same of four models, the reference reading along"
             ms,rm = {k:lm() for k in ('reference','ppo','grpo','dpo')},mk_reward_model(lm()).to(acc.device)
             bs = sample_with_kl(ms, asked(40), 1, c.eval.max_new_tokens, c.eval.temperature, 0)
-            for b in bs.values(): scores(rm, b)
+            with torch.no_grad():
+                for b in bs.values(): scores(rm, b)
         for k in names:
             gc.collect()
             gpu.reset_peak()
