@@ -361,7 +361,7 @@ def judge_run(
         work.ask(name, audited, most_failed)
     if not work.rates: raise work.errors[0]  # nobody has judged: what is there stays as it is
     work.compare(people)
-    work.write(command or f'rlhf_nb judge --out {folder}', _bad_lines(people))
+    work.write(command or f'rlhf_nb judge {folder}', _bad_lines(people))
     if work.errors: raise work.errors[0]
     return work.rates
 

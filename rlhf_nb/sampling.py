@@ -343,7 +343,7 @@ def from_steps(
     return Batch([list(p) for p in prompts], ids, mask, old_log_probs=lp, finished=finished)
 
 # %% ../nbs/24_sampling.ipynb #smpmem01
-MEMORY = 1<<32 # bytes of keys, values and probabilities that sampling keeps at once: 4.3 GB beside the models
+MEMORY = 1<<32 # bytes of keys, values and probabilities that sampling keeps at once: 4.3 GB beside the models (and a wide one's copy)
 
 def vocabulary_bytes(
     vocab:int,
