@@ -36,7 +36,9 @@ def by_onednn()->bool:
         raise ValueError('RLHF_NB_PRODUCTS: onednn was asked for, and this torch has none; use torch')
     return asked=='onednn' if asked else there and _half_used()
 
-def wide(W)->bool: return W.dim()==2 and min(W.shape)>=WIDE
+def wide(W)->bool:
+    "Is it a matrix that is worth it?"
+    return W.dim()==2 and min(W.shape)>=WIDE
 
 def fits(
     x, # What is multiplied, (..., K)
@@ -83,7 +85,9 @@ def _found(W):
     # a tensor without memory has no place
     return kept.get(place(W)) if kept else None
 
-def is_kept(W)->bool: return _found(W) is not None
+def is_kept(W)->bool:
+    "Is this matrix in order, here and now?"
+    return _found(W) is not None
 
 def times(
     x,     # (M,K)
