@@ -315,9 +315,16 @@ class PretendGPU:
             yield torch.mps,'synchronize',lambda: None
             return
         props = type('Props', (), dict(name='pretend GPU', total_memory=self.memory, major=self.capability[0], minor=self.capability[1], multi_processor_count=40))()
+        def told(x):
+            "What a function tells of the only card; of another there is nothing to tell"
+            def f(device=None):
+                i = device if isinstance(device, int) else torch.device(device or 'cuda').index
+                if i: raise AssertionError('Invalid device id')
+                return x
+            return f
         for k,v in dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda *a: None, _exchange_device=lambda i: 0, _maybe_exchange_device=lambda i: 0, empty_cache=lambda: None,
-                        synchronize=lambda *a: b.sync('synchronize'), get_device_capability=lambda *a: self.capability, get_device_name=lambda *a: props.name,
-                        get_device_properties=lambda *a: props, is_bf16_supported=lambda *a, **k: self.capability>=(8,0), memory_allocated=lambda *a: b.now,
+                        synchronize=lambda *a: b.sync('synchronize'), get_device_capability=told(self.capability), get_device_name=told(props.name),
+                        get_device_properties=told(props), is_bf16_supported=lambda *a, **k: self.capability>=(8,0), memory_allocated=lambda *a: b.now,
                         max_memory_allocated=lambda *a: b.peak, max_memory_reserved=lambda *a: b.peak, memory_reserved=lambda *a: b.now, set_sync_debug_mode=lambda *a: None, is_current_stream_capturing=lambda: False, is_initialized=lambda: True, _lazy_init=lambda: None,
                         get_rng_state=lambda *a: torch.get_rng_state(), set_rng_state=lambda s,*a: torch.set_rng_state(s), manual_seed_all=lambda s: None, manual_seed=lambda s: None, current_stream=lambda *a: None, _is_in_bad_fork=lambda: False, reset_peak_memory_stats=self.reset_peak, mem_get_info=lambda *a: (self.memory-b.now,self.memory)).items():
             yield torch.cuda,k,v

@@ -4,7 +4,6 @@ Seconds from the command to: the first answer over HTTP; the page drawn; its pro
 there already and draws on the same cores. Nothing is asserted: the numbers are the machine's."""
 import argparse
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -48,7 +47,7 @@ def start(browser, run):
         page.wait_for_function("document.querySelector('#top .mode').innerText != 'loading the models'", timeout=60_000)
         reached()
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # an interrupt is ignored by what a script started in the background
         server.wait()
         page.context.close()
     return out

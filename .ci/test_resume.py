@@ -216,6 +216,7 @@ def command(folder, *args, sets=(), before=lambda: None):
     "`rlhf_nb run --out run` in the folder, in a process and a group of its own; what it says is in said.txt there"
     def f():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that put the tests in the background had it ignored
         os.chdir(folder)
         before()
         said = os.open("said.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)

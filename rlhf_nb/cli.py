@@ -9,7 +9,7 @@ __all__ = ['cmd_demo', 'cmd_run', 'cmd_train', 'cmd_explore', 'cmd_generate', 'c
 
 # %% ../nbs/62_cli.ipynb #c0e50f24
 import json,re,shlex,sys
-from contextlib import nullcontext
+from contextlib import nullcontext,suppress
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -77,7 +77,9 @@ def cmd_run(a):
 def _warn(c, stages):
     "Say which stages this machine's card may be too small for"
     if not is_main(): return
-    for line in card_warnings(c, stages): print(f'this card may be too small: {line}', flush=True)
+    # what is wrong with the configuration is for the stages to refuse, in the same words with and without a card
+    with suppress(ValueError, OSError):
+        for line in card_warnings(c, stages): print(f'this card may be too small: {line}', flush=True)
 
 def _may_publish(
     folder,       # Of `--publish`

@@ -24,6 +24,7 @@ from .world import *
 from .data import *
 from .adapters import *
 from .load import *
+from .train import *
 from .checks import *
 from .rollout import *
 from .frontier import *
@@ -287,7 +288,7 @@ def model_config(c:Config):
     m = c.model
     if m.name!='scratch': return _config(m.name)
     sizes = {k:getattr(m, k) for k in ('n_layer','n_embd','n_head','n_positions')}
-    return GPT2Config(**sizes, vocab_size=_vocabulary(c))
+    return GPT2Config(**sizes, vocab_size=_vocabulary(c), bos_token_id=None, eos_token_id=None)
 
 def _vocabulary(c):
     "Tokens of a model from scratch; those of the world are counted on a small one, and differ by a handful"
@@ -437,12 +438,12 @@ def card_warnings(
     stages=None # Those that will run (None: all)
 )->list:        # A line for each stage that this machine's card may be too small for; none where it runs on no CUDA card
     "What a run had better lower before it begins: the longest prompts and answers are meant, which may never come"
-    if not c.device.startswith(('cuda','auto')) or not torch.cuda.is_available(): return []
-    i = int(c.device.partition(':')[2] or 0)
-    card = torch.cuda.get_device_properties(i)
+    d = pick_device(c.device)
+    if d.type!='cuda': return []
+    card = torch.cuda.get_device_properties(d)
     model,memory = model_config(c),usable*card.total_memory
     # of a model so small nothing is too much
     if size_of(model, c.model).numbers<1e7: return []
     needs = plan_stages(c, [s for s in planned if stages is None or s in stages])
-    dtype = 'bfloat16' if has_bf16(i) else 'float16'
+    dtype = 'bfloat16' if has_bf16(d) else 'float16'
     return [_too_small(o, c, model, card.name, memory, dtype) for o in needs if o.peak>memory]
