@@ -68,8 +68,7 @@ class Line:
     def acc(self):
         "The accelerator: where models are, and in which precision; a ValueError where a setting asks a GPU for what it has not"
         c = self.config
-        asked = {'model.dtype':c.model.dtype, 'ppo.sampler_dtype':c.ppo.sampler_dtype, 'grpo.sampler_dtype':c.grpo.sampler_dtype}
-        for k,v in asked.items(): check_bf16(k, v, pick_device(c.device), 'float16')
+        for k,(value,instead) in half_settings(c).items(): check_bf16(k, value, pick_device(c.device), instead)
         return mk_accelerator(c.model.precision, c.device)
     @cached_property
     def tok(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNELS', 'processes', 'together', 'alone', 'in_touch', 'everyones', 'on_main', 'shares', 'by_share', 'own_share',
            'check_processes', 'add_up', 'add_gradients', 'keep_memory', 'give_back', 'resident', 'peak_resident',
-           'forget_peak', 'Peak', 'Heap', 'has_bf16', 'check_bf16']
+           'forget_peak', 'Peak', 'Heap', 'has_bf16', 'check_bf16', 'no_units', 'half_settings']
 
 # %% ../nbs/01_parallel.ipynb #para0003
 import ctypes,io,os,platform,re,sys
@@ -227,4 +227,18 @@ def check_bf16(
     d = torch.device(device)
     if value not in ('bf16','bfloat16') or d.type!='cuda' or has_bf16(d): return
     has = '.'.join(map(str, torch.cuda.get_device_capability(d)))
-    raise ValueError(f'{setting}: {value} needs a GPU of compute capability 8.0 or more, and {d} has {has}; use {instead}')
+    raise ValueError(f'{setting}: {value} {no_units(d, has, instead)}')
+
+def no_units(card, has, instead)->str:
+    "Why bfloat16 is refused"
+    return f'needs a GPU of compute capability 8.0 or more, and {card} has {has}; use {instead}'
+
+def half_settings(
+    c # Config
+)->dict: # {setting: (its value, what else it can say where a GPU has no bfloat16)}
+    "Which settings may ask a GPU for bfloat16"
+    return {
+        'model.precision':(c.model.precision, 'auto, fp16 or fp32'),
+        'model.dtype':(c.model.dtype, 'float16'),
+        'ppo.sampler_dtype':(c.ppo.sampler_dtype, 'float16'),
+        'grpo.sampler_dtype':(c.grpo.sampler_dtype, 'float16')}

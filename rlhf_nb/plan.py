@@ -210,14 +210,19 @@ class Card(NamedTuple):
     half:float      # Operations a second in 16 bits, in 10^12
     single:float    # The same in float32
     bandwidth:float # GB a second
-    dtype:str='bfloat16' # Of 16 bits, that it has units for and a frozen base may have
+    capability:float # What CUDA it has units for
+
+    @property
+    def dtype(self)->str:
+        "Of 16 bits, that it has units for and a frozen base may have"
+        return 'bfloat16' if self.capability>=8 else 'float16'
 
 known_cards = dict(
-    T4=Card(16, 65, 8.1, 320, 'float16'),
-    A10=Card(24, 125, 31.2, 600),
-    L4=Card(24, 121, 30.3, 300),
-    A100=Card(40, 312, 19.5, 1555),
-    H100=Card(80, 989, 67, 3350))
+    T4=Card(16, 65, 8.1, 320, 7.5),
+    A10=Card(24, 125, 31.2, 600, 8.6),
+    L4=Card(24, 121, 30.3, 300, 8.9),
+    A100=Card(40, 312, 19.5, 1555, 8.0),
+    H100=Card(80, 989, 67, 3350, 9.0))
 efficiency = .3             # Of the rates
 usable = .92                  # Of the memory: the rest is the driver's, and gaps
 _launches,_launch = 20,8e-6 # For a layer and token; seconds each
@@ -426,7 +431,15 @@ def _verdict(needs, c, model, card, memory):
     name = f'the {card}' if card in known_cards else f'a card of {card} GB'
     dtype = known_cards[card].dtype if card in known_cards else 'bfloat16'
     small = [_too_small(o, c, model, name, memory, dtype) for o in needs if o.peak>memory]
-    return small or [f'All stages fit on {name} ({memory/1e9:.3g} GB of it for tensors).']
+    fit = f'All stages fit on {name} ({memory/1e9:.3g} GB of it for tensors).'
+    return _unserved(c, card)+(small or [fit])
+
+def _unserved(c, card):
+    "Settings that ask for bfloat16, where a known card has no units for it"
+    k = known_cards.get(card)
+    if not k or k.dtype=='bfloat16': return []
+    return [f'{name}: {value} {no_units(f"the {card}", k.capability, instead)}'
+            for name,(value,instead) in half_settings(c).items() if value in ('bf16','bfloat16')]
 
 def _too_small(need, c, model, name, memory, dtype):
     "A stage that does not fit, and what to lower"
