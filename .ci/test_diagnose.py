@@ -99,6 +99,16 @@ def equal(b):
     return s.mean(1, keepdim=True).expand(s.shape)
 
 
+def long(b):
+    "A reward that pays for length and for nothing else"
+    return b.lengths/16.
+
+
+def alone(seed):
+    "GRPO whose reference is the policy itself"
+    with patch("rlhf_nb.grpo.reference_of", lambda policy, reference: policy): return grpo(seed, updates=8)
+
+
 def dev():
     "World's dev pairs, and their prompts"
     world, tok, *_ = small()
@@ -128,6 +138,9 @@ broken = {
     "never stops, ppo": lambda s: ppo(s, policy=endless(s), updates=6),
     "averaged log-probabilities, sums in the rows": lambda s: averaged_dpo(s, "sums"),
     "averaged log-probabilities, means in the rows": lambda s: averaged_dpo(s, "means"),
+    "longer answers, grpo": lambda s: grpo(s, long, beta=0., lr=4e-4),
+    "longer answers, ppo": lambda s: ppo(s, long, kl_coef=0.),
+    "reference moves along, grpo": alone,
     "nothing moves, ppo": lambda s: ppo(s, lr=0., updates=8),
     "nothing moves, ppo's value model too": lambda s: ppo(s, lr=0., value_lr=0., updates=8),
     "nothing moves, grpo": lambda s: grpo(s, lr=0., updates=8),

@@ -76,6 +76,17 @@ def _no_signal(h):
         return Sign(i, last_third(spread),
                     'all answers of a rollout score the same (standard deviation 0)')
 
+def _reference_moves(h):
+    "KL, or the margin, stays at 0 although the policy takes steps"
+    kl,margin,grad,lr = _cols(h, 'kl','margin','grad_norm','lr')
+    name,far = ('margin',margin) if 'chosen_shift' in h[-1] else ('KL',kl)
+    if far is None or grad is None or lr is None: return
+    # AdamW moves each weight by about the learning rate: what that sums to would show
+    if np.nanmax(abs(far))>1e-5 or not grad.any() or lr.sum()<1e-4: return
+    return Sign(0, float(np.nanmax(abs(far))),
+                f'the {name} is 0 in all {len(h)} updates, with learning rates up to {lr.max():.2g} and gradients up '
+                f'to {grad.max():.2g}')
+
 def _loss_stands(
     loss # (U,)
 ):
@@ -92,6 +103,7 @@ def _loss_stands(
 
 def _nothing_moves(h):
     "The policy stays where it was, or the loss does"
+    if _reference_moves(h): return
     kl,margin,loss = _cols(h, 'kl','margin','nll' if 'nll' in h[-1] else 'loss')
     if 'chosen_shift' in h[-1]:                                    # DPO
         most = abs(margin).max()
@@ -117,6 +129,18 @@ def _kl_runs_away(h):
     return Sign(i, last_third(per_token),
                 f'KL {last_third(kl):.1f} nats per response, {last_third(per_token):.2f} per token '
                 f'({highest}){bought}')
+
+def _longer(h):
+    "Answers get longer as the reward rises, and nothing shows that they get better"
+    length,reward,spread,gold = _cols(h, 'length','reward','reward_std','gold')
+    if length is None or reward is None or len(h)<8: return
+    first,rose = length[:3].mean(),last_third(reward)-reward[:3].mean()
+    if rose<.5*(0 if spread is None else spread[:3].mean()): return
+    if gold is not None and last_third(gold)>=gold[:3].mean(): return      # longer, and better
+    if (i := _since(_smooth(length)>1.5*first)) is None: return
+    end = last_third(length)
+    return Sign(i, end/first,
+                f'answers grew from {first:.0f} to {end:.0f} tokens while the reward rose by {rose:.2f}')
 
 def _averaged(h):
     "DPO's loss falls far less than its margins would make it fall"
@@ -312,12 +336,19 @@ faults = {
     'no signal':Fault(_no_signal,
         'Look at the scores of one group: a reward that takes few values, prompts too easy or too hard, or a '
         'temperature too low. Larger groups, harder prompts or a finer reward help.'),
+    'reference moves along':Fault(_reference_moves,
+        'Reference and policy are one object, or share what learns: keep a copy (`deepcopy`) that nobody trains, '
+        'or take the base under the adapter (`reference_of`).'),
     'nothing moves':Fault(_nothing_moves,
         'Does the learning rate arrive (`lr` in the rows), do gradients (`grad_norm`), are the parameters '
-        'trainable? Then raise the learning rate threefold at a time.'),
+        'trainable? Is the reference a copy, or the policy itself? Then raise the learning rate threefold at a time.'),
     'KL runs away':Fault(_kl_runs_away,
         'Lower the learning rate first, then raise `kl_coef` (PPO) or `beta` (GRPO); `max_kl` ends a run in '
         'time, `target_kl` an update.'),
+    'longer answers':Fault(_longer,
+        'Does the reward pay for length? Look at its accuracy where the chosen answer is the shorter one, and '
+        'compare win rates at equal length. If so, take its price of a token off the score, or add pairs in '
+        'which the shorter answer is the better one. Longer answers may also be better: read some.'),
     'averaged log-probabilities':Fault(_averaged,
         'DPO needs the sum of the log-probabilities of the response tokens; a mean divides every margin by '
         'the length (only `ipo` and `simpo` want it). With sums, `beta` or the learning rate is far too '

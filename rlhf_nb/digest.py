@@ -231,12 +231,13 @@ def yardstick_line(
         _,share,place = of_best(ds)
         # where there is next to no gain a share of it says nothing
         if not share['high']-share['low']<1: continue
-        said.setdefault(place, []).append(f'{md_name(m)} {with_interval(share)}')
+        said.setdefault(place, []).append(f'{with_interval(share)} for {md_name(m)}')
     if not said: return ''
     what = 'true reward' if k=='gold' else 'reward'
-    groups = '; '.join(f"{place}: {', '.join(ms)}" for place,ms in said.items())
-    return (f'Beside best-of-n from the reference at the same KL, which needs no training, the share of its gain in '
-            f'{what}: {groups}.')
+    where = dict(below='below best-of-n', above='above best-of-n')
+    groups = '; '.join(f"{', '.join(ms)} ({where.get(place, place)})" for place,ms in said.items())
+    return (f'Best-of-n from the reference needs no training. The share of its gain in {what} that a method has at the '
+            f'same KL is {groups}.')
 
 def reward_line(
     runs:dict # {seed: `RunResults`}
