@@ -313,6 +313,7 @@ class PretendGPU:
             yield torch.backends.mps,'is_built',lambda: True
             yield torch.mps,'empty_cache',lambda: None
             yield torch.mps,'synchronize',lambda: None
+            yield torch,'Event',type('Event', (), dict(__init__=lambda self, *a, **kw: None, record=lambda *a: None, synchronize=lambda self: None, query=lambda self: True))
             return
         props = type('Props', (), dict(name='pretend GPU', total_memory=self.memory, major=self.capability[0], minor=self.capability[1], multi_processor_count=40))()
         def told(x):

@@ -30,7 +30,8 @@ def pretend(*args):
     ["library"],
     ["library", "--precision", "bf16", *trains],
     ["library", "--precision", "fp16", *trains],
-    ["library", "--kind", "mps", "--only", "sample", "statistics"],
+    ["library", "--kind", "mps"],
+    ["stages", "--kind", "mps"],
     ["stages", "--precision", "fp16"]], ids=" ".join)
 def test_on_a_device(args):
     assert not (said := pretend(*args)), said

@@ -120,6 +120,10 @@ def scales(
 def _hint(key, scored=''):
     "A question mark that explains a number; the script shows what it says"
     name,says = measures[key].name,says_of(key, scored)
+    return _asks(name, says)
+
+def _asks(name, says):
+    "A question mark that tells what something is"
     return f'<button type="button" class="hint" data-hint="{esc(says)}" aria-label="What is: {esc(name)}">?</button>'
 
 def _bar(x, scale, other=None):
@@ -199,12 +203,15 @@ def _samples(samples):
     rows = (f"<tr><td dir=\"auto\">{esc(o['response'].strip())}</td><td>{num(o['reward'])}</td></tr>" for o in samples)
     return _unfolds(f'All {len(samples)} samples', ('answer','reward'), [*rows])
 
+_cut = 'it had not ended when it was as long as an answer may be here'
+
 def _badge(a, ref, hide):
     "The state of an answer in words; none that would tell whose it is"
     if 'reward' not in a: word = 'writing' if a.get('writing') else ''
     elif hide: word = ''
     elif is_fooled(a, ref): return '<span class="badge fooled">reward up, truth down: fooled</span>'
-    else: word = '' if a['finished'] else 'cut'
+    elif not a['finished']: return f'<span class="badge cut">cut</span> {_asks("cut", _cut)}'
+    else: word = ''
     return word and f'<span class="badge {word}">{word}</span>'
 
 def _copy(a, name):

@@ -45,11 +45,11 @@ def perplexity(
     "Perplexity of the answer tokens, EOS included"
     from rlhf_nb.models import log_probs    # late: answers that are there need no model
     from rlhf_nb.train import in_pieces
-    n = data.lengths.sum(1).double().cpu()                         # (B,) tokens of each answer
+    n = data.lengths.sum(1).cpu().double()                         # (B,) tokens of each answer
     def of(policy):
         "From the prompts to keep to the perplexity of one policy, (1,)"
         lp = in_pieces(lambda b: log_probs(policy, b), data, micro_tokens)
-        nll = -lp.double().sum((1,2)).cpu()                        # (B,)
+        nll = -lp.cpu().double().sum((1,2))                        # (B,)
         return lambda keep: (nll[keep].sum()/n[keep].sum()).exp()[None]
     return over_set({k:of(m) for k,m in models.items()}, ['perplexity'], len(data))
 

@@ -154,7 +154,7 @@ def pair_rewards(
         if not s.isfinite().all():
             bad = int((~s.isfinite()).sum())
             raise FloatingPointError(f'{bad} of {s.numel()} scores of the reward model are not finite')
-        out[torch.tensor(at)[b.index.cpu()]] = s.double().cpu()
+        out[torch.tensor(at)[b.index.cpu()]] = s.cpu().double()
     parts = [order[i:i+size] for i in range(0, len(order), size)]
     def steps():
         "A row of the bar for each part"
@@ -192,7 +192,7 @@ def function_rewards(
         [[[*c,end],[*r,end]] for c,r in zip(chosen, rejected)],
         rows=pairs,
         finished=torch.ones(len(pairs), 2).bool())
-    s = score(b).double()
+    s = score(b).cpu().double()
     silent = s.isnan().any(1).nonzero()[:,0].tolist()
     if not silent: return s,{}
     first = pairs[silent[0]].get('source', f'pair {silent[0]+1}')

@@ -76,8 +76,8 @@ def _plain_log_probs(model, b):
     out = []
     for row,n in zip(whole_rows(b), b.lengths.flatten().tolist()):
         z = model(input_ids=torch.tensor([row], device=model.device), **no_cache(model)).logits
-        lp = z[0,-n-1:-1].double().log_softmax(-1)         # (n,V): a token is predicted one place earlier
-        out.append(lp.gather(-1, torch.tensor(row[-n:], device=z.device)[:,None])[:,0])
+        lp = z[0,-n-1:-1].cpu().double().log_softmax(-1)   # (n,V): a token is predicted one place earlier
+        out.append(lp.gather(-1, torch.tensor(row[-n:])[:,None])[:,0])
     return torch.cat(out)
 
 # what a model's code raises, given what it does not expect
@@ -97,7 +97,7 @@ def _differs(model, plain, ours, tol):
     try: got = ours()
     except Unfit as e: return str(e)
     except _FAILS as e: return f'its code does not take it, {_first_line(e)}'
-    def off(a, b): return (a.double()-b).abs().max().item()
+    def off(a, b): return (a.cpu().double()-b.cpu()).abs().max().item()     # in this order: not every device has float64
     d = off(got, want)
     if d<=tol or d<=.5 and not own_tensors(model): return ''
     # both are rounded: ours may be twice as far from float64 as the plain call is
@@ -277,7 +277,7 @@ def check_scores(
     ours_too = hasattr(model.config, 'reward_mean')        # one of ours gives values too
     def plain():
         "Scores of all rows, each by a call of its own; for ours, the first one's again"
-        z = [model(input_ids=torch.tensor([r], device=model.device)).logits[0].double() for r in rows]
+        z = [model(input_ids=torch.tensor([r], device=model.device)).logits[0].cpu().double() for r in rows]
         if len(z[0])!=1:
             raise ValueError(f'one label expected, it has {len(z[0])}')
         return _scaled(torch.cat([*z, *z[:ours_too]])-mean, model.config)

@@ -99,9 +99,9 @@ _sides = ((10,4,'start'),(-10,4,'end'),(0,-10,'middle'),(0,19,'middle'),(10,17,'
 
 class _Room:
     "What is taken in a panel: boxes as (left, top, right, bottom)"
-    def __init__(self, dots):
-        "The dots are"
-        self.taken = [(x-7, y-7, x+7, y+7) for x,y in dots]
+    def __init__(self, dots, marks=()):
+        "The dots are, and the marks of the line"
+        self.taken = [(x-r, y-r, x+r, y+r) for at,r in ((dots,7),(marks,3)) for x,y in at]
     @staticmethod
     def cover(a, b):
         "Does a box lie on another?"
@@ -180,7 +180,7 @@ def _panel(key, label, dots, curve, called):
     pairs = [(d,first[d.name]) for d in means if d.name in first]
     ties = ''.join(_line('tie', x(a.kl), y(a.y), x(b.kl), y(b.y)) for a,b in pairs)
     marks = ''.join(_dot(d, x, y, called[d.name], label) for d in (*means,*ones))
-    room = _Room([(x(d.kl),y(d.y)) for d in dots])
+    room = _Room([(x(d.kl),y(d.y)) for d in dots], [(x(kl),y(v)) for _,kl,v in points])
     names = ''.join(_word('name', *room.place(x(d.kl), y(d.y), called[d.name]), called[d.name]) for d in ones)
     inner = _axes(x, y, label)+(_best(curve, x, y, room) if curve else '')+ties+marks+names
     return f'<svg class="{key}" viewBox="0 0 {_wide} {_tall}" role="group" aria-label="{label} over KL">{inner}</svg>'

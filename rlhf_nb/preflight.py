@@ -51,7 +51,7 @@ def _off(m):
     b = _check_batch(m, min(len(head(m).weight), len(m.get_input_embeddings().weight)))
     with _in_float32(m):
         want = _plain_log_probs(m, b)
-        return (log_probs(m, b)[b.mask].double()-want).abs().max().item()
+        return (log_probs(m, b)[b.mask].cpu().double()-want).abs().max().item()
 
 def _forward(m):
     "Which forward serves; the model stays in the better one"
