@@ -90,7 +90,7 @@ def cutting(seed):
     "GRPO whose sampler draws from the five likeliest tokens alone"
     def top_k(z, temperature): return z.masked_fill(z < z.topk(5, -1).values[:, -1:], -torch.inf)
     check_sampling(small()[2])  # at a model's first sample, which would refuse it
-    with patch("rlhf_nb.sampling.hot", top_k): return grpo(seed, updates=6)
+    with patch("rlhf_nb.sampling.hot", top_k), patch("rlhf_nb.writing.hot", top_k): return grpo(seed, updates=6)
 
 
 def equal(b):
