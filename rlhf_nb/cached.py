@@ -27,7 +27,13 @@ def _arguments(model):
         elif shared: model = shared[0]
         else: return inspect.signature(model.forward).parameters
 
-_caches = 'past_key_values','cache_params'    # what models call it
+# what models call it: all of them the first since transformers 5.24, where the others only seem to be there
+_caches = 'cache','past_key_values','cache_params'
+
+def _is_state(name, cache)->bool:
+    "Is it what a state-space model keeps, which has no keys?"
+    layers = getattr(cache, 'layers', ())
+    return name=='cache_params' or name=='cache' and not any(hasattr(o, 'keys') for o in layers)
 
 class OwnCache:
     "Responses that are written together, with one cache of the model's own"
@@ -55,12 +61,14 @@ class OwnCache:
         "What follows each row, `ids` (k,t) being new"
         more = dict(self.cache, use_cache=True)
         # a state is told nothing about the tokens that made it
-        if self.padded and 'cache_params' not in self.cache: more['attention_mask'] = self.real
+        state = any(_is_state(*o) for o in self.cache.items())
+        if self.padded and not state: more['attention_mask'] = self.real
         if self.positions: more['position_ids'] = (self.real.cumsum(-1)-1).clamp(min=0)[:,-ids.shape[1]:]
         # the output layer works at the last place only
         with hooked(head(self.model).register_forward_pre_hook(lambda layer,args: (args[0][:,-1:],))):
             out = self.model(input_ids=ids, **more)
-        self.cache = {k:out[k] for k in _caches if out.get(k) is not None}
+        there = [*out.keys()]
+        self.cache = {k:out[k] for k in _caches if k in there and out[k] is not None}
         if not self.cache: raise Unfit('it keeps nothing that it could go on from')
         return out.logits[:,-1].float()
 
