@@ -18,6 +18,7 @@ Not seen: whether there is a CUDA kernel for an op and dtype, its numbers, its d
   python .ci/pretend_gpu.py resume [--precision ...] [--only sft ...] each stage killed and gone on with: equal weights and logs
   python .ci/pretend_gpu.py notebooks nbs/27_rollout.ipynb ...        code cells, one after another; a failing one is reported and passed over
   python .ci/pretend_gpu.py notebooks --quick nbs/27_rollout.ipynb    only two updates of each training, and only faults of devices
+  python .ci/pretend_gpu.py notebooks --slow nbs/32_evaluate.ipynb    the cells marked slow too
   python .ci/pretend_gpu.py limits                                    sampling and layouts: the CPU's answers, and what they may ask of a GPU
   python .ci/pretend_gpu.py training                                  updates: how often the host waits, fp16 killed and resumed
   python .ci/pretend_gpu.py counts                                    synchronisations and launches for a token, a micro-batch, an update
@@ -600,9 +601,9 @@ def notebooks(a):
     import json
     from IPython.core.inputtransformer2 import TransformerManager
     os.environ.setdefault('MPLBACKEND', 'agg')
-    bad,quick = 0,'--quick' in a.files
+    bad,quick,slow = 0,'--quick' in a.files,'--slow' in a.files
     if quick: two_updates()
-    for path in (f for f in a.files if f!='--quick'):
+    for path in (f for f in a.files if not f.startswith('--')):
         nb = json.load(open(path)); here = os.getcwd(); faults = []
         os.chdir(os.path.dirname(os.path.abspath(path)))
         sys.path.insert(0, os.getcwd())
@@ -616,7 +617,7 @@ def notebooks(a):
             reset_accelerate()
             for i,c in enumerate(nb['cells']):
                 src = ''.join(c['source'])
-                if c['cell_type']!='code' or 'nbdev_export' in src or re.search(r'^# ?\| ?(slow|eval: false)', src, re.M): continue
+                if c['cell_type']!='code' or 'nbdev_export' in src or re.search(rf'^# ?\| ?({"" if slow else "slow|"}eval: false)', src, re.M): continue
                 src = TransformerManager().transform_cell(src)       # a line of a text may begin as a magic does
                 try:
                     n += 1

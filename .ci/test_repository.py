@@ -121,6 +121,8 @@ def test_every_exercise_has_a_solution():
     assert len(set(found)) == len(found), "a solution twice"
     asked = {(f.name, k) for f in notebooks for k in exercises(cells(f, "markdown"))}
     assert len(asked) > 50
+    # a heading would hide them from `exercises`
+    assert not [f.name for f in notebooks for c in cells(f, "markdown") if re.search(r"^#+ +Exercise", c["source"], re.M)]
     assert asked == set(found), f"without a solution: {sorted(asked-set(found))}, without an exercise: {sorted(set(found)-asked)}"
     named = {f.name: "".join(c["source"] for c in cells(f, "markdown")) for f in notebooks if exercises(cells(f, "markdown"))}
     assert not [name for name, text in named.items() if "Solutions: [solutions_" not in text]
