@@ -229,8 +229,12 @@ def check_bf16(
     has = '.'.join(map(str, torch.cuda.get_device_capability(d)))
     raise ValueError(f'{setting}: {value} {no_units(d, has, instead)}')
 
-def no_units(card, has, instead)->str:
-    "Why bfloat16 is refused"
+def no_units(
+    card,   # What it is called
+    has,    # Its compute capability
+    instead # What can be set, in words
+)->str:
+    "What is said of a setting where a GPU has no units for bfloat16"
     return f'needs a GPU of compute capability 8.0 or more, and {card} has {has}; use {instead}'
 
 def half_settings(
